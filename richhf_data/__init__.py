@@ -1,0 +1,1 @@
+"""RichHF data: records, images, annotators, seqio tasks and the papers' metrics. No model code."""

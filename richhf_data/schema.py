@@ -1,0 +1,72 @@
+"""Names, order, ranges and polarity of every field. The only place that knows the published records' keys.
+
+Source of the raw keys: the google-research-datasets/richhf-18k record files ("Rich Human Feedback for Text-to-Image
+Generation", arXiv 2312.10240).
+
+A decoded example, as every source in this package yields it, is a dictionary with
+
+  uid:        str, the image's id in its collection
+  prompt:     str
+  image:      uint8[H, W, 3], RGB
+  scores:     float32[4] in [0, 1], order `SCORES`, higher is better for all four
+  heatmaps:   uint8[h, w, 2], order `HEATMAPS`, 255 = every annotator marked the pixel
+  labels:     int32[number of prompt tokens], 0 = misaligned, 1 = aligned (see keywords.py); None when unknown
+  score_mask, heatmap_mask: bool[4], bool[2], True = the target exists
+
+A batch for the model is a dictionary of numpy arrays (letters as in the README's table of names):
+
+  image        uint8[B, H, W, 3]
+  text_ids     int32[B, L], or int32[B, 7, L] in the augmented-prompt variant (order `TASKS`); 0 = padding, 1 = end
+  keyword_ids  int32[B, T], the labelled prompt ("a yellow_0 cat") ending in 1; all 0 when there is no such target
+  scores       float32[B, 4]          score_mask    bool[B, 4]
+  heatmaps     uint8[B, h, w, 2]      heatmap_mask  bool[B, 2]
+
+A row that only pads a batch is all zeros, masks included.
+"""
+
+SCORES = ("plausibility", "alignment", "aesthetics", "overall")
+HEATMAPS = ("implausibility", "misalignment")
+
+# The seven predictions, by the words that name them in the augmented prompt. Only `implausibility heatmap` can be read
+# in the paper; the others follow its pattern.
+TASKS = (
+    *(f"{name} score" for name in SCORES),
+    *(f"{name} heatmap" for name in HEATMAPS),
+    "misalignment sequence",
+)
+VARIANTS = ("multi_head", "augmented_prompt")
+
+SPLITS = ("train", "dev", "test")
+PUBLISHED_COUNTS = {"train": 15_810, "dev": 995, "test": 955}
+
+# Keys of a published record (tf.train.Example). All four scores are higher-is-better, `artifact_score` included.
+RAW_UID = "filename"
+RAW_LABELS = "prompt_misalignment_label"
+RAW_SCORES = {
+    "plausibility": "artifact_score",
+    "alignment": "misalignment_score",
+    "aesthetics": "aesthetics_score",
+    "overall": "overall_score",
+}
+RAW_HEATMAPS = {"implausibility": "artifact_map", "misalignment": "misalignment_map"}
+RAW_MAP_SIZE = 512  # pixels, both sides
+
+LIKERT_LOW, LIKERT_HIGH = 1, 5
+POINT_RADIUS = 1 / 20  # of the image height: the disk that an annotator's point stands for (paper section 3.1)
+
+PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
+
+
+def task_prompts(prompt: str, variant: str) -> list[str]:
+    """The texts that the model reads for one prompt: itself, or one per task of `TASKS` that names the task.
+
+    >>> task_prompts("a cat", "multi_head")
+    ['a cat']
+    >>> task_prompts("a cat", "augmented_prompt")[4]
+    'implausibility heatmap a cat'
+    """
+    if variant == "multi_head":
+        return [prompt]
+    if variant == "augmented_prompt":
+        return [f"{task} {prompt}" for task in TASKS]
+    raise ValueError(f"variant: got {variant!r}, expected one of {VARIANTS}")

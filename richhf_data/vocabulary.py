@@ -1,0 +1,91 @@
+"""SentencePiece vocabularies: T5's own from a file, or a small one trained on prompts. Imports no TensorFlow."""
+
+import io
+import pathlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import sentencepiece
+
+from richhf_data import keywords, schema
+
+
+class Vocabulary:
+    """Text to ids and back. Ids: 0 = padding, 1 = end of sequence, 2 = unknown, as in T5's vocabulary."""
+
+    def __init__(self, path):
+        self.path = str(path)
+        if not pathlib.Path(path).is_file():
+            raise ValueError(f"vocabulary: no file {path}; expected a SentencePiece model (*.model)")
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_file=self.path)
+        except RuntimeError as error:
+            raise ValueError(f"vocabulary: {path} is not a SentencePiece model ({error})") from error
+        ids = self._processor.pad_id(), self._processor.eos_id(), self._processor.unk_id()
+        if ids != (schema.PAD_ID, schema.EOS_ID, schema.UNK_ID):
+            raise ValueError(f"vocabulary: {path} has (pad, eos, unk) = {ids}, expected (0, 1, 2) as T5's has")
+
+    @property
+    def size(self) -> int:
+        return self._processor.vocab_size()
+
+    def encode(self, text: str, length: int) -> np.ndarray:
+        """int32[length]: the pieces and the end id, zero-padded; a longer text loses its last pieces, never the end.
+
+        Use `num_ids` first where a cut must be reported.
+        """
+        ids = np.zeros(length, np.int32)
+        pieces = self._processor.encode(text)[: length - 1] + [schema.EOS_ID]
+        ids[: len(pieces)] = pieces
+        return ids
+
+    def num_ids(self, text: str) -> int:
+        """How many ids `text` takes, the end id included."""
+        return len(self._processor.encode(text)) + 1
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text before the first end id; padding and unknown ids leave nothing."""
+        pieces = []
+        for piece in np.asarray(ids).tolist():
+            if piece == schema.EOS_ID:
+                break
+            if piece not in (schema.PAD_ID, schema.UNK_ID) and piece < self.size:
+                pieces.append(piece)
+        return self._processor.decode(pieces)
+
+
+def train(prompts: Iterable[str], path, size: int = 512) -> Vocabulary:
+    """Trains a SentencePiece unigram model on prompts and on their labelled forms, and writes it to `path`.
+
+    `size` is an upper bound: fewer pieces are kept where the prompts do not yield as many. Deterministic.
+    """
+
+    def sentences():
+        for task in schema.TASKS:
+            yield task
+        for prompt in prompts:
+            yield prompt
+            tokens = keywords.tokenize(prompt)
+            yield keywords.label_prompt(tokens, [keywords.MISALIGNED] * len(tokens))
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=sentences(),
+        model_writer=model,
+        vocab_size=size,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        user_defined_symbols=[keywords.SUFFIX],
+        pad_id=schema.PAD_ID,
+        eos_id=schema.EOS_ID,
+        unk_id=schema.UNK_ID,
+        bos_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(model.getvalue())
+    partial.replace(path)
+    return Vocabulary(path)
