@@ -49,7 +49,7 @@ def label_prompt(tokens: Sequence[str], labels: Sequence[int]) -> str:
 def read_labels(sequence: str, tokens: Sequence[str]) -> list[int | None]:
     """What a keyword sequence, possibly a model's faulty copy, says of each prompt token.
 
-    Words are matched to tokens in order (longest matching blocks). A token that the sequence does not contain gets None.
+    Words are matched to tokens in order (longest matching blocks). A token that the sequence lacks gets None.
 
     >>> read_labels('a yellow_0 cat', ['a', 'yellow', 'cat'])
     [1, 0, 1]
