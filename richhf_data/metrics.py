@@ -184,8 +184,8 @@ def evaluate(targets: Sequence[Mapping[str, Any]], predictions: Sequence[Mapping
 
       Heatmaps: `mse` is the mean over all examples, `mse_empty` over those whose truth is empty, the others over those
       whose truth is not. Keywords, all of the misaligned class: `micro` pools the tokens of all prompts, as the paper's
-      tables do; `per_prompt` is the mean over prompts of each prompt's values, as in the PyTorch code, where 0 / 0 is 0: a
-      prompt without any misaligned word lowers the mean even if the prediction is perfect. A token that the predicted
+      tables do; `per_prompt` is the mean over prompts of each prompt's values, as in the PyTorch code; 0 / 0 is 0:
+      a prompt without a misaligned word lowers the mean even if the prediction is perfect. A token that the predicted
       sequence did not copy is a miss if it is misaligned, and never a false alarm, in both.
 
     Raises:
