@@ -355,8 +355,8 @@ def constant_predictions(
     return predictions
 
 
-def table(rows: Mapping[str, Mapping[str, float | None]]) -> str:
-    """The papers' result tables (Markdown): scores, one per heatmap, keywords. One line per entry of `rows`.
+def tables(rows: Mapping[str, Mapping[str, float | None]]) -> list[list[list[str]]]:
+    """The papers' result tables: scores, one per heatmap, misaligned words. A table is its lines of cells, header first.
 
     Args:
       rows: what `evaluate` returns, by the name of its line ("this model", "constant predictor", "ceiling"). A value
@@ -384,19 +384,23 @@ def table(rows: Mapping[str, Mapping[str, float | None]]) -> str:
         kinds = [[f"keywords/{kind}/{key}" for key in KEYWORD_METRICS] for kind in ("micro", "per_prompt")]
         return [cell(metrics, keys, ".1f", scale=100) for keys in kinds]
 
-    def markdown(headers, cells):
-        lines = [[name, *cells(metrics)] for name, metrics in rows.items()]
-        return tabulate(lines, headers, tablefmt="github", disable_numparse=True, stralign="left")
+    def lines(headers, cells):
+        return [headers, *([name, *cells(metrics)] for name, metrics in rows.items())]
 
     heatmap_headers = ["MSE all", "MSE empty", "CC", "KLD", "SIM", "NSS", "AUC-Judd"]
-    keyword_headers = ["micro P / R / F1, %", "per prompt P / R / F1, %"]
+    return [
+        lines(["PLCC / SRCC", *SCORES, "mean"], score_cells),
+        *(
+            lines([f"{name} heatmap", *heatmap_headers], lambda metrics, name=name: heatmap_cells(metrics, name))
+            for name in HEATMAPS
+        ),
+        lines(["misaligned words", "micro P / R / F1, %", "per prompt P / R / F1, %"], keyword_cells),
+    ]
+
+
+def table(rows: Mapping[str, Mapping[str, float | None]]) -> str:
+    """The `tables` of `rows` as Markdown, which reads well on a terminal too."""
     return "\n\n".join(
-        [
-            markdown(["PLCC / SRCC", *SCORES, "mean"], score_cells),
-            *(
-                markdown([f"{name} heatmap", *heatmap_headers], lambda metrics, name=name: heatmap_cells(metrics, name))
-                for name in HEATMAPS
-            ),
-            markdown(["misaligned words", *keyword_headers], keyword_cells),
-        ]
+        tabulate(lines[1:], lines[0], tablefmt="github", disable_numparse=True, stralign="left")
+        for lines in tables(rows)
     )
