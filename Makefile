@@ -1,0 +1,27 @@
+# `make demo` and `make test` each build what they need in .venv and run; nothing else has to be installed but Python 3.11+.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint clean
+
+$(VENV)/installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/python -m richhf_data.synthetic --output=demo/records --train=$(DEMO_TRAIN) --dev=200 --test=400 --size=128 --seed=0
+	$(BIN)/python -m richhf_data.build --records=demo/records --images='parquet:demo/records/images/*.parquet' --data_dir=demo/data
+	$(BIN)/python -m rahf.train --config=configs/rahf_synth_tiny.py --workdir=demo/run --config.data.data_dir=demo/data
+	$(BIN)/python -m rahf.evaluate --config=configs/rahf_synth_tiny.py --workdir=demo/run --config.data.data_dir=demo/data --split=test
+	$(BIN)/python -m rahf.predict --workdir=demo/run --data_dir=demo/data --split=test --limit=24 --output=demo/run
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist=worksteal
+
+clean:
+	rm -rf $(VENV) demo

@@ -1,0 +1,262 @@
+"""Predicts rich feedback for images and their prompts, from a workdir; needs no TensorFlow.
+
+    python -m rahf.predict --workdir=DIR --images='photos/*.jpg' --prompt='a yellow cat' --output=DIR
+    python -m rahf.predict --workdir=DIR --images=list.jsonl --output=DIR       one {"image": path, "prompt": text} a line
+
+writes predictions.jsonl, heatmaps/*.png and report.html into the output folder. In Python:
+
+    model = rahf.load(DIR)
+    feedback = model.predict(images, prompts)
+"""
+
+import dataclasses
+import functools
+import glob
+import json
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import cv2
+import jax
+import numpy as np
+from absl import app, flags
+from flax import linen as nn
+from tqdm.auto import tqdm
+
+from rahf import checkpoints, partitioning, report
+from rahf.models import rahf as rahf_model
+from richhf_data import keywords, schema
+from richhf_data import vocabulary as vocabularies
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a training run, or one that rahf.convert wrote.")
+_IMAGES = flags.DEFINE_string("images", None, "A glob of image files, or a .jsonl file of {image, prompt} lines.")
+_PROMPT = flags.DEFINE_string("prompt", None, "The prompt of all images of a glob; else each image's own NAME.txt.")
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "Instead of --images: a built dataset; the report shows its truth.")
+_SPLIT = flags.DEFINE_string("split", "test", "The split of --data_dir.")
+_LIMIT = flags.DEFINE_integer("limit", None, "Predict the first so many only.", lower_bound=1)
+_OUTPUT = flags.DEFINE_string("output", None, "The folder to write to.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images at a time.", lower_bound=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Feedback:
+    """What RAHF says of B images.
+
+    Attributes:
+      scores: name of `schema.SCORES` -> float32[B] in [0, 1], higher is better.
+      heatmaps: name of `schema.HEATMAPS` -> float32[B, h, w] in [0, 1], the model's heatmap resolution.
+      labelled_prompts: B keyword sequences as the decoder wrote them ("a yellow_0 cat").
+      keywords: for each image the prompt's words that it contradicts.
+    """
+
+    scores: dict[str, np.ndarray]
+    heatmaps: dict[str, np.ndarray]
+    labelled_prompts: list[str]
+    keywords: list[list[str]]
+
+
+class Model:
+    """A RAHF with its parameters and vocabulary, ready to predict."""
+
+    def __init__(self, config, params, vocabulary: vocabularies.Vocabulary, mesh=None):
+        self.config = config
+        self.params = params
+        self.vocabulary = vocabulary
+        self.model_config = rahf_model.RAHFConfig.from_dict(config.model.to_dict())
+        self.mesh = partitioning.make_mesh() if mesh is None else mesh
+        self._sharding = partitioning.batch_sharding(self.mesh)
+        module = rahf_model.RAHF(self.model_config)
+
+        @functools.partial(jax.jit, out_shardings=self._sharding)
+        def forward(params, image, text_ids):
+            image = rahf_model.normalize_image(image)
+            return module.apply(
+                {"params": params}, image, text_ids, config.data.keyword_length, method=module.predict
+            )
+
+        self._forward = forward
+
+    def predict_batch(self, batch) -> list[dict]:
+        """One dictionary a row: scores float32[4], heatmaps float32[h, w, 2] in [0, 1], labelled_prompt str.
+
+        Args:
+          batch: `image` uint8[B, H, W, 3] at the model's size and `text_ids`, as schema.py describes. Any B: rows are
+            added up to a multiple of the devices and taken off again.
+        """
+        rows = len(batch["image"])
+        padding = -rows % self.mesh.shape["data"]
+        image, text_ids = (
+            np.pad(batch[name], [(0, padding)] + [(0, 0)] * (batch[name].ndim - 1)) for name in ("image", "text_ids")
+        )
+        inputs = partitioning.shard_batch({"image": image, "text_ids": text_ids}, self._sharding)
+        with self.mesh, nn.logical_axis_rules(partitioning.RULES):
+            outputs = self._forward(self.params, inputs["image"], inputs["text_ids"])
+        scores, heatmaps, keyword_ids = (np.asarray(array)[:rows] for array in outputs)
+        return [
+            {"scores": s, "heatmaps": m, "labelled_prompt": self.vocabulary.decode(ids)}
+            for s, m, ids in zip(scores, heatmaps, keyword_ids, strict=True)
+        ]
+
+    def prepare(self, image: np.ndarray, prompt: str) -> dict:
+        """One row of a batch from an RGB image uint8[H, W, 3] of any size and its prompt.
+
+        Raises:
+          ValueError: the image is not uint8[H, W, 3], or the prompt is longer than the model's text length.
+        """
+        image = np.asarray(image)
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+            raise ValueError(f"image: got {image.dtype}{list(image.shape)}, expected uint8[H, W, 3], RGB")
+        length = self.config.data.text_length
+        texts = schema.task_prompts(prompt, self.model_config.variant)
+        if (longest := max(map(self.vocabulary.num_ids, texts))) > length:
+            raise ValueError(
+                f"prompt: {prompt[:80]!r} takes {longest} ids with its end, the model reads data.text_length={length}; "
+                "shorten it"
+            )
+        text_ids = np.stack([self.vocabulary.encode(text, length) for text in texts])
+        if self.model_config.variant == "multi_head":
+            text_ids = text_ids[0]
+        return {"image": resize(image, self.model_config.image_size), "text_ids": text_ids}
+
+    def predict(self, images: Sequence[np.ndarray], prompts: Sequence[str], batch_size: int = 32) -> Feedback:
+        """Feedback for B RGB images, uint8[H, W, 3] of any sizes, and their B prompts.
+
+        Raises:
+          ValueError: different numbers of images and prompts; an image or a prompt that `prepare` refuses.
+        """
+        if len(images) != len(prompts):
+            raise ValueError(f"prompts: got {len(prompts)} for {len(images)} images, expected one each")
+        rows = []
+        for start in range(0, len(images), batch_size):
+            part = slice(start, start + batch_size)
+            prepared = [self.prepare(image, prompt) for image, prompt in zip(images[part], prompts[part], strict=True)]
+            batch = {name: np.stack([row[name] for row in prepared]) for name in ("image", "text_ids")}
+            if start > 0 and len(prepared) < batch_size:  # keep the compiled shape
+                batch = {
+                    name: np.pad(array, [(0, batch_size - len(prepared))] + [(0, 0)] * (array.ndim - 1))
+                    for name, array in batch.items()
+                }
+            rows += self.predict_batch(batch)[: len(prepared)]
+        return feedback(rows, prompts)
+
+
+def feedback(rows: Sequence[dict], prompts: Sequence[str]) -> Feedback:
+    """Collects `predict_batch`'s rows."""
+    size = rows[0]["heatmaps"].shape[:2] if rows else (0, 0)
+    scores = np.asarray([row["scores"] for row in rows], np.float32).reshape(-1, len(schema.SCORES))
+    heatmaps = np.asarray([row["heatmaps"] for row in rows], np.float32).reshape(-1, *size, len(schema.HEATMAPS))
+    words = []
+    for row, prompt in zip(rows, prompts, strict=True):
+        tokens = keywords.tokenize(prompt)
+        words.append(keywords.misaligned_words(tokens, keywords.read_labels(row["labelled_prompt"], tokens)))
+    return Feedback(
+        scores={name: scores[:, i] for i, name in enumerate(schema.SCORES)},
+        heatmaps={name: heatmaps[..., i] for i, name in enumerate(schema.HEATMAPS)},
+        labelled_prompts=[row["labelled_prompt"] for row in rows],
+        keywords=words,
+    )
+
+
+def load(workdir) -> Model:
+    """The model of a workdir: its best checkpoint, or the latest one where no evaluation has been made yet.
+
+    Raises:
+      ValueError: the folder holds no run, or no checkpoint, or one of another architecture.
+    """
+    workdir = pathlib.Path(workdir)
+    config = checkpoints.read_config(workdir)
+    vocabulary = vocabularies.Vocabulary(workdir / "vocabulary.model")
+    model = Model(config, None, vocabulary)
+    module = rahf_model.RAHF(model.model_config)
+    inputs = rahf_model.dummy_inputs(model.model_config, config.data.text_length)
+    boxed = jax.eval_shape(lambda key: module.init(key, *inputs)["params"], jax.random.key(0))
+    shardings = partitioning.param_shardings(model.mesh, boxed)
+    targets = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), shardings)
+    model.params = checkpoints.restore_params(workdir, targets)
+    return model
+
+
+def resize(image: np.ndarray, size: int) -> np.ndarray:
+    """uint8[H, W, C] -> uint8[size, size, C]: area when it shrinks, bilinear when it grows."""
+    if image.shape[:2] == (size, size):
+        return image
+    shrinks = image.shape[0] >= size and image.shape[1] >= size
+    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+
+
+def read_image(path) -> np.ndarray:
+    """An image file as uint8[H, W, 3], RGB.
+
+    Raises:
+      ValueError: the file is missing or does not decode.
+    """
+    data = np.fromfile(path, np.uint8) if pathlib.Path(path).is_file() else np.zeros(0, np.uint8)
+    image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
+    if image is None:
+        raise ValueError(f"image: {path} is missing or is not a readable image (JPEG, PNG, WebP)")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def read_inputs(spec: str, prompt: str | None) -> list[tuple[str, str]]:
+    """(path, prompt) of every image of a glob or a .jsonl file.
+
+    Raises:
+      ValueError: nothing matches; a line is not {"image": ..., "prompt": ...}; an image without a prompt.
+    """
+    if spec.endswith(".jsonl"):
+        folder, inputs = pathlib.Path(spec).parent, []
+        if not pathlib.Path(spec).is_file():
+            raise ValueError(f"images: no file {spec}")
+        for number, line in enumerate(pathlib.Path(spec).read_text().splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                inputs.append((str(folder / row["image"]), str(row["prompt"])))
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f'images: {spec} line {number}: got {line[:80]!r}, expected {{"image": path, "prompt": text}}'
+                ) from error
+    else:
+        inputs = []
+        for path in sorted(glob.glob(spec, recursive=True)):
+            beside = pathlib.Path(path).with_suffix(".txt")
+            if prompt is None and not beside.is_file():
+                raise ValueError(f"images: {path} has no prompt; pass --prompt, write {beside.name} beside it, or use .jsonl")
+            inputs.append((path, prompt if prompt is not None else beside.read_text().strip()))
+    if not inputs:
+        raise ValueError(f"images: nothing matches {spec}")
+    return inputs
+
+
+def write(output, items: Iterable[dict], count: int | None = None) -> int:
+    """Writes predictions.jsonl, heatmaps/*.png and report.html; returns the number of images.
+
+    Args:
+      items: dictionaries of `report.write`, with `name` as well.
+    """
+    output = pathlib.Path(output)
+    (output / "heatmaps").mkdir(parents=True, exist_ok=True)
+    kept = []
+    partial = output / "predictions.jsonl.partial"
+    with partial.open("w") as lines:
+        for index, item in enumerate(tqdm(items, total=count, desc="predict", unit="image")):
+            files = {}
+            for name, heatmap in item["heatmaps"].items():
+                files[name] = f"heatmaps/{index:05d}_{name}.png"
+                cv2.imwrite(str(output / files[name]), np.round(heatmap * 255).astype(np.uint8))
+            tokens = keywords.tokenize(item["prompt"])
+            labels = keywords.read_labels(item["labelled_prompt"], tokens)
+            row = {
+                "image": item["name"],
+                "prompt": item["prompt"],
+                "scores": {name: round(float(value), 6) for name, value in item["scores"].items()},
+                "labelled_prompt": item["labelled_prompt"],
+                "keywords": keywords.misaligned_words(tokens, labels),
+                "heatmaps": files,
+            }
+            lines.write(json.dumps(row) + "\n")
+            kept.append(item)
+    partial.replace(output / "predictions.jsonl")
+    report.write(output / "report.html", kept, title="RAHF: rich feedback")
+    return len(kept)

@@ -1,0 +1,47 @@
+"""RAHF: rich human feedback for text-to-image generation, in JAX."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+setup(
+    name="rahf",
+    version="0.1.0",
+    description="Rich human feedback for text-to-image generation: predict it, and align generators with it, in JAX",
+    long_description=pathlib.Path(__file__).with_name("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["rahf*", "richhf_data*", "launch*"]),
+    package_data={"rahf": ["*.jinja"]},
+    install_requires=[
+        "absl-py>=2.1",
+        "etils[epath]>=1.9",
+        "flax>=0.10",
+        "jax>=0.5",
+        "jinja2>=3.1",
+        "matplotlib>=3.8",
+        "ml_collections>=1.0",
+        "numpy>=1.26",
+        "opencv-python-headless>=4.9",
+        "optax>=0.2.4",
+        "orbax-checkpoint>=0.11",
+        "pyarrow>=15",
+        "scipy>=1.12",
+        "sentencepiece>=0.2",
+        "seqio>=0.0.20",
+        "tabulate>=0.9",
+        "tensorboardX>=2.6",
+        "tensorflow>=2.18",
+        "tensorflow-datasets>=4.9.7",
+        "tqdm>=4.66",
+        "transformers>=4.48",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.5"],
+        "cuda": ["jax[cuda12]>=0.5"],
+        "launch": ["xmanager>=0.5"],
+        "test": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6", "scikit-learn>=1.4"],
+        "parity": ["torch>=2.4", "safetensors>=0.4"],
+    },
+)
