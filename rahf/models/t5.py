@@ -1,0 +1,424 @@
+"""T5 encoder-decoder with T5X's parameter names, versions 1.0 and 1.1.
+
+The model of "Exploring the Limits of Transfer Learning" (arXiv 1910.10683) as T5X's `examples/t5/network.py` has it
+(https://github.com/google-research/t5x): RMS layer norm without bias, attention logits not scaled, relative-position
+buckets shared by all layers of a stack. Version 1.0 has a ReLU MLP and logits through the scaled shared embedding;
+1.1 a gated GELU and an output matrix of its own. The tree under `T5` is the `target` tree of a T5X checkpoint.
+
+Three things differ from T5X, none in the outputs at real positions: the encoder reads embedded inputs (RAHF puts image
+tokens before the prompt), only keys are masked (T5X masks padded queries too, whose outputs nobody reads), and the
+key/value cache of decoding is a value passed around, not module state.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+Array = jax.Array
+ACTIVATIONS = {"relu": nn.relu, "gelu": nn.gelu, "linear": lambda x: x}
+MASKED = -1e10  # a logit that softmax turns into 0; finite, so that a row without any key gives no NaN
+PAD_ID, EOS_ID = 0, 1  # of T5's vocabulary; richhf_data.schema has the same
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """Sizes of a T5; the defaults are T5 v1.1 base."""
+
+    vocab_size: int = 32128
+    emb_dim: int = 768
+    num_heads: int = 12
+    head_dim: int = 64
+    num_encoder_layers: int = 12
+    num_decoder_layers: int = 12
+    mlp_dim: int = 2048
+    mlp_activations: tuple[str, ...] = ("gelu", "linear")  # v1.0: ("relu",)
+    logits_via_embedding: bool = False  # v1.0: True
+    num_buckets: int = 32
+    max_distance: int = 128
+    dropout: float = 0.1
+    remat: bool = False  # recompute each layer in the backward pass
+
+    def __post_init__(self):
+        unknown = [name for name in self.mlp_activations if name not in ACTIVATIONS]
+        if unknown or not self.mlp_activations:
+            raise ValueError(f"t5.mlp_activations: got {self.mlp_activations}, expected names of {sorted(ACTIVATIONS)}")
+
+
+class Dense(nn.Module):
+    """x @ kernel, no bias."""
+
+    features: int
+    axes: tuple[str, str]
+    dtype: DTypeLike
+    scale: float = 1.0  # of the initial standard deviation
+
+    @nn.compact
+    def __call__(self, x: Array, output_dtype: DTypeLike | None = None) -> Array:
+        init = nn.initializers.variance_scaling(self.scale**2, "fan_in", "truncated_normal")
+        shape = x.shape[-1], self.features
+        kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape, jnp.float32)
+        return jnp.matmul(x.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=output_dtype)
+
+
+class RMSNorm(nn.Module):
+    dtype: DTypeLike
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
+        scale = self.param("scale", init, x.shape[-1:], jnp.float32)
+        x = x.astype(jnp.float32)
+        x = (x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)).astype(self.dtype)
+        return x * scale.astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def relative_position_buckets(
+    length_q: int, length_k: int, bidirectional: bool, num_buckets: int, max_distance: int
+) -> np.ndarray:
+    """int32[length_q, length_k]: the bucket of key position minus query position.
+
+    Half of the buckets hold single distances, the others grow logarithmically up to `max_distance`. Both directions
+    share the buckets when `bidirectional`; else a later key counts as distance 0.
+    """
+    distance = np.arange(length_q)[:, None] - np.arange(length_k)[None, :]  # positive: the key is earlier
+    offset = np.zeros_like(distance)
+    if bidirectional:
+        num_buckets //= 2
+        offset = (distance < 0) * num_buckets
+        distance = np.abs(distance)
+    distance = np.maximum(distance, 0)
+    exact = num_buckets // 2
+    # float32 with its epsilon, as T5X: a distance on the border of two buckets must fall on the same side.
+    ratio = np.log(distance.astype(np.float32) / exact + np.finfo(np.float32).eps) / np.log(max_distance / exact)
+    far = np.minimum(exact + (ratio * (num_buckets - exact)).astype(np.int32), num_buckets - 1)
+    return (offset + np.where(distance < exact, distance, far)).astype(np.int32)
+
+
+class RelativePositionBias(nn.Module):
+    config: T5Config
+    bidirectional: bool
+
+    @nn.compact
+    def __call__(self, length_q: int, length_k: int) -> Array:
+        """float32[1, A, length_q, length_k], added to the attention logits."""
+        config = self.config
+        init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+        init = nn.with_logical_partitioning(init, ("heads", "relpos_buckets"))
+        table = self.param("rel_embedding", init, (config.num_heads, config.num_buckets), jnp.float32)
+        buckets = relative_position_buckets(
+            length_q, length_k, self.bidirectional, config.num_buckets, config.max_distance
+        )
+        # A product with a one-hot: its gradient is a product too, where a gather's is a slow scatter.
+        one_hot = jax.nn.one_hot(buckets, config.num_buckets, dtype=jnp.float32)
+        bias = jnp.einsum("ar,qkr->aqk", table, one_hot, precision=jax.lax.Precision.HIGHEST)
+        return bias[None]
+
+
+class KeysValues(NamedTuple):
+    keys: Array  # [B, N, A, K]
+    values: Array  # [B, N, A, K]
+
+
+class Attention(nn.Module):
+    """Multi-head attention, logits not scaled, softmax in float32. Keys and values are computed apart, to be kept."""
+
+    config: T5Config
+    dtype: DTypeLike
+
+    def setup(self):
+        config = self.config
+        joined = config.num_heads * config.head_dim
+        # The 1/sqrt(head_dim) that T5 leaves out of the logits is in the initial query kernel.
+        self.query = Dense(joined, ("embed", "joined_kv"), self.dtype, scale=config.head_dim**-0.5)
+        self.key = Dense(joined, ("embed", "joined_kv"), self.dtype)
+        self.value = Dense(joined, ("embed", "joined_kv"), self.dtype)
+        self.out = Dense(config.emb_dim, ("joined_kv", "embed"), self.dtype)
+        self.drop = nn.Dropout(config.dropout, broadcast_dims=(-2,))
+
+    def _split(self, x: Array) -> Array:
+        x = x.reshape(*x.shape[:-1], self.config.num_heads, self.config.head_dim)  # [B, N, A, K]
+        return nn.with_logical_constraint(x, ("batch", "length", "heads", "kv"))
+
+    def keys_values(self, x: Array) -> KeysValues:
+        return KeysValues(self._split(self.key(x)), self._split(self.value(x)))
+
+    def __call__(self, x: Array, keys_values: KeysValues, mask: Array, bias: Array | None, train: bool) -> Array:
+        """x [B, Q, D], mask bool[B or 1, 1, 1 or Q, N] (True = attend), bias [1, A, Q, N] -> [B, Q, D]."""
+        query = self._split(self.query(x))
+        logits = jnp.einsum("bqak,bnak->baqn", query, keys_values.keys, preferred_element_type=jnp.float32)
+        if bias is not None:
+            logits = logits + bias
+        weights = jax.nn.softmax(jnp.where(mask, logits, MASKED)).astype(self.dtype)  # [B, A, Q, N]
+        weights = self.drop(weights, deterministic=not train)
+        x = jnp.einsum("baqn,bnak->bqak", weights, keys_values.values)  # [B, Q, A, K]
+        return self.out(x.reshape(*x.shape[:-2], -1))  # [B, Q, D]
+
+
+class Mlp(nn.Module):
+    config: T5Config
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        config = self.config
+        hidden = None
+        for i, activation in enumerate(config.mlp_activations):
+            name = "wi" if len(config.mlp_activations) == 1 else f"wi_{i}"
+            y = ACTIVATIONS[activation](Dense(config.mlp_dim, ("embed", "mlp"), self.dtype, name=name)(x))
+            hidden = y if hidden is None else hidden * y  # [B, N, M]
+        hidden = nn.Dropout(config.dropout, broadcast_dims=(-2,))(hidden, deterministic=not train)
+        hidden = nn.with_logical_constraint(hidden, ("batch", "length", "mlp"))
+        return Dense(config.emb_dim, ("mlp", "embed"), self.dtype, name="wo")(hidden)  # [B, N, D]
+
+
+class EncoderLayer(nn.Module):
+    config: T5Config
+    dtype: DTypeLike
+
+    def setup(self):
+        self.pre_attention_layer_norm = RMSNorm(self.dtype)
+        self.attention = Attention(self.config, self.dtype)
+        self.pre_mlp_layer_norm = RMSNorm(self.dtype)
+        self.mlp = Mlp(self.config, self.dtype)
+        self.drop = nn.Dropout(self.config.dropout, broadcast_dims=(-2,))
+
+    def __call__(self, x: Array, mask: Array, bias: Array, train: bool) -> Array:
+        y = self.pre_attention_layer_norm(x)
+        y = self.attention(y, self.attention.keys_values(y), mask, bias, train)
+        x = x + self.drop(y, deterministic=not train)
+        y = self.mlp(self.pre_mlp_layer_norm(x), train)
+        x = x + self.drop(y, deterministic=not train)
+        return nn.with_logical_constraint(x, ("batch", "length", "embed"))
+
+
+class DecoderLayer(nn.Module):
+    config: T5Config
+    dtype: DTypeLike
+
+    def setup(self):
+        self.pre_self_attention_layer_norm = RMSNorm(self.dtype)
+        self.self_attention = Attention(self.config, self.dtype)
+        self.pre_cross_attention_layer_norm = RMSNorm(self.dtype)
+        self.encoder_decoder_attention = Attention(self.config, self.dtype)
+        self.pre_mlp_layer_norm = RMSNorm(self.dtype)
+        self.mlp = Mlp(self.config, self.dtype)
+        self.drop = nn.Dropout(self.config.dropout, broadcast_dims=(-2,))
+
+    def encoder_keys_values(self, encoded: Array) -> KeysValues:
+        return self.encoder_decoder_attention.keys_values(encoded)
+
+    def __call__(
+        self,
+        x: Array,
+        encoder: KeysValues,
+        encoder_mask: Array,
+        mask: Array,
+        bias: Array,
+        train: bool,
+        cache: KeysValues | None = None,
+        position: Array | None = None,
+    ) -> tuple[Array, KeysValues]:
+        """With a cache, x is the one token at `position`, and the cache comes back with its key and value written."""
+        y = self.pre_self_attention_layer_norm(x)
+        own = self.self_attention.keys_values(y)
+        if cache is not None:
+            own = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, position, 0, 0)), cache, own)
+        y = self.self_attention(y, own, mask, bias, train)
+        x = x + self.drop(y, deterministic=not train)
+        y = self.encoder_decoder_attention(
+            self.pre_cross_attention_layer_norm(x), encoder, encoder_mask, None, train
+        )
+        x = x + self.drop(y, deterministic=not train)
+        y = self.mlp(self.pre_mlp_layer_norm(x), train)
+        x = x + self.drop(y, deterministic=not train)
+        return nn.with_logical_constraint(x, ("batch", "length", "embed")), own
+
+
+class Encoder(nn.Module):
+    config: T5Config
+    dtype: DTypeLike
+
+    def setup(self):
+        config = self.config
+        layer = nn.remat(EncoderLayer, static_argnums=(4,)) if config.remat else EncoderLayer
+        self.relpos_bias = RelativePositionBias(config, bidirectional=True)
+        self.layers = [layer(config, self.dtype) for _ in range(config.num_encoder_layers)]
+        self.encoder_norm = RMSNorm(self.dtype)
+        self.drop = nn.Dropout(config.dropout, broadcast_dims=(-2,))
+
+    def __call__(self, x: Array, mask: Array, train: bool) -> Array:
+        x = self.drop(x.astype(self.dtype), deterministic=not train)
+        bias = self.relpos_bias(x.shape[1], x.shape[1])
+        for layer in self.layers:
+            x = layer(x, mask[:, None, None, :], bias, train)
+        return self.drop(self.encoder_norm(x), deterministic=not train)
+
+
+class Decoder(nn.Module):
+    config: T5Config
+    dtype: DTypeLike
+
+    def setup(self):
+        config = self.config
+        layer = nn.remat(DecoderLayer, static_argnums=(6,)) if config.remat else DecoderLayer
+        self.relpos_bias = RelativePositionBias(config, bidirectional=False)
+        self.layers = [layer(config, self.dtype) for _ in range(config.num_decoder_layers)]
+        self.decoder_norm = RMSNorm(self.dtype)
+        if not config.logits_via_embedding:
+            self.logits_dense = Dense(config.vocab_size, ("embed", "vocab"), self.dtype)
+        self.drop = nn.Dropout(config.dropout, broadcast_dims=(-2,))
+
+    def encoder_keys_values(self, encoded: Array) -> list[KeysValues]:
+        return [layer.encoder_keys_values(encoded) for layer in self.layers]
+
+    def __call__(self, x: Array, encoder: list[KeysValues], encoder_mask: Array, train: bool) -> Array:
+        """All positions at once, each seeing itself and the earlier ones. x [B, T, D] -> [B, T, D] after the norm."""
+        length = x.shape[1]
+        x = self.drop(x.astype(self.dtype), deterministic=not train)
+        bias, mask = self.relpos_bias(length, length), np.tri(length, dtype=bool)[None, None]
+        for layer, keys_values in zip(self.layers, encoder, strict=True):
+            x, _ = layer(x, keys_values, encoder_mask[:, None, None, :], mask, bias, train)
+        return self.drop(self.decoder_norm(x), deterministic=not train)
+
+    def step(
+        self, x: Array, position: Array, cache: list[KeysValues], encoder: list[KeysValues], encoder_mask: Array
+    ) -> tuple[Array, list[KeysValues]]:
+        """One position of all rows: x [B, 1, D] -> [B, 1, D], and the caches with `position` written."""
+        length = cache[0].keys.shape[1]
+        x = x.astype(self.dtype)
+        bias = jax.lax.dynamic_slice_in_dim(self.relpos_bias(length, length), position, 1, axis=2)  # [1, A, 1, T]
+        mask = (jnp.arange(length) <= position)[None, None, None, :]
+        written = []
+        for layer, keys_values, old in zip(self.layers, encoder, cache, strict=True):
+            x, new = layer(x, keys_values, encoder_mask[:, None, None, :], mask, bias, False, old, position)
+            written.append(new)
+        return self.decoder_norm(x), written
+
+
+class TokenEmbedder(nn.Module):
+    config: T5Config
+    dtype: DTypeLike
+
+    def setup(self):
+        init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed"))
+        shape = self.config.vocab_size, self.config.emb_dim
+        self.embedding = self.param("embedding", init, shape, jnp.float32)
+
+    def __call__(self, ids: Array) -> Array:
+        """int[..., L] -> [..., L, D]. An id outside the vocabulary gives NaN, which no loss hides."""
+        return jnp.take(self.embedding, ids, axis=0, mode="fill").astype(self.dtype)
+
+    def logits(self, x: Array) -> Array:
+        """[B, T, D] -> float32[B, T, V], scaled as T5 v1.0 does when it shares the embedding."""
+        table = self.embedding.astype(self.dtype)
+        logits = jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
+        return logits * self.config.emb_dim**-0.5
+
+
+class T5(nn.Module):
+    """The three parts and the ways through them; every method works on a padded batch and a mask."""
+
+    config: T5Config
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self):
+        self.token_embedder = TokenEmbedder(self.config, self.dtype)
+        self.encoder = Encoder(self.config, self.dtype)
+        self.decoder = Decoder(self.config, self.dtype)
+
+    def embed(self, ids: Array) -> Array:
+        """int32[..., L] -> dtype[..., L, D]."""
+        return self.token_embedder(ids)
+
+    def encode(self, embedded: Array, mask: Array, train: bool = False) -> Array:
+        """Full self-attention over embedded inputs [B, N, D] at positions 0 .. N - 1; mask bool[B, N], True = keep."""
+        return self.encoder(embedded, mask, train)
+
+    def _logits(self, x: Array) -> Array:
+        if self.config.logits_via_embedding:
+            logits = self.token_embedder.logits(x)
+        else:
+            logits = self.decoder.logits_dense(x, jnp.float32)
+        return nn.with_logical_constraint(logits, ("batch", "length", "vocab"))
+
+    def decode(self, encoded: Array, encoder_mask: Array, inputs: Array, train: bool = False) -> Array:
+        """Teacher forcing.
+
+        Args:
+          encoded: dtype[B, N, D]; encoder_mask: bool[B, N].
+          inputs: int32[B, T], the targets shifted right (`shift_right`).
+
+        Returns:
+          float32[B, T, V] logits.
+        """
+        encoder = self.decoder.encoder_keys_values(encoded)
+        return self._logits(self.decoder(self.embed(inputs), encoder, encoder_mask, train))  # [B, T, V]
+
+    def __call__(self, input_ids: Array, decoder_inputs: Array, train: bool = False) -> Array:
+        """Text to text: int32[B, L], int32[B, T] -> float32[B, T, V] logits; id 0 is padding."""
+        mask = input_ids != PAD_ID
+        return self.decode(self.encode(self.embed(input_ids), mask, train), mask, decoder_inputs, train)
+
+    def encoder_keys_values(self, encoded: Array) -> list[KeysValues]:
+        return self.decoder.encoder_keys_values(encoded)
+
+    def decode_step(
+        self, ids: Array, position: Array, cache: list[KeysValues], encoder: list[KeysValues], encoder_mask: Array
+    ) -> tuple[Array, list[KeysValues]]:
+        """int32[B] at `position` -> float32[B, V] logits of the next id, and the caches with this position."""
+        x, cache = self.decoder.step(self.embed(ids[:, None]), position, cache, encoder, encoder_mask)
+        return self._logits(x)[:, 0], cache
+
+    def greedy_decode(self, encoded: Array, encoder_mask: Array, max_length: int) -> Array:
+        """The most probable id at each step, with cached keys and values, as one loop on the device.
+
+        Args:
+          encoded: dtype[B, N, D]; encoder_mask: bool[B, N].
+          max_length: T; the loop ends earlier when every row has ended.
+
+        Returns:
+          int32[B, T]: ids up to and including the end id 1, then zeros.
+        """
+        config, batch = self.config, encoded.shape[0]
+        encoder = self.encoder_keys_values(encoded)
+        shape = batch, max_length, config.num_heads, config.head_dim
+        empty = KeysValues(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+        # A bound module must not be called inside a jax loop; its unbound copy and its variables may.
+        module, variables = self.unbind()
+
+        def unfinished(state):
+            position, _, _, ended, _ = state
+            return (position < max_length) & ~jnp.all(ended)
+
+        def step(state):
+            position, previous, ids, ended, cache = state
+            logits, cache = module.apply(
+                variables, previous, position, cache, encoder, encoder_mask, method="decode_step"
+            )
+            following = jnp.where(ended, PAD_ID, jnp.argmax(logits, axis=-1).astype(jnp.int32))
+            ids = jax.lax.dynamic_update_slice(ids, following[:, None], (0, position))
+            return position + 1, following, ids, ended | (following == EOS_ID), cache
+
+        state = (
+            jnp.int32(0),
+            jnp.full(batch, PAD_ID, jnp.int32),
+            jnp.full((batch, max_length), PAD_ID, jnp.int32),
+            jnp.zeros(batch, bool),
+            [empty] * config.num_decoder_layers,
+        )
+        return jax.lax.while_loop(unfinished, step, state)[2]
+
+
+def shift_right(ids: Array) -> Array:
+    """Targets to decoder inputs: int32[B, T] -> int32[B, T], a 0 in front and the last id dropped.
+
+    >>> shift_right(jnp.array([[7, 8, 1, 0]])).tolist()
+    [[0, 7, 8, 1]]
+    """
+    return jnp.pad(ids, ((0, 0), (1, 0)))[:, :-1]

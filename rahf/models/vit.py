@@ -1,0 +1,211 @@
+"""ViT image encoder, with big_vision's parameter names.
+
+The model of "An Image is Worth 16x16 Words" (arXiv 2010.11929), pre-norm. The parameter tree is that of big_vision's
+`models/vit.py` (https://github.com/google-research/big_vision), so its files load without renaming; a class token,
+where there is one, has a position of its own as in the AugReg files
+(https://github.com/google-research/vision_transformer).
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+Array = jax.Array
+partitioned = nn.with_logical_partitioning
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+    """Sizes of a ViT; the defaults are ViT-B/16."""
+
+    patch_size: int = 16
+    width: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_dim: int = 3072
+    dropout: float = 0.0
+    class_token: bool = False
+    remat: bool = False  # recompute each block in the backward pass
+
+    def __post_init__(self):
+        if self.width % self.num_heads:
+            raise ValueError(f"vit.width: got {self.width}, expected a multiple of vit.num_heads = {self.num_heads}")
+
+
+class _Projection(nn.Module):
+    """Dense over the last `contract` axes to `features`, as flax's `DenseGeneral`: kernel [..., *features] and bias."""
+
+    features: tuple[int, ...]
+    axes: tuple[str, ...]
+    contract: int = 1
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        inputs = x.shape[-self.contract :]
+        shape = (*inputs, *self.features)
+        # The fan-in and fan-out of the flattened matrix, as flax initialises it.
+        init = nn.initializers.variance_scaling(
+            1.0, "fan_avg", "uniform", range(len(inputs)), range(len(inputs), len(shape))
+        )
+        kernel = self.param("kernel", partitioned(init, self.axes), shape, jnp.float32)
+        bias_axes = self.axes[self.contract :]
+        bias = self.param("bias", partitioned(nn.initializers.zeros, bias_axes), self.features, jnp.float32)
+        contracted = tuple(range(x.ndim - self.contract, x.ndim)), tuple(range(self.contract))
+        x = jax.lax.dot_general(x.astype(self.dtype), kernel.astype(self.dtype), (contracted, ((), ())))
+        return x + bias.astype(self.dtype).reshape((1,) * (x.ndim - bias.ndim) + bias.shape)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; softmax in float32."""
+
+    num_heads: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        width = x.shape[-1]
+        head_dim = width // self.num_heads
+
+        def project(name):
+            heads = self.num_heads, head_dim
+            x_heads = _Projection(heads, ("embed", "heads", "kv"), dtype=self.dtype, name=name)(x)  # [B, N, A, K]
+            return nn.with_logical_constraint(x_heads, ("batch", "length", "heads", "kv"))
+
+        query, key, value = project("query") * head_dim**-0.5, project("key"), project("value")
+        logits = jnp.einsum("bqak,bnak->baqn", query, key, preferred_element_type=jnp.float32)  # [B, A, N, N]
+        weights = jax.nn.softmax(logits).astype(self.dtype)
+        x = jnp.einsum("baqn,bnak->bqak", weights, value)  # [B, N, A, K]
+        return _Projection((width,), ("heads", "kv", "embed"), contract=2, dtype=self.dtype, name="out")(x)  # [B, N, D]
+
+
+class MlpBlock(nn.Module):
+    mlp_dim: int
+    dropout: float
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        def dense(features, axes):
+            return nn.Dense(
+                features,
+                dtype=self.dtype,
+                kernel_init=partitioned(nn.initializers.xavier_uniform(), axes),
+                bias_init=partitioned(nn.initializers.normal(1e-6), axes[1:]),
+            )
+
+        width = x.shape[-1]
+        x = nn.gelu(dense(self.mlp_dim, ("embed", "mlp"))(x))  # [B, N, M]
+        x = nn.with_logical_constraint(x, ("batch", "length", "mlp"))
+        x = nn.Dropout(self.dropout)(x, deterministic=not train)
+        return dense(width, ("mlp", "embed"))(x)  # [B, N, D]
+
+
+class LayerNorm(nn.Module):
+    """Over the last axis, statistics in float32. Flax's own refuses bfloat16 under strict promotion."""
+
+    dtype: DTypeLike
+    axis: str = "embed"
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        shape = x.shape[-1:]
+        scale = self.param("scale", partitioned(nn.initializers.ones, (self.axis,)), shape, jnp.float32)
+        bias = self.param("bias", partitioned(nn.initializers.zeros, (self.axis,)), shape, jnp.float32)
+        x = x.astype(jnp.float32)
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
+        broadcast = (1,) * (x.ndim - 1) + shape
+        return (x * scale.reshape(broadcast) + bias.reshape(broadcast)).astype(self.dtype)
+
+
+class Block(nn.Module):
+    config: ViTConfig
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        config = self.config
+        drop = nn.Dropout(config.dropout, deterministic=not train)
+        y = LayerNorm(self.dtype, name="LayerNorm_0")(x)
+        x = x + drop(Attention(config.num_heads, self.dtype, name="MultiHeadDotProductAttention_0")(y))
+        y = LayerNorm(self.dtype, name="LayerNorm_1")(x)
+        x = x + drop(MlpBlock(config.mlp_dim, config.dropout, self.dtype, name="MlpBlock_0")(y, train))
+        return nn.with_logical_constraint(x, ("batch", "length", "embed"))
+
+
+class Transformer(nn.Module):
+    config: ViTConfig
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        block = nn.remat(Block, static_argnums=(2,)) if self.config.remat else Block
+        for i in range(self.config.depth):
+            x = block(self.config, self.dtype, name=f"encoderblock_{i}")(x, train)
+        return LayerNorm(self.dtype, name="encoder_norm")(x)
+
+
+class ViT(nn.Module):
+    """Image -> tokens after the final norm. No pooling and no classifier."""
+
+    config: ViTConfig
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, image: Array, train: bool = False) -> Array:
+        """
+        Args:
+          image: float[B, H, W, 3] in [-1, 1]; H and W multiples of the patch size. The position embedding is made for
+            the size seen at initialisation.
+          train: whether dropout is on (needs the "dropout" random stream).
+
+        Returns:
+          dtype[B, P, D], row by row over the grid; [B, P + 1, D] with the class token first, where there is one.
+
+        Raises:
+          ValueError: the image's sides are no multiples of the patch size.
+        """
+        config, patch = self.config, self.config.patch_size
+        batch, height, width, channels = image.shape
+        if height % patch or width % patch:
+            raise ValueError(f"image: got {height}x{width} pixels, expected multiples of vit.patch_size = {patch}")
+        h, w = height // patch, width // patch
+
+        # A convolution whose stride is its size is a matrix product of the flattened patches.
+        kernel_axes = ("conv_height", "conv_width", "conv_in", "embed")
+        kernel_init = partitioned(nn.initializers.lecun_normal(), kernel_axes)
+        bias_init = partitioned(nn.initializers.zeros, ("embed",))
+        kernel, bias = _ConvParams((patch, patch, channels, config.width), kernel_init, bias_init, name="embedding")()
+        x = image.astype(self.dtype).reshape(batch, h, patch, w, patch, channels)
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, h * w, patch * patch * channels)  # [B, P, patch * patch * 3]
+        x = x @ kernel.astype(self.dtype).reshape(-1, config.width)  # [B, P, D]
+        x = x + bias.astype(self.dtype).reshape(1, 1, -1)
+
+        if config.class_token:
+            init = partitioned(nn.initializers.zeros, (None, None, "embed"))
+            token = self.param("cls", init, (1, 1, config.width), jnp.float32).astype(self.dtype)
+            x = jnp.concatenate([jnp.broadcast_to(token, (batch, 1, config.width)), x], axis=1)  # [B, P + 1, D]
+        init = partitioned(nn.initializers.normal(config.width**-0.5), (None, "position", "embed"))
+        positions = self.param("pos_embedding", init, (1, x.shape[1], config.width), jnp.float32)
+        x = x + positions.astype(self.dtype)
+        x = nn.Dropout(config.dropout)(x, deterministic=not train)
+        x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
+        return Transformer(config, self.dtype, name="Transformer")(x, train)
+
+
+class _ConvParams(nn.Module):
+    """The parameters of a convolution under a name of their own."""
+
+    shape: tuple[int, ...]
+    kernel_init: nn.initializers.Initializer
+    bias_init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self) -> tuple[Array, Array]:
+        kernel = self.param("kernel", self.kernel_init, self.shape, jnp.float32)
+        return kernel, self.param("bias", self.bias_init, self.shape[-1:], jnp.float32)
