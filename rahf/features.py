@@ -1,0 +1,207 @@
+"""From seqio tasks to the batches of `richhf_data.schema`: feature converter, training batches, evaluator."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import seqio
+
+from richhf_data import builder, records, schema, tasks
+from richhf_data.tensorflow_cpu import tf
+
+_Spec = seqio.FeatureConverter.FeatureSpec
+
+
+class RAHFFeatureConverter(seqio.FeatureConverter):
+    """Task features to the model's: `targets` becomes `keyword_ids`, what only the metrics need goes, the rest stays.
+
+    Everything has its final shape and type already (uint8 images and maps; the device makes floats of them), so this
+    checks names, types, ranks and lengths and never pads. Nothing is packed.
+
+    Args:
+      variant: `augmented_prompt` has `text_ids` of rank 2.
+    """
+
+    TASK_FEATURES: Mapping[str, _Spec]
+    MODEL_FEATURES: Mapping[str, _Spec]
+    PACKING_FEATURE_DTYPES = None
+
+    def __init__(self, variant: str = "multi_head"):
+        schema.task_prompts("", variant)  # refuses an unknown variant
+        text = _Spec(tf.int32) if variant == "multi_head" else _Spec(tf.int32, rank=2, sequence_dim=1)
+        shared = {
+            "image": _Spec(tf.uint8, rank=3),
+            "text_ids": text,
+            "scores": _Spec(tf.float32),
+            "score_mask": _Spec(tf.bool),
+            "heatmaps": _Spec(tf.uint8, rank=3),
+            "heatmap_mask": _Spec(tf.bool),
+        }
+        self.TASK_FEATURES = shared | {"targets": _Spec(tf.int32)}
+        self.MODEL_FEATURES = shared | {"keyword_ids": _Spec(tf.int32)}
+        super().__init__(pack=False)
+
+    def _convert_features(self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]) -> tf.data.Dataset:
+        def convert(example):
+            model = {self._model_name(key): example[key] for key in self.TASK_FEATURES}
+            return {key: _with_length(value, self.MODEL_FEATURES[key], lengths[key]) for key, value in model.items()}
+
+        lengths = self.get_model_feature_lengths(task_feature_lengths)
+        return ds.map(convert, num_parallel_calls=tf.data.AUTOTUNE)
+
+    def get_model_feature_lengths(self, task_feature_lengths: Mapping[str, int]) -> Mapping[str, int]:
+        return {self._model_name(key): length for key, length in task_feature_lengths.items()}
+
+    @staticmethod
+    def _model_name(key: str) -> str:
+        return "keyword_ids" if key == "targets" else key
+
+
+def _with_length(value: tf.Tensor, spec, length: int) -> tf.Tensor:
+    shape = value.shape.as_list()
+    shape[spec.sequence_dim] = length
+    return tf.ensure_shape(value, shape)
+
+
+def evaluator(task_name: str, split: str, num_examples: int | None = None) -> seqio.Evaluator:
+    """seqio's Evaluator of a task: each example of the split once, in a fixed order, the first `num_examples` if given.
+
+    Its `cached_model_datasets[task_name]` yields (index, features of one example as in schema.py). Evaluate so:
+
+      future, _ = evaluator.evaluate(compute_metrics=True, predict_with_aux_fn=predict)
+      metrics = future.result()[task_name]    # {"score/plcc/plausibility": ...}
+
+    where `predict(dataset, model_feature_shapes=None)` returns
+
+      [(index, keyword ids int[T]), ...], {"scores": [float32[4], ...], "heatmaps": [float32[h, h, 2], ...]}
+
+    with values in [0, 1]; the three lists in the same order, whichever it is; each index once and no padding row.
+
+    Raises:
+      ValueError: no such task or split, or a task without metrics, of which seqio would silently evaluate nothing.
+    """
+    task = _task(task_name)
+    if not task.metric_fns:
+        raise ValueError(f"task {task_name!r} has no metric functions, expected some; register it with augment=False")
+    _check_split(task, split)
+    return seqio.Evaluator(
+        task_name, _converter(task), eval_split=split, num_examples=num_examples, async_compute_metrics=False
+    )
+
+
+def training_batches(
+    task_name: str,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    *,
+    split: str = "train",
+    num_shards: int = 1,
+    shard_index: int = 0,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Endless batches of schema.py: each epoch is once over the split in an order of its own, with no example left out.
+
+    The batch of a step, with its augmentation, depends on the task, `batch_size`, `seed` and the step alone. So a run
+    that goes on at `start_step` sees what it would have seen uninterrupted; what comes before is not read. The global
+    batch does not depend on `num_shards`: each shard gets its `batch_size // num_shards` rows of it.
+
+    Args:
+      batch_size: rows of the global batch.
+      start_step: the step of the first batch that is yielded.
+
+    Raises:
+      ValueError: no such task or split, or `num_shards` does not divide `batch_size`.
+    """
+    if batch_size < 1 or batch_size % num_shards:
+        raise ValueError(f"batch_size: got {batch_size}, expected a multiple of the {num_shards} shards; change it")
+    if not 0 <= shard_index < num_shards:
+        raise ValueError(f"shard_index: got {shard_index}, expected 0 to {num_shards - 1}")
+    task = _task(task_name)
+    _check_split(task, split)
+    dataset = _shuffled_examples(
+        task_name, split, seed, start_step * batch_size, _Rows(batch_size, num_shards, shard_index)
+    )
+    dataset = task.preprocess_postcache(dataset, sequence_length=None, seed=seed)
+    dataset = _converter(task)(dataset, _lengths(task_name))
+    dataset = dataset.batch(batch_size // num_shards, drop_remainder=True).prefetch(2)
+    return dataset.as_numpy_iterator()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """Which rows of each global batch a shard reads."""
+
+    batch_size: int
+    num_shards: int
+    shard_index: int
+
+    def position(self, row):
+        """Place in the global stream of the shard's n-th row; integers or tensors."""
+        rows = self.batch_size // self.num_shards
+        return row // rows * self.batch_size + self.shard_index * rows + row % rows
+
+
+def _shuffled_examples(task_name: str, split: str, seed: int, start: int, rows: _Rows) -> tf.data.Dataset:
+    """The split's raw examples, over and over, from place `start` of the global stream on, each with its `seed`."""
+    import tensorflow_datasets as tfds
+
+    folder = builder.dataset_dir(tasks.arguments(task_name)["data_dir"])
+    dataset_builder = tfds.builder_from_directory(str(folder))
+    stored = records.RandomAccess(dataset_builder.info.splits[split].filepaths)
+    order = _EpochOrder(len(stored), seed)
+
+    def read(position):
+        return stored[order.index(int(position))]
+
+    def load(row):
+        position = rows.position(row)
+        serialized = tf.ensure_shape(tf.numpy_function(read, [position], tf.string, stateful=False), [])
+        example = dataset_builder.info.features.deserialize_example(serialized)
+        base = tf.constant([seed & 0x7FFFFFFF, seed >> 31], tf.int64)
+        return example | {"seed": tf.cast(tf.random.fold_in(base, position) & 0x7FFFFFFF, tf.int32)}
+
+    first = start // rows.num_shards  # `start` is a multiple of the batch size
+    return tf.data.Dataset.range(first, np.iinfo(np.int64).max).map(load, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+class _EpochOrder:
+    """A permutation of the examples per epoch, made from (seed, epoch) alone; keeps the last few."""
+
+    def __init__(self, size: int, seed: int):
+        self._size, self._seed, self._orders = size, seed, {}
+
+    def index(self, position: int) -> int:
+        epoch, place = divmod(position, self._size)
+        order = self._orders.get(epoch)
+        if order is None:  # Threads may make the same one twice; it is the same.
+            order = np.random.default_rng([self._seed, epoch]).permutation(self._size)
+            self._orders = {e: o for e, o in self._orders.items() if abs(e - epoch) <= 2} | {epoch: order}
+        return int(order[place])
+
+
+def _task(name: str) -> seqio.Task:
+    tasks.arguments(name)  # refuses an unknown name
+    return seqio.TaskRegistry.get(name)
+
+
+def _check_split(task: seqio.Task, split: str) -> None:
+    if split not in task.splits:
+        raise ValueError(f"split: got {split!r}, expected one of the dataset's: {', '.join(task.splits)}")
+
+
+def _converter(task: seqio.Task) -> RAHFFeatureConverter:
+    return RAHFFeatureConverter(tasks.arguments(task.name)["variant"])
+
+
+def _lengths(task_name: str) -> dict[str, int]:
+    """The length of each task feature, as seqio's converters want it."""
+    arguments = tasks.arguments(task_name)
+    return {
+        "image": arguments["image_size"],
+        "text_ids": arguments["text_length"],
+        "targets": arguments["keyword_length"],
+        "scores": len(schema.SCORES),
+        "score_mask": len(schema.SCORES),
+        "heatmaps": arguments["heatmap_size"],
+        "heatmap_mask": len(schema.HEATMAPS),
+    }

@@ -1,0 +1,180 @@
+"""What turns an example of the dataset into what the model reads: tf functions on seqio's datasets.
+
+Order: `decode`, `crop` (training), `resize`, `colour` (training), `texts`, `keyword_target`, `masks`. Crop and colour are
+the paper's augmentation (arXiv 2312.10240, section 9). There is no flip: prompts name left and right. Colour comes after
+the resize, where it costs less. Everything random is a function of the example's `seed` alone.
+"""
+
+import seqio
+import tensorflow_text  # noqa: F401 - registers the tokeniser's ops
+
+from richhf_data import schema
+from richhf_data.tensorflow_cpu import tf
+
+CROP_PROBABILITY, CROP_SHARE = 0.5, (0.8, 1.0)  # of width and of height
+COLOUR_PROBABILITY = 0.1
+BRIGHTNESS_DELTA, HUE_DELTA = 0.05, 0.025
+CONTRAST, SATURATION = (0.8, 1.0), (0.8, 1.0)
+JPEG_QUALITY = (70, 100)
+GREY_PROBABILITY = 0.1
+
+
+class Vocabulary(seqio.SentencePieceVocabulary):
+    """The same ids and texts as `richhf_data.vocabulary.Vocabulary`, for seqio."""
+
+    def _decode(self, ids) -> str:
+        dropped = (schema.PAD_ID, schema.UNK_ID, schema.EOS_ID)
+        return super()._decode([int(piece) for piece in ids if piece not in dropped])
+
+
+@seqio.map_over_dataset
+def decode(example: dict) -> dict:
+    """Encoded `image` -> uint8[H, W, 3]; encoded `heatmaps` -> uint8[512, 512, 2]."""
+    image = tf.io.decode_image(example["image"], channels=3, expand_animations=False)
+    maps = [tf.io.decode_png(example["heatmaps"][i], channels=1) for i in range(len(schema.HEATMAPS))]
+    heatmaps = tf.concat(maps, axis=-1)
+    image.set_shape([None, None, 3])
+    heatmaps.set_shape([None, None, len(schema.HEATMAPS)])
+    return example | {"image": image, "heatmaps": heatmaps}
+
+
+def seed(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """Adds `seed` int32[2], seqio's of the example, unless the dataset brings its own."""
+    if "seed" in dataset.element_spec:
+        return dataset
+
+    @seqio.map_over_dataset(num_seeds=1)
+    def add(example, seed):
+        return example | {"seed": tf.cast(tf.bitwise.bitwise_and(seed, 0x7FFFFFFF), tf.int32)}
+
+    return add(dataset)
+
+
+@seqio.map_over_dataset
+def crop(example: dict) -> dict:
+    """With probability 0.5 cuts `image` and `heatmaps` to the same 80-100 % of their width and of their height."""
+    box = _crop_box(_fold(example["seed"], 0))
+    return example | {key: _cut(example[key], box) for key in ("image", "heatmaps")}
+
+
+def _crop_box(seed: tf.Tensor) -> tf.Tensor:
+    """float32[2, 2]: top, left; height, width, as shares of the whole."""
+    chance = tf.random.stateless_uniform([], _fold(seed, 0))
+    size = tf.random.stateless_uniform([2], _fold(seed, 1), *CROP_SHARE)
+    start = tf.random.stateless_uniform([2], _fold(seed, 2)) * (1 - size)
+    whole = tf.constant([[0.0, 0.0], [1.0, 1.0]])
+    return tf.where(chance < CROP_PROBABILITY, tf.stack([start, size]), whole)
+
+
+def _cut(image: tf.Tensor, box: tf.Tensor) -> tf.Tensor:
+    """The box's pixels, each edge at the nearest pixel border."""
+    sides = tf.shape(image)[:2]
+    edges = tf.cast(tf.round(tf.stack([box[0], box[0] + box[1]]) * tf.cast(sides, tf.float32)), tf.int32)
+    edges = tf.minimum(edges, sides)
+    return image[edges[0, 0] : edges[1, 0], edges[0, 1] : edges[1, 1]]
+
+
+def resize(dataset: tf.data.Dataset, *, image_size: int, heatmap_size: int) -> tf.data.Dataset:
+    """`image` -> uint8[image_size, image_size, 3], antialiased; `heatmaps` -> uint8[heatmap_size, heatmap_size, 2]."""
+
+    @seqio.map_over_dataset
+    def resize_example(example):
+        image = tf.image.resize(example["image"], [image_size, image_size], antialias=True)
+        heatmaps = tf.image.resize(example["heatmaps"], [heatmap_size, heatmap_size], method="area")
+        return example | {"image": _to_uint8(image), "heatmaps": _to_uint8(heatmaps)}
+
+    return resize_example(dataset)
+
+
+def _to_uint8(image: tf.Tensor) -> tf.Tensor:
+    return tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)
+
+
+@seqio.map_over_dataset
+def colour(example: dict) -> dict:
+    """With probability 0.1 changes colours and adds JPEG noise, and with probability 0.1 makes `image` grey."""
+    seed, image = _fold(example["seed"], 1), example["image"]
+    shape = image.shape
+    changed, grey = tf.unstack(tf.random.stateless_uniform([2], _fold(seed, 0)))
+    image = tf.cond(changed < COLOUR_PROBABILITY, lambda: _change_colours(image, seed), lambda: image)
+    image = tf.cond(
+        grey < GREY_PROBABILITY, lambda: tf.image.grayscale_to_rgb(tf.image.rgb_to_grayscale(image)), lambda: image
+    )
+    return example | {"image": tf.ensure_shape(image, shape)}
+
+
+def _change_colours(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    image = tf.image.convert_image_dtype(image, tf.float32)
+    image = tf.image.stateless_random_brightness(image, BRIGHTNESS_DELTA, _fold(seed, 1))
+    image = tf.image.stateless_random_contrast(image, *CONTRAST, _fold(seed, 2))
+    image = tf.clip_by_value(image, 0, 1)  # hue and saturation are defined on [0, 1]
+    image = tf.image.stateless_random_hue(image, HUE_DELTA, _fold(seed, 3))
+    image = tf.image.stateless_random_saturation(image, *SATURATION, _fold(seed, 4))
+    image = _to_uint8(image * 255)
+    return tf.image.stateless_random_jpeg_quality(image, *JPEG_QUALITY, _fold(seed, 5))
+
+
+def _fold(seed: tf.Tensor, number: int) -> tf.Tensor:
+    return tf.random.fold_in(seed, number)
+
+
+def texts(
+    dataset: tf.data.Dataset, *, variant: str, vocabulary: seqio.Vocabulary, length: int, truncate: bool = False
+) -> tf.data.Dataset:
+    """Adds `text_ids`: int32[L] of the prompt, or int32[7, L] of the prompt under each task of `schema.TASKS`.
+
+    Each text is its pieces, the end id, then zeros. A text of more than L ids stops the iteration with
+    `tf.errors.InvalidArgumentError`, or loses its last pieces with `truncate`.
+    """
+    prefixes = schema.task_prompts("", variant)
+
+    @seqio.map_over_dataset
+    def add(example):
+        ids = tokenize(tf.strings.join([prefixes, example["prompt"]]), vocabulary, length, truncate, example["uid"])
+        return example | {"text_ids": ids[0] if variant == "multi_head" else ids}
+
+    return add(dataset)
+
+
+def keyword_target(
+    dataset: tf.data.Dataset, *, vocabulary: seqio.Vocabulary, length: int, truncate: bool = False
+) -> tf.data.Dataset:
+    """Adds `targets` int32[T], the ids of the labelled prompt (all zero where there is none), and its text as
+    `targets_pretokenized`, where seqio's Evaluator looks for it."""
+
+    @seqio.map_over_dataset
+    def add(example):
+        text = example["labelled_prompt"]
+        ids = tokenize(text[None], vocabulary, length, truncate, example["uid"])[0]
+        ids = tf.where(example["labels_valid"], ids, tf.zeros_like(ids))
+        return example | {"targets": ids, "targets_pretokenized": text}
+
+    return add(dataset)
+
+
+def tokenize(texts: tf.Tensor, vocabulary: seqio.Vocabulary, length: int, truncate: bool, uid: tf.Tensor) -> tf.Tensor:
+    """int32[n, length] of string[n]: pieces, end id, zeros."""
+    pieces = vocabulary.encode_tf(texts)
+    longest = tf.cast(tf.reduce_max(pieces.row_lengths()), tf.int32) + 1
+    checks = []
+    if not truncate:
+        message = f"prompt longer than {length} ids, end included; raise text_length or keyword_length. uid, ids, text:"
+        checks = [tf.debugging.Assert(longest <= length, [message, uid, longest, texts[0]])]
+    with tf.control_dependencies(checks):
+        pieces = pieces[:, : length - 1]
+        ends = tf.fill([tf.shape(texts)[0], 1], schema.EOS_ID)
+        ids = tf.concat([pieces, tf.cast(ends, pieces.dtype)], axis=1).to_tensor(schema.PAD_ID, shape=[None, length])
+    return tf.ensure_shape(tf.cast(ids, tf.int32), [texts.shape[0], length])
+
+
+def masks(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """Adds `score_mask` bool[4] and `heatmap_mask` bool[2], all True: RichHF examples have every score and map."""
+
+    @seqio.map_over_dataset
+    def add(example):
+        return example | {
+            "score_mask": tf.ones([len(schema.SCORES)], tf.bool),
+            "heatmap_mask": tf.ones([len(schema.HEATMAPS)], tf.bool),
+        }
+
+    return add(dataset)

@@ -1,0 +1,231 @@
+"""RichHF TFRecords: read, check, write.
+
+Format (google-research-datasets/richhf-18k): a TFRecord file of `tf.train.Example`, keys in `schema.RAW_*`. A raw
+record here is a dictionary with those keys:
+
+  filename                                str, a path whose last part without extension is the image's uid
+  artifact_score, ... (four)              float in [0, 1], higher is better
+  artifact_map, misalignment_map          bytes, a one-channel uint8 image of 512 x 512, 255 = every annotator
+  prompt_misalignment_label               str, "1 0 1": one per prompt token, 0 = misaligned
+"""
+
+import math
+import os
+import pathlib
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+
+import cv2
+import numpy as np
+
+from richhf_data import keywords, schema
+from richhf_data.tensorflow_cpu import tf
+
+KEYS = (schema.RAW_UID, *schema.RAW_SCORES.values(), *schema.RAW_HEATMAPS.values(), schema.RAW_LABELS)
+_LFS_START = b"version https://git-lfs"
+_HEADER, _FOOTER = 12, 4  # bytes around a record: its length and the length's checksum; the record's checksum
+
+
+def uid_of(raw: dict) -> str:
+    """The image uid that a raw record names.
+
+    >>> uid_of({'filename': 'train/0a1b.png'})
+    '0a1b'
+    """
+    return pathlib.PurePosixPath(raw[schema.RAW_UID]).stem
+
+
+def write(path, raw_records: Iterable[dict]) -> int:
+    """Checks raw records (see the module) and writes them to `path`; returns how many.
+
+    The file appears under its name only when it is complete.
+
+    Raises:
+      ValueError: a record that `decode` refuses.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    count = 0
+    with tf.io.TFRecordWriter(str(partial)) as writer:
+        for count, raw in enumerate(raw_records, start=1):
+            decode(raw, f"{path} record {count - 1}")
+            writer.write(serialize(raw))
+    partial.replace(path)
+    return count
+
+
+def serialize(raw: dict) -> bytes:
+    """A raw record as a serialised `tf.train.Example`, unchecked; keys that `raw` lacks are left out."""
+    example = tf.train.Example()
+    for key in KEYS:
+        if key not in raw:
+            continue
+        if key in schema.RAW_SCORES.values():
+            example.features.feature[key].float_list.value.append(raw[key])
+        else:
+            value = raw[key]
+            example.features.feature[key].bytes_list.value.append(value.encode() if isinstance(value, str) else value)
+    return example.SerializeToString()
+
+
+def read(path) -> Iterator[dict]:
+    """Yields the raw records of a file in order, each checked by `decode`.
+
+    Raises:
+      ValueError: no such file, a Git LFS pointer, a truncated or corrupt record, or a record that `decode` refuses.
+    """
+    for number, raw in enumerate(read_unchecked(path)):
+        decode(raw, f"{path} record {number}")
+        yield raw
+
+
+def read_unchecked(path) -> Iterator[dict]:
+    """As `read`, with the file's checksums and each record's keys checked, but not the values."""
+    _check_file(path)
+    iterator = iter(tf.data.TFRecordDataset(str(path)))
+    number = 0
+    while True:
+        try:
+            serialized = next(iterator)
+        except StopIteration:
+            return
+        except tf.errors.DataLossError as error:
+            raise ValueError(_corrupt(path, number, error.message)) from error
+        yield parse(serialized.numpy(), f"{path} record {number}")
+        number += 1
+
+
+def parse(serialized: bytes, where: str) -> dict:
+    """One raw record from a serialised `tf.train.Example`; `where` names it in errors.
+
+    Raises:
+      ValueError: not an example, or one without all the published keys, one value each.
+    """
+    example = tf.train.Example()
+    try:
+        example.ParseFromString(serialized)
+    except Exception as error:  # protobuf's DecodeError, which has moved between its versions
+        raise ValueError(f"{where}: got bytes that are not a tf.train.Example, expected a RichHF record") from error
+    features = example.features.feature
+    if schema.RAW_UID in features and features[schema.RAW_UID].bytes_list.value:
+        name = features[schema.RAW_UID].bytes_list.value[0].decode(errors="replace")
+        where = f"{where} ({schema.RAW_UID} {name!r})"
+    raw = {}
+    for key in KEYS:
+        kind = "float_list" if key in schema.RAW_SCORES.values() else "bytes_list"
+        values = getattr(features[key], kind).value if key in features else ()
+        if len(values) != 1:
+            got = f"{len(values)} values of type {kind}" if key in features else "no such key"
+            present = ", ".join(sorted(features)) or "none"
+            raise ValueError(
+                f"{where}: key {key!r}: got {got}, expected one value of type {kind}. Keys present: {present}. "
+                "RichHF records come from google-research-datasets/richhf-18k"
+            )
+        raw[key] = values[0]
+    try:
+        raw[schema.RAW_UID] = raw[schema.RAW_UID].decode()
+        raw[schema.RAW_LABELS] = raw[schema.RAW_LABELS].decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: got text that is not UTF-8 ({error}), expected UTF-8") from error
+    return raw
+
+
+def decode(raw: dict, where: str = "record") -> dict:
+    """The annotations of a raw record under our names (see schema.py); `where` names the record in errors.
+
+    Returns:
+      `uid` str, `scores` float32[4] in [0, 1], `heatmaps` uint8[512, 512, 2], `labels` int32[number of labels].
+
+    Raises:
+      ValueError: a missing key, a score outside [0, 1], a map that is not a one-channel 512 x 512 image, or a label
+        that is neither 0 nor 1.
+    """
+    for key in KEYS:
+        if key not in raw:
+            raise ValueError(f"{where}: key {key!r}: got no such key, expected it. Keys present: {', '.join(raw)}")
+    uid = uid_of(raw)
+    where = f"{where} (uid {uid!r})"
+    scores = np.asarray([raw[key] for key in schema.RAW_SCORES.values()], np.float32)
+    for key, score in zip(schema.RAW_SCORES.values(), scores.tolist(), strict=True):
+        if math.isnan(score) or not 0 <= score <= 1:
+            raise ValueError(
+                f"{where}: {key}: got {score:g}, expected a number in [0, 1]; "
+                "a Likert mean s of 1 to 5 becomes (s - 1) / 4"
+            )
+    try:
+        labels = keywords.parse_labels(raw[schema.RAW_LABELS])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    maps = [_decode_map(raw[key], f"{where}: {key}") for key in schema.RAW_HEATMAPS.values()]
+    return {"uid": uid, "scores": scores, "heatmaps": np.stack(maps, -1), "labels": np.asarray(labels, np.int32)}
+
+
+def _decode_map(encoded: bytes, where: str) -> np.ndarray:
+    """uint8[512, 512] from an encoded one-channel image."""
+    size = schema.RAW_MAP_SIZE
+    image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED) if encoded else None
+    if image is None:
+        raise ValueError(f"{where}: got {len(encoded)} bytes that do not decode as an image, expected a PNG")
+    if image.shape != (size, size) or image.dtype != np.uint8:
+        channels = image.shape[2] if image.ndim == 3 else 1
+        raise ValueError(
+            f"{where}: got a {image.shape[1]} x {image.shape[0]} image of {channels} {image.dtype} channel(s), "
+            f"expected {size} x {size} of 1 uint8 channel; resize it, or re-encode it as an 8-bit grey-scale PNG"
+        )
+    return image
+
+
+class RandomAccess(Sequence):
+    """The serialised records of TFRecord files by index, read from disk one at a time (thread-safe).
+
+    Only the record lengths are read beforehand, and checksums are not checked: `read` does that.
+
+    Raises:
+      ValueError: a missing file, a Git LFS pointer or a truncated file.
+    """
+
+    def __init__(self, paths: Sequence):
+        self._files, entries = [], []
+        for path in paths:
+            _check_file(path)
+            with open(path, "rb") as file:
+                size, offset, number = os.path.getsize(path), 0, 0
+                while offset < size:
+                    file.seek(offset)
+                    header = file.read(_HEADER)
+                    length = struct.unpack("<Q", header[:8])[0] if len(header) == _HEADER else size
+                    end = offset + _HEADER + length + _FOOTER
+                    if end > size:
+                        raise ValueError(_corrupt(path, number, f"it would end at byte {end} of {size}"))
+                    entries.append((len(self._files), offset + _HEADER, length))
+                    offset, number = end, number + 1
+            self._files.append(open(path, "rb"))  # noqa: SIM115 - kept open for the life of the object
+        self._entries = np.asarray(entries, np.int64).reshape(-1, 3)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, index: int) -> bytes:
+        file, offset, length = self._entries[index].tolist()
+        return os.pread(self._files[file].fileno(), length, offset)
+
+
+def _check_file(path) -> None:
+    if "://" in str(path):
+        raise ValueError(f"records: got the remote path {path}, expected a local file; copy it to a local disk first")
+    if not pathlib.Path(path).is_file():
+        raise ValueError(f"records: no file {path}; expected a RichHF TFRecord file such as train.tfrecord")
+    with open(path, "rb") as file:
+        if file.read(len(_LFS_START)) == _LFS_START:
+            raise ValueError(
+                f"records: {path} is a Git LFS pointer (a few lines of text), expected the records themselves; "
+                "run `git lfs install && git lfs pull` in the clone of google-research-datasets/richhf-18k"
+            )
+
+
+def _corrupt(path, number: int, message: str) -> str:
+    return (
+        f"records: {path} record {number} (counted from 0): got a truncated or corrupt record ({message}), expected "
+        f"{number + 1} or more whole ones; download or write the file again"
+    )

@@ -1,0 +1,220 @@
+"""seqio tasks of a built dataset, for both variants of the model.
+
+The task features of an example, which `rahf.features.RAHFFeatureConverter` turns into the batch of schema.py:
+
+  image uint8[S, S, 3]   text_ids int32[L] or int32[7, L]   targets int32[T]   scores float32[4]   score_mask bool[4]
+  heatmaps uint8[h, h, 2]   heatmap_mask bool[2]
+
+Beside them go uid, prompt, labels and labels_valid, which the metrics need.
+"""
+
+import functools
+import json
+import pathlib
+import zlib
+
+import numpy as np
+import seqio
+from absl import logging
+
+from richhf_data import builder, metrics, preprocessors, schema, vocabulary
+from richhf_data.tensorflow_cpu import tf
+
+_registered: dict[str, dict] = {}  # task name -> the arguments it was registered with
+
+
+def register(
+    data_dir,
+    *,
+    variant: str = "multi_head",
+    image_size: int = 224,
+    heatmap_size: int = 224,
+    text_length: int = 64,
+    keyword_length: int = 64,
+    vocabulary_path=None,
+    augment: bool = False,
+    truncate_long_prompts: bool = False,
+    name: str | None = None,
+) -> str:
+    """Registers the seqio task of a built dataset and returns its name; twice with the same arguments is once.
+
+    Args:
+      data_dir: as given to `richhf_data.build`.
+      variant: one of `schema.VARIANTS`.
+      image_size, heatmap_size: pixels, both sides.
+      text_length, keyword_length: ids, the end id included, of a prompt and of a labelled prompt.
+      vocabulary_path: a SentencePiece model; data_dir/vocabulary.model by default.
+      augment: crop and colour as for training (preprocessors.py). Metrics belong to a task without.
+      truncate_long_prompts: cut what is longer than its length, with a warning, instead of refusing it.
+      name: `richhf_<variant>`, `_augment` and a hash of the other arguments by default.
+
+    Raises:
+      ValueError: no dataset or vocabulary there; an unknown variant; a text that is too long; or `name` is registered
+        with other arguments.
+    """
+    data_dir = pathlib.Path(data_dir).resolve()
+    schema.task_prompts("", variant)  # refuses an unknown variant
+    folder = _built(data_dir)
+    path = pathlib.Path(vocabulary_path or data_dir / "vocabulary.model").resolve()
+    arguments = {
+        "data_dir": str(data_dir),
+        "variant": variant,
+        "image_size": image_size,
+        "heatmap_size": heatmap_size,
+        "text_length": text_length,
+        "keyword_length": keyword_length,
+        "vocabulary": str(path),
+        "augment": augment,
+        "truncate_long_prompts": truncate_long_prompts,
+    }
+    if name is None:
+        digest = hash_of(arguments)
+        name = f"richhf_{variant}{'_augment' if augment else ''}_{digest}"
+    if name in _registered:
+        if changed := {key for key, value in arguments.items() if _registered[name][key] != value}:
+            got = ", ".join(f"{key} {arguments[key]!r} (was {_registered[name][key]!r})" for key in sorted(changed))
+            raise ValueError(f"task {name!r} is registered with other arguments: got {got}; give it another name")
+        return name
+
+    _check_lengths(folder, vocabulary.Vocabulary(path), variant, text_length, keyword_length, truncate_long_prompts)
+    pieces = preprocessors.Vocabulary(str(path))
+    cut = {"vocabulary": pieces, "truncate": truncate_long_prompts}
+    steps = [
+        preprocessors.decode,
+        *([preprocessors.seed, preprocessors.crop] if augment else []),
+        functools.partial(preprocessors.resize, image_size=image_size, heatmap_size=heatmap_size),
+        *([preprocessors.colour] if augment else []),
+        functools.partial(preprocessors.texts, variant=variant, length=text_length, **cut),
+        functools.partial(preprocessors.keyword_target, length=keyword_length, **cut),
+        preprocessors.masks,
+    ]
+    seqio.TaskRegistry.add(
+        name,
+        source=seqio.TfdsDataSource(tfds_data_dir=str(folder), read_only=True),
+        preprocessors=steps,
+        output_features={
+            "image": seqio.ContinuousFeature(rank=3, dtype=tf.uint8),
+            "text_ids": seqio.Feature(pieces, add_eos=False, rank=1 if variant == "multi_head" else 2),
+            "targets": seqio.Feature(pieces, add_eos=False),
+            "scores": seqio.ContinuousFeature(rank=1, dtype=tf.float32),
+            "score_mask": seqio.ContinuousFeature(rank=1, dtype=tf.bool),
+            "heatmaps": seqio.ContinuousFeature(rank=3, dtype=tf.uint8),
+            "heatmap_mask": seqio.ContinuousFeature(rank=1, dtype=tf.bool),
+        },
+        postprocess_fn=postprocess,
+        metric_fns=[] if augment else [evaluate],
+    )
+    _registered[name] = arguments
+    return name
+
+
+def arguments(name: str) -> dict:
+    """What the task was registered with: the arguments of `register`, paths absolute.
+
+    Raises:
+      ValueError: no such task.
+    """
+    if name not in _registered:
+        known = ", ".join(_registered) or "none"
+        raise ValueError(f"task: got {name!r}, expected one registered with richhf_data.tasks.register: {known}")
+    return dict(_registered[name])
+
+
+def postprocess(text: str, *, example: dict, is_target: bool) -> dict | str:
+    """The truth of a task example, for `evaluate`; a prediction's text stays as it is.
+
+    Returns:
+      `scores` float32[4], `score_mask` bool[4], `heatmaps` uint8[h, h, 2], `heatmap_mask` bool[2], `prompt` str,
+      `labels` list of int or None where they do not match the prompt's tokens, `uid` str.
+    """
+    if not is_target:
+        return text
+    return {
+        **{key: np.asarray(example[key]) for key in ("scores", "score_mask", "heatmaps", "heatmap_mask")},
+        "prompt": example["prompt"].decode(),
+        "labels": np.asarray(example["labels"]).tolist() if example["labels_valid"] else None,
+        "uid": example["uid"].decode(),
+    }
+
+
+def evaluate(targets, predictions, aux_values) -> dict[str, float]:
+    """seqio metric function: every metric of `metrics.evaluate`.
+
+    Args:
+      targets: what `postprocess` returns.
+      predictions: labelled prompts, str.
+      aux_values: `scores` float32[n, 4] and `heatmaps` float32[n, h, h, 2], both in [0, 1].
+    """
+    predictions = [
+        {"scores": scores, "heatmaps": heatmaps, "labelled_prompt": text}
+        for text, scores, heatmaps in zip(predictions, aux_values["scores"], aux_values["heatmaps"], strict=True)
+    ]
+    return metrics.evaluate(targets, predictions)
+
+
+def report(data_dir) -> dict:
+    """The report of the build (see builder.py)."""
+    return json.loads((_built(data_dir) / "report.json").read_text())
+
+
+def references(data_dir) -> dict[str, dict[str, dict[str, float]]]:
+    """Rows to print beside a result, {split: {row: {metric: value}}}; empty where the records came with none."""
+    path = _built(data_dir) / "references.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def constants(data_dir) -> dict[str, np.ndarray] | None:
+    """The training split's means, for a predictor that looks at nothing; None without a training split.
+
+    Returns:
+      `scores` float32[4] and `heatmaps` float32[64, 64, 2], both in [0, 1].
+    """
+    path = _built(data_dir) / "constants.npz"
+    if not path.is_file():
+        return None
+    with np.load(path, allow_pickle=False) as arrays:
+        return {key: arrays[key] for key in ("scores", "heatmaps")}
+
+
+def prompts(data_dir) -> dict[str, list[tuple[str, str, str]]]:
+    """{split: [(uid, prompt, labelled prompt), ...]}, read without the images; no labelled prompt is ''."""
+    stored = json.loads((_built(data_dir) / "prompts.json").read_text())
+    return {split: [tuple(row) for row in rows] for split, rows in stored.items()}
+
+
+def hash_of(arguments: dict) -> str:
+    """Eight hexadecimal digits that stay the same over processes."""
+    return f"{zlib.crc32(json.dumps(arguments, sort_keys=True).encode()):08x}"
+
+
+def _built(data_dir) -> pathlib.Path:
+    folder = builder.dataset_dir(data_dir)
+    if not (folder / "report.json").is_file():
+        raise ValueError(
+            f"data_dir: no dataset in {folder}, expected one; run "
+            f"python -m richhf_data.build --records=DIR --images=SPEC --data_dir={data_dir}"
+        )
+    return folder
+
+
+def _check_lengths(folder, pieces: vocabulary.Vocabulary, variant, text_length, keyword_length, truncate) -> None:
+    """Refuses, or reports, the texts that are too long, before anything is trained."""
+    limits = {"text_length": text_length, "keyword_length": keyword_length}
+    too_long = {key: [] for key in limits}
+    for rows in json.loads((folder / "prompts.json").read_text()).values():
+        for uid, prompt, labelled in rows:
+            needed = max(map(pieces.num_ids, schema.task_prompts(prompt, variant)))
+            for key, count in (("text_length", needed), ("keyword_length", pieces.num_ids(labelled))):
+                if count > limits[key]:
+                    too_long[key].append((count, uid))
+    for key, found in too_long.items():
+        if not found:
+            continue
+        needed, uid = max(found)
+        message = (
+            f"{key}: got {limits[key]}, but {len(found)} texts take more ids, the longest {needed} with its end id "
+            f"(uid {uid!r})"
+        )
+        if not truncate:
+            raise ValueError(f"{message}; expected {key} >= {needed}, or truncate_long_prompts")
+        logging.warning("%s: their last pieces are cut", message)
