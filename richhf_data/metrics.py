@@ -356,7 +356,7 @@ def constant_predictions(
 
 
 def tables(rows: Mapping[str, Mapping[str, float | None]]) -> list[list[list[str]]]:
-    """The papers' result tables: scores, one per heatmap, misaligned words. A table is its lines of cells, header first.
+    """The papers' result tables: scores, one per heatmap, misaligned words. Lines of cells, header first.
 
     Args:
       rows: what `evaluate` returns, by the name of its line ("this model", "constant predictor", "ceiling"). A value

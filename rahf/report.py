@@ -1,0 +1,300 @@
+"""Pictures of what a model says: one self-contained HTML page, and a figure for documents.
+
+An item is a dictionary; `richhf_data.schema` says what each field means:
+
+  image            uint8[H, W, 3], RGB
+  prompt           str
+  scores           {name: float in [0, 1]}, higher is better
+  heatmaps         {name: float32[h, w] in [0, 1]}, any size: stretched over the image
+  labelled_prompt  str, the prompt with `_0` on each misaligned word
+  name             str, optional: the file or the uid that the image came from
+  truth            optional, and so is each of its entries: scores and heatmaps as above, and labels (0 = misaligned or
+                   1 = aligned for each token of the prompt)
+
+Heatmap colours mean the same in every picture: the square root of the value, from 0 (the grey image shows) to 1. The
+root is because most predictions are small: linear colours would hide 0.1, and a scale of each map's own would make an
+all but empty map look alarming.
+"""
+
+import base64
+import io
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import cv2
+import jinja2
+import matplotlib
+import matplotlib.backends.backend_agg
+import matplotlib.colors
+import matplotlib.figure
+import numpy as np
+
+from richhf_data import keywords
+
+INLINED_SIDE = 384  # pixels: longer sides are shrunk before they go into the page
+JPEG_QUALITY = 85
+SCALE_TICKS = (0.0, 0.05, 0.25, 0.5, 1.0)
+
+# Without inferno's darkest quarter, which could not be told from a dark image.
+_COLORMAP = matplotlib.colors.ListedColormap(matplotlib.colormaps["inferno"](np.linspace(0.25, 1, 256)))
+_WORD_COLORS = {"": "#222222", "misaligned": "#c81e1e", "missing": "#999999"}
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+)
+
+
+def overlay(image: np.ndarray, heatmap: np.ndarray) -> np.ndarray:
+    """A heatmap's colours over the image in grey: uint8[H, W, 3], float[h, w] in [0, 1] -> uint8[H, W, 3].
+
+    Colour and opacity follow the square root of the value (see the module's docstring).
+
+    Raises:
+      ValueError: the image is not uint8[H, W, 3], or the heatmap not [h, w] in [0, 1].
+    """
+    _check_image("image", image)
+    _check_heatmap("heatmap", heatmap)
+    height, width = image.shape[:2]
+    heatmap = cv2.resize(np.asarray(heatmap, np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
+    level = np.sqrt(np.clip(heatmap, 0, 1))[..., None]
+    grey = 0.85 * cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY)[..., None]
+    color = 255 * _COLORMAP(level[..., 0])[..., :3]
+    opacity = np.minimum(1.2 * level, 0.85)
+    return np.rint(opacity * color + (1 - opacity) * grey).astype(np.uint8)
+
+
+def write(
+    path: str | os.PathLike,
+    items: Sequence[Mapping[str, Any]],
+    *,
+    title: str,
+    summary_tables: Sequence[Sequence[Sequence[str]]] | None = None,
+) -> None:
+    """Writes one HTML page that needs no other file and no network; the folder is made if it is not there.
+
+    Args:
+      path: the page, for instance `report.html`. Replaced in one step: a reader never sees half a page.
+      items: see the module's docstring.
+      title: the page's heading.
+      summary_tables: tables above the items, as `richhf_data.metrics.tables` gives them: lines of cells, header first.
+
+    Raises:
+      ValueError: an item's field has the wrong shape, type or range; the message names it. Nothing is written then.
+    """
+    page = _TEMPLATES.get_template("report.html.jinja").render(
+        title=title,
+        tables=summary_tables or [],
+        items=[_view(i, item) for i, item in enumerate(items)],
+        gradient=", ".join(matplotlib.colors.to_hex(_COLORMAP(level)) for level in np.linspace(0, 1, 9)),
+        ticks=[(value, 100 * value**0.5) for value in SCALE_TICKS],
+    )
+    _replace(pathlib.Path(path), page.encode())
+
+
+def figure(items: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
+    """Draws a few items as one PNG, a row each: image, heatmaps (model, annotators), scores; the prompt above.
+
+    Args:
+      items: see the module's docstring; at least one. All show the heatmaps and scores that the first has.
+      path: the PNG, replaced in one step; the folder is made if it is not there.
+
+    Raises:
+      ValueError: there is no item, or one has a field of the wrong shape, type or range.
+    """
+    if not items:
+        raise ValueError("items: got none, expected at least one")
+    for i, item in enumerate(items):
+        _check_item(i, item)
+    names = list(items[0]["heatmaps"])
+    sources = ("model", "annotators") if any(item.get("truth") for item in items) else ("model",)
+    columns = 1 + len(names) * len(sources)
+    side, bars, gap, bottom = 1.75, 2.5, 0.38, 0.42  # inches
+    heights = [side * item["image"].shape[0] / item["image"].shape[1] for item in items]
+    width, height = columns * side + bars, sum(heights) + len(items) * gap + bottom
+    drawing = matplotlib.figure.Figure((width, height), dpi=120)
+    matplotlib.backends.backend_agg.FigureCanvasAgg(drawing)  # draws without a display
+    grid = drawing.add_gridspec(
+        len(items), columns + 1, width_ratios=[side] * columns + [bars], height_ratios=heights, left=0.01, right=0.985,
+        wspace=0.05, bottom=bottom / height, top=1 - gap / height, hspace=gap / np.mean(heights),
+    )  # fmt: skip
+    for row, item in enumerate(items):
+        truth = item.get("truth") or {}
+        maps = [(f"{name}\n{source}", source, name) for name in names for source in sources]
+        for column, (label, source, name) in enumerate([("image", None, None), *maps]):
+            axes = drawing.add_subplot(grid[row, column], xticks=[], yticks=[])
+            axes.set_frame_on(False)
+            heatmap = (item if source == "model" else truth).get("heatmaps", {}).get(name) if name else None
+            if name is None or heatmap is not None:
+                axes.imshow(item["image"] if name is None else overlay(item["image"], heatmap))
+            else:
+                axes.text(0.5, 0.5, "no label", ha="center", color="#999999", transform=axes.transAxes)
+            if row == len(items) - 1:
+                axes.set_xlabel(label, fontsize=8)
+            if column == 0:
+                _draw_prompt(drawing, axes, _words(item["prompt"], _predicted_labels(item)))
+        axes = drawing.add_subplot(grid[row, columns])
+        _draw_scores(axes, item["scores"], truth.get("scores") or {})
+        if row == len(items) - 1:
+            axes.set_xlabel("scores, 0 to 1" + "\nbar: model, tick: annotators" * (len(sources) > 1), fontsize=8)
+    png = io.BytesIO()
+    drawing.savefig(png, format="png", facecolor="white")
+    _replace(pathlib.Path(path), png.getvalue())
+
+
+# ------------------------------------------------------------------------------------------------------ one item
+
+
+def _view(i: int, item: Mapping[str, Any]) -> dict[str, Any]:
+    """What the template shows of an item: texts, percentages and data URIs only."""
+    _check_item(i, item)
+    truth = item.get("truth") or {}
+    true_scores, true_heatmaps = truth.get("scores") or {}, truth.get("heatmaps") or {}
+    image = _shrink(item["image"])
+    pictures = [{"caption": "image", "note": "{} x {}".format(*item["image"].shape[1::-1]), "uri": _jpeg(image)}]
+    for name, heatmap in item["heatmaps"].items():
+        for source, values in (("model", heatmap), ("annotators", true_heatmaps.get(name))):
+            if values is not None:
+                note = f"{source}, peak {np.max(values):.2f}"
+                pictures.append({"caption": name, "note": note, "uri": _jpeg(overlay(image, values))})
+    scores = []
+    for name, value in item["scores"].items():
+        true = true_scores.get(name)
+        true = None if true is None or np.isnan(true) else float(true)
+        scores.append({"name": name, "value": float(value), "width": _percent(value), "truth": true,
+                       "tick": None if true is None else _percent(true)})  # fmt: skip
+    labels = truth.get("labels")
+    errors = [abs(score["value"] - score["truth"]) for score in scores if score["truth"] is not None]
+    return {
+        "compared": bool(truth),
+        "error": float(np.mean(errors)) if errors else 0.0,
+        "name": item.get("name", ""),
+        "words": _words(item["prompt"], _predicted_labels(item)),
+        "true_words": None if labels is None else _words(item["prompt"], labels),
+        "prompt": item["prompt"],
+        "scores": scores,
+        "pictures": pictures,
+    }
+
+
+def _predicted_labels(item):
+    return keywords.read_labels(item["labelled_prompt"], keywords.tokenize(item["prompt"]))
+
+
+def _words(prompt: str, labels: Sequence[int | None]) -> list[tuple[str, str]]:
+    """The prompt in pieces, each with its kind: "misaligned", "missing" (the model did not copy it) or "".
+
+    >>> _words("a yellow cat!", [1, 0, None])
+    [('a', ''), (' ', ''), ('yellow', 'misaligned'), (' ', ''), ('cat', 'missing'), ('!', '')]
+    """
+    pieces, end = [], 0
+    for token, label in zip(keywords.tokenize(prompt), labels, strict=True):
+        start = prompt.index(token, end)
+        if start > end:
+            pieces.append((prompt[end:start], ""))
+        end = start + len(token)
+        pieces.append((token, {keywords.MISALIGNED: "misaligned", None: "missing"}.get(label, "")))
+    return [*pieces, (prompt[end:], "")] if prompt[end:] else pieces
+
+
+def _percent(value):
+    return round(100 * min(max(float(value), 0.0), 1.0), 2)
+
+
+def _shrink(image):
+    scale = INLINED_SIDE / max(image.shape[:2])
+    if scale >= 1:
+        return image
+    size = [max(1, round(side * scale)) for side in image.shape[1::-1]]
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+
+
+def _jpeg(image):
+    done, data = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    assert done
+    return "data:image/jpeg;base64," + base64.b64encode(data).decode()
+
+
+# ----------------------------------------------------------------------------------------------------- the figure
+
+
+def _draw_prompt(drawing, axes, words):
+    """The prompt above a row, word by word: matplotlib has one colour per text."""
+    renderer = drawing.canvas.get_renderer()
+    scale = axes.get_window_extent(renderer).width
+    x, y = 0.0, 1 + 0.08 * drawing.dpi / axes.get_window_extent(renderer).height  # 0.08 inches above the image
+    room = 0.98 * drawing.bbox.width / scale
+    for word, kind in words:
+        style = {"color": _WORD_COLORS[kind], "fontweight": "bold" if kind == "misaligned" else "normal"}
+        text = axes.text(x, y, word, transform=axes.transAxes, fontsize=9, parse_math=False, **style)
+        # Trailing spaces have no extent: measure the word between two bars.
+        probe = axes.text(0, 0, f"|{word}|", fontsize=9, parse_math=False, **style)
+        bars = axes.text(0, 0, "||", fontsize=9, parse_math=False, **style)
+        width = (probe.get_window_extent(renderer).width - bars.get_window_extent(renderer).width) / scale
+        probe.remove()
+        bars.remove()
+        if x + width > room:
+            text.set(text="...", color=_WORD_COLORS[""])
+            return
+        x += width
+
+
+def _draw_scores(axes, scores, true_scores):
+    for y, (name, value) in enumerate(scores.items()):
+        axes.barh(y, 1, height=0.5, color="#eceef2")
+        axes.barh(y, value, height=0.5, color="#4f7fd9")
+        axes.text(1.04, y, f"{value:.2f}", va="center", fontsize=7.5)
+        if true_scores.get(name) is not None:
+            axes.plot([true_scores[name]] * 2, [y - 0.38, y + 0.38], color="#e07b00", linewidth=2.5)
+    axes.set(xlim=(0, 1.25), ylim=(len(scores) - 0.3, -0.7), xticks=[], yticks=range(len(scores)))
+    axes.set_yticklabels(scores, fontsize=7.5)
+    axes.tick_params(length=0)
+    axes.set_frame_on(False)
+    # The bars keep away from the heatmaps: their labels stand left of the axes.
+    left, bottom, width, height = axes.get_position().bounds
+    axes.set_position((left + 0.38 * width, bottom + 0.08 * height, 0.62 * width, 0.84 * height))
+
+
+# ------------------------------------------------------------------------------------------------- checks, writing
+
+
+def _check_item(i, item):
+    _check_image(f"items[{i}]['image']", item["image"])
+    truth = item.get("truth") or {}
+    for side, row in (("", item), ("['truth']", truth)):
+        for name, heatmap in (row.get("heatmaps") or {}).items():
+            _check_heatmap(f"items[{i}]{side}['heatmaps'][{name!r}]", heatmap)
+    for name, score in item["scores"].items():
+        if not np.isfinite(score):
+            raise ValueError(f"items[{i}]['scores'][{name!r}]: got {score}, expected a number in [0, 1]")
+    labels, tokens = truth.get("labels"), keywords.tokenize(item["prompt"])
+    if labels is not None and len(labels) != len(tokens):
+        raise ValueError(
+            f"items[{i}]['truth']['labels']: got {len(labels)} for the {len(tokens)} tokens of prompt "
+            f"{item['prompt']!r}, expected one each (None if they are unknown)"
+        )
+
+
+def _check_image(name, image):
+    if np.asarray(image).dtype != np.uint8 or np.ndim(image) != 3 or np.shape(image)[2] != 3 or not np.size(image):
+        got = f"{np.asarray(image).dtype}{list(np.shape(image))}"
+        raise ValueError(f"{name}: got {got}, expected uint8[H, W, 3]")
+
+
+def _check_heatmap(name, heatmap):
+    if np.ndim(heatmap) != 2 or not np.size(heatmap):
+        raise ValueError(f"{name}: got shape {np.shape(heatmap)}, expected [h, w]")
+    low, high = float(np.min(heatmap)), float(np.max(heatmap))
+    if not (low >= 0 and high <= 1):  # false for nan too
+        raise ValueError(f"{name}: got values from {low} to {high}, expected [0, 1] (divide uint8 by 255)")
+
+
+def _replace(path, data):
+    """Writes beside the file, then renames: whoever reads has the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
