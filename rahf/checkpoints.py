@@ -58,10 +58,15 @@ def read_config(workdir) -> ml_collections.ConfigDict:
 
 def write_json(path, value) -> None:
     """Writes a JSON file whole or not at all. Not-a-number becomes null."""
+    write_text(path, json.dumps(_without_nan(value), indent=2, sort_keys=True) + "\n")
+
+
+def write_text(path, text: str) -> None:
+    """Writes a text file whole or not at all."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(_without_nan(value), indent=2, sort_keys=True) + "\n")
+    partial.write_text(text)
     partial.replace(path)
 
 
@@ -69,9 +74,8 @@ def manager(workdir, kind: str) -> ocp.CheckpointManager:
     """The Orbax manager of `checkpoints` (the two latest training states) or `best` (one set of parameters)."""
     keep = {"checkpoints": 2, "best": 1}[kind]
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-    return ocp.CheckpointManager(
-        pathlib.Path(workdir).absolute() / kind, options=options, item_names=("state", "metadata")
-    )
+    handlers = {"state": ocp.StandardCheckpointHandler(), "metadata": ocp.JsonCheckpointHandler()}
+    return ocp.CheckpointManager(pathlib.Path(workdir).absolute() / kind, options=options, item_handlers=handlers)
 
 
 def save(checkpoints: ocp.CheckpointManager, step: int, state, metadata) -> None:
@@ -104,6 +108,21 @@ def restore(checkpoints: ocp.CheckpointManager, step: int, abstract_state):
     return checkpoints.restore(
         step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
     )["state"]
+
+
+def restore_params(workdir, abstract_params):
+    """The parameters to predict with: those of the best evaluation so far.
+
+    Raises:
+      ValueError: the workdir has no checkpoint, or one of another architecture.
+    """
+    with manager(workdir, "best") as best:
+        if (step := best.latest_step()) is not None:
+            return restore(best, step, abstract_params)
+    raise ValueError(
+        f"workdir: {workdir} has no finished evaluation yet, expected a checkpoint in {pathlib.Path(workdir) / 'best'}; "
+        "go on training until step eval.every"
+    )
 
 
 def best_value(best: ocp.CheckpointManager) -> float | None:

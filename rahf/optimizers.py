@@ -10,6 +10,9 @@ def make_schedule(config, num_steps: int) -> optax.Schedule:
 
     `rsqrt` is the paper's: linear warm-up, then lr * sqrt(warmup_steps / step). `cosine` is for fine-tuning and short
     runs: linear warm-up, then a cosine from `learning_rate` to `final_learning_rate` at `num_steps`.
+
+    Raises:
+      ValueError: an unknown schedule, or a cosine whose warm-up takes all steps.
     """
     peak, warmup = config.learning_rate, config.warmup_steps
     if config.schedule == "rsqrt":
@@ -20,6 +23,8 @@ def make_schedule(config, num_steps: int) -> optax.Schedule:
 
         return rsqrt
     if config.schedule == "cosine":
+        if warmup >= num_steps:
+            raise ValueError(f"optimizer.warmup_steps: got {warmup}, expected fewer than train.num_steps={num_steps}")
         return optax.warmup_cosine_decay_schedule(
             init_value=0.0,
             peak_value=peak,

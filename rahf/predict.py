@@ -12,6 +12,7 @@ writes predictions.jsonl, heatmaps/*.png and report.html into the output folder.
 import dataclasses
 import functools
 import glob
+import itertools
 import json
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,15 +28,6 @@ from rahf import checkpoints, partitioning, report
 from rahf.models import rahf as rahf_model
 from richhf_data import keywords, schema
 from richhf_data import vocabulary as vocabularies
-
-_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a training run, or one that rahf.convert wrote.")
-_IMAGES = flags.DEFINE_string("images", None, "A glob of image files, or a .jsonl file of {image, prompt} lines.")
-_PROMPT = flags.DEFINE_string("prompt", None, "The prompt of all images of a glob; else each image's own NAME.txt.")
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "Instead of --images: a built dataset; the report shows its truth.")
-_SPLIT = flags.DEFINE_string("split", "test", "The split of --data_dir.")
-_LIMIT = flags.DEFINE_integer("limit", None, "Predict the first so many only.", lower_bound=1)
-_OUTPUT = flags.DEFINE_string("output", None, "The folder to write to.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images at a time.", lower_bound=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,15 +61,14 @@ class Model:
 
         @functools.partial(jax.jit, out_shardings=self._sharding)
         def forward(params, image, text_ids):
-            image = rahf_model.normalize_image(image)
-            return module.apply(
-                {"params": params}, image, text_ids, config.data.keyword_length, method=module.predict
-            )
+            length = config.data.keyword_length
+            return module.apply({"params": params}, image, text_ids, length, method=module.predict)
 
         self._forward = forward
 
     def predict_batch(self, batch) -> list[dict]:
-        """One dictionary a row: scores float32[4], heatmaps float32[h, w, 2] in [0, 1], labelled_prompt str.
+        """One dictionary a row: scores float32[4] and heatmaps float32[h, w, 2], both in [0, 1], keyword_ids int32[T]
+        and the labelled_prompt that they spell.
 
         Args:
           batch: `image` uint8[B, H, W, 3] at the model's size and `text_ids`, as schema.py describes. Any B: rows are
@@ -85,15 +76,16 @@ class Model:
         """
         rows = len(batch["image"])
         padding = -rows % self.mesh.shape["data"]
-        image, text_ids = (
-            np.pad(batch[name], [(0, padding)] + [(0, 0)] * (batch[name].ndim - 1)) for name in ("image", "text_ids")
-        )
-        inputs = partitioning.shard_batch({"image": image, "text_ids": text_ids}, self._sharding)
+        inputs = {
+            name: np.pad(batch[name], [(0, padding)] + [(0, 0)] * (batch[name].ndim - 1))
+            for name in ("image", "text_ids")
+        }
+        inputs = partitioning.shard_batch(inputs, self._sharding)
         with self.mesh, nn.logical_axis_rules(partitioning.RULES):
             outputs = self._forward(self.params, inputs["image"], inputs["text_ids"])
         scores, heatmaps, keyword_ids = (np.asarray(array)[:rows] for array in outputs)
         return [
-            {"scores": s, "heatmaps": m, "labelled_prompt": self.vocabulary.decode(ids)}
+            {"scores": s, "heatmaps": m, "keyword_ids": ids, "labelled_prompt": self.vocabulary.decode(ids)}
             for s, m, ids in zip(scores, heatmaps, keyword_ids, strict=True)
         ]
 
@@ -126,21 +118,23 @@ class Model:
         """
         if len(images) != len(prompts):
             raise ValueError(f"prompts: got {len(prompts)} for {len(images)} images, expected one each")
-        rows = []
-        for start in range(0, len(images), batch_size):
-            part = slice(start, start + batch_size)
-            prepared = [self.prepare(image, prompt) for image, prompt in zip(images[part], prompts[part], strict=True)]
-            batch = {name: np.stack([row[name] for row in prepared]) for name in ("image", "text_ids")}
-            if start > 0 and len(prepared) < batch_size:  # keep the compiled shape
-                batch = {
-                    name: np.pad(array, [(0, batch_size - len(prepared))] + [(0, 0)] * (array.ndim - 1))
-                    for name, array in batch.items()
-                }
-            rows += self.predict_batch(batch)[: len(prepared)]
-        return feedback(rows, prompts)
+        inputs = (self.prepare(image, prompt) for image, prompt in zip(images, prompts, strict=True))
+        return _feedback(list(self.predict_rows(inputs, min(batch_size, len(images)))), prompts)
+
+    def predict_rows(self, examples: Iterable[dict], batch_size: int) -> Iterator[dict]:
+        """`predict_batch` over any number of rows, each a dictionary of `image` and `text_ids`.
+
+        The last batch is filled up to the one compiled shape, and cut again.
+        """
+        examples = iter(examples)
+        while part := list(itertools.islice(examples, batch_size)):
+            filled = part + [part[-1]] * (batch_size - len(part))
+            yield from self.predict_batch(
+                {name: np.stack([example[name] for example in filled]) for name in ("image", "text_ids")}
+            )[: len(part)]
 
 
-def feedback(rows: Sequence[dict], prompts: Sequence[str]) -> Feedback:
+def _feedback(rows: Sequence[dict], prompts: Sequence[str]) -> Feedback:
     """Collects `predict_batch`'s rows."""
     size = rows[0]["heatmaps"].shape[:2] if rows else (0, 0)
     scores = np.asarray([row["scores"] for row in rows], np.float32).reshape(-1, len(schema.SCORES))
@@ -158,7 +152,7 @@ def feedback(rows: Sequence[dict], prompts: Sequence[str]) -> Feedback:
 
 
 def load(workdir) -> Model:
-    """The model of a workdir: its best checkpoint, or the latest one where no evaluation has been made yet.
+    """The model of a workdir, as its best evaluation so far found it.
 
     Raises:
       ValueError: the folder holds no run, or no checkpoint, or one of another architecture.
@@ -174,6 +168,15 @@ def load(workdir) -> Model:
     targets = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), shardings)
     model.params = checkpoints.restore_params(workdir, targets)
     return model
+
+
+def check_vocabulary(model_config: rahf_model.RAHFConfig, vocabulary: vocabularies.Vocabulary) -> None:
+    """Refuses a vocabulary with more pieces than the model has embeddings."""
+    if vocabulary.size > model_config.t5.vocab_size:
+        raise ValueError(
+            f"vocabulary: {vocabulary.path} has {vocabulary.size} pieces, the model embeds "
+            f"model.t5.vocab_size={model_config.t5.vocab_size}; raise it, or train a smaller vocabulary"
+        )
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
@@ -229,34 +232,104 @@ def read_inputs(spec: str, prompt: str | None) -> list[tuple[str, str]]:
     return inputs
 
 
-def write(output, items: Iterable[dict], count: int | None = None) -> int:
-    """Writes predictions.jsonl, heatmaps/*.png and report.html; returns the number of images.
+REPORT_IMAGES = 200  # the page holds its pictures itself; predictions.jsonl and heatmaps/ have them all
+
+
+def write(output, items: Iterable[dict], count: int) -> None:
+    """Writes predictions.jsonl, heatmaps/*.png and report.html, which shows the first `REPORT_IMAGES` of `count` images.
 
     Args:
-      items: dictionaries of `report.write`, with `name` as well.
+      items: dictionaries as rahf/report.py describes, with `name`.
     """
     output = pathlib.Path(output)
     (output / "heatmaps").mkdir(parents=True, exist_ok=True)
-    kept = []
+    shown = []
     partial = output / "predictions.jsonl.partial"
     with partial.open("w") as lines:
         for index, item in enumerate(tqdm(items, total=count, desc="predict", unit="image")):
-            files = {}
-            for name, heatmap in item["heatmaps"].items():
-                files[name] = f"heatmaps/{index:05d}_{name}.png"
-                cv2.imwrite(str(output / files[name]), np.round(heatmap * 255).astype(np.uint8))
+            files = {name: f"heatmaps/{index:05d}_{name}.png" for name in item["heatmaps"]}
+            for name, file in files.items():
+                cv2.imwrite(str(output / file), np.round(item["heatmaps"][name] * 255).astype(np.uint8))
             tokens = keywords.tokenize(item["prompt"])
-            labels = keywords.read_labels(item["labelled_prompt"], tokens)
             row = {
                 "image": item["name"],
                 "prompt": item["prompt"],
                 "scores": {name: round(float(value), 6) for name, value in item["scores"].items()},
                 "labelled_prompt": item["labelled_prompt"],
-                "keywords": keywords.misaligned_words(tokens, labels),
+                "keywords": keywords.misaligned_words(tokens, keywords.read_labels(item["labelled_prompt"], tokens)),
                 "heatmaps": files,
             }
             lines.write(json.dumps(row) + "\n")
-            kept.append(item)
+            if index < REPORT_IMAGES:
+                shown.append(item)
     partial.replace(output / "predictions.jsonl")
-    report.write(output / "report.html", kept, title="RAHF: rich feedback")
-    return len(kept)
+    title = "RAHF: rich feedback" + (f" (the first {len(shown)} of {count} images)" if count > len(shown) else "")
+    report.write(output / "report.html", shown, title=title)
+    print(f"{count} images: {output / 'report.html'}, predictions.jsonl, heatmaps/")
+
+
+def predict_items(model: Model, examples: Iterable[dict], batch_size: int) -> Iterator[dict]:
+    """Items of rahf/report.py from examples: dictionaries of `image` (RGB, any size), `prompt`, `name`, maybe `truth`."""
+    shown, prepared = itertools.tee(examples)
+    rows = model.predict_rows((model.prepare(example["image"], example["prompt"]) for example in prepared), batch_size)
+    for example, row in zip(shown, rows, strict=True):
+        yield example | {
+            "scores": dict(zip(schema.SCORES, row["scores"].tolist(), strict=True)),
+            "heatmaps": {name: row["heatmaps"][..., i] for i, name in enumerate(schema.HEATMAPS)},
+            "labelled_prompt": row["labelled_prompt"],
+        }
+
+
+def dataset_examples(data_dir, split: str, limit: int | None) -> tuple[Iterator[dict], int]:
+    """A built dataset's examples with their truth, and how many; this alone needs TensorFlow."""
+    from richhf_data import tasks
+
+    examples, count = tasks.decoded(data_dir, split, limit)
+
+    def items():
+        for example in examples:
+            heatmaps = example["heatmaps"].astype(np.float32) / 255
+            yield {
+                "name": example["uid"],
+                "image": example["image"],
+                "prompt": example["prompt"],
+                "truth": {
+                    "scores": dict(zip(schema.SCORES, example["scores"].tolist(), strict=True)),
+                    "heatmaps": {name: heatmaps[..., i] for i, name in enumerate(schema.HEATMAPS)},
+                    "labels": example["labels"],
+                },
+            }
+
+    return items(), count
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]} (quote a glob: --images='photos/*.jpg')")
+    args = flags.FLAGS
+    try:
+        if (args.images is None) == (args.data_dir is None):
+            raise ValueError("pass either --images=GLOB|JSONL or --data_dir=DIR")
+        model = load(args.workdir)
+        if args.data_dir:
+            examples, count = dataset_examples(args.data_dir, args.split, args.limit)
+        else:
+            inputs = read_inputs(args.images, args.prompt)[: args.limit]
+            count = len(inputs)
+            examples = ({"name": path, "image": read_image(path), "prompt": prompt} for path, prompt in inputs)
+        write(args.output, predict_items(model, examples, min(args.batch_size, count)), count)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "The folder of a training run, or one that rahf.convert wrote.")
+    flags.DEFINE_string("images", None, "A glob of image files, or a .jsonl file of {image, prompt} lines.")
+    flags.DEFINE_string("prompt", None, "The prompt of all images of a glob; else each image's own NAME.txt.")
+    flags.DEFINE_string("data_dir", None, "Instead of --images: a built dataset; the report shows its truth.")
+    flags.DEFINE_string("split", "test", "The split of --data_dir.")
+    flags.DEFINE_integer("limit", None, "Predict the first so many only.", lower_bound=1)
+    flags.DEFINE_string("output", None, "The folder to write to.")
+    flags.DEFINE_integer("batch_size", 32, "Images at a time.", lower_bound=1)
+    flags.mark_flags_as_required(["workdir", "output"])
+    app.run(main)

@@ -2,8 +2,8 @@
 
     python -m rahf.train --config=configs/rahf_synth_tiny.py --workdir=DIR [--config.key=value ...]
 
-A run that was killed goes on where its last checkpoint left it when the same command is given again: the batches and the
-random numbers of a step are functions of the seed and the step alone.
+A run that was killed goes on where its last checkpoint left it when the same command is given again: the batches and
+the random numbers of a step are functions of the seed and the step alone.
 """
 
 import time
@@ -19,11 +19,6 @@ from tqdm.auto import tqdm
 
 from rahf import checkpoints, evaluate, losses, optimizers, partitioning, predict, sources
 from rahf.models import rahf as rahf_model
-from richhf_data import vocabulary as vocabularies
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file of configs/.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and evaluations go; a killed run resumes from it.")
-
 
 def initial_state(model: rahf_model.RAHF, optimizer, config, key) -> dict:
     """Step 0: a dictionary of `step`, `params`, `opt_state`, and `ema` where `optimizer.ema_decay` is above 0.
@@ -54,7 +49,7 @@ def make_train_step(model: rahf_model.RAHF, optimizer, schedule, config, mesh):
         def loss_fn(params, rows, index):
             outputs = model.apply(
                 {"params": params},
-                rahf_model.normalize_image(rows["image"]),
+                rows["image"],
                 rows["text_ids"],
                 rows["keyword_ids"],
                 train=True,
@@ -189,7 +184,7 @@ def train(config, workdir) -> dict[str, float]:
 
         if step % config.eval.every == 0 or step == num_steps:
             predictor.params = state.get("ema", state["params"])
-            results = evaluation(predictor)
+            results = evaluation.run(predictor)
             value = evaluate.selection(results)
             for name, entry in results.items():
                 writer.add_scalar(f"dev/{name}", entry, step)
@@ -215,11 +210,13 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     try:
-        train(_CONFIG.value, _WORKDIR.value)
+        train(flags.FLAGS.config, flags.FLAGS.workdir)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "The experiment: a file of configs/.")
+    flags.DEFINE_string("workdir", None, "For checkpoints, logs, evaluations; a killed run resumes from it.")
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main)

@@ -1,0 +1,69 @@
+"""The paper's RAHF, multi-head: ViT-B/16 + T5 v1.1 base at 224 px, on RichHF-18K.
+
+  command    python -m rahf.train --config=configs/rahf_base.py --workdir=DIR --config.data.data_dir=DIR
+  hardware   the paper: 64 TPU v3 chips, batch 256, 20,000 steps
+  result     not yet measured
+"""
+
+import ml_collections
+
+
+def get_config():
+    """All that a run can be told; every other config changes values of this one."""
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.log_every = 50  # steps
+    config.checkpoint_every = 1000
+
+    config.model = dict(
+        variant="multi_head",
+        image_size=224,  # pixels; not in the paper
+        dtype="bfloat16",  # of the computation; parameters, losses and softmax are float32
+        task_pattern=(0, 1, 2, 3, 4, 5, 6, 6),  # augmented_prompt: the task of row i % 8, as in schema.TASKS
+        vit=dict(patch_size=16, width=768, depth=12, num_heads=12, mlp_dim=3072, dropout=0.0, remat=False),
+        t5=dict(
+            vocab_size=32128,
+            emb_dim=768,
+            num_heads=12,
+            head_dim=64,
+            num_encoder_layers=12,
+            num_decoder_layers=12,
+            mlp_dim=2048,
+            mlp_activations=("gelu", "linear"),  # T5 v1.1; ("relu",) is v1.0
+            logits_via_embedding=False,  # True in v1.0
+            dropout=0.1,
+            remat=False,
+        ),
+        score_head=dict(filters=(768, 384, 128, 64), kernel_size=2, padding="VALID", dense=(2048, 1024)),
+        heatmap_head=dict(filters=(768, 384), deconv_filters=(768, 384, 384, 192), output_hidden=192, residual=False),
+    )
+    config.data = dict(
+        source="seqio",  # or "stream": RichHF-Synth drawn endlessly, no files, no TensorFlow
+        data_dir="",  # what richhf_data.build wrote
+        vocabulary="",  # a SentencePiece model; data_dir/vocabulary.model when empty
+        text_length=64,  # ids, the end included
+        keyword_length=64,  # the paper's decoder length
+        truncate_long_prompts=False,
+        augment=True,  # the paper's crops and colours
+        num_workers=2,  # processes that draw for "stream"
+    )
+    config.optimizer = dict(
+        schedule="rsqrt",  # the paper's; "cosine" for fine-tuning and short runs
+        learning_rate=0.015,
+        final_learning_rate=0.0,  # of the cosine
+        warmup_steps=2000,
+        weight_decay=0.0,  # not in the paper
+        b1=0.9,
+        b2=0.999,
+        clip_norm=1.0,  # not in the paper
+        ema_decay=0.0,  # 0 = no moving average
+    )
+    config.train = dict(
+        batch_size=256,
+        num_steps=20_000,
+        accumulation_steps=1,  # microbatches that one step adds up
+        loss_weights=dict(score=1.0, heatmap=1.0, keyword=1.0),  # not in the paper
+    )
+    config.eval = dict(every=1000, batch_size=64, num_examples=995)
+    config.mesh = dict(data=-1, model=1)  # -1: all devices that model leaves
+    return config

@@ -1,0 +1,26 @@
+"""The smallest RAHF that runs every line: a few seconds on one core, for tests.
+
+  command    python -m rahf.train --config=configs/rahf_ci.py --workdir=DIR [--config.data.source=stream]
+  hardware   1 CPU core
+  result     none: it learns nothing of use
+"""
+
+from configs import rahf_synth_tiny
+
+
+def get_config():
+    config = rahf_synth_tiny.get_config()
+    config.log_every = 1
+    config.checkpoint_every = 2
+    config.model.update(
+        image_size=32,
+        vit=dict(patch_size=8, width=16, depth=1, num_heads=2, mlp_dim=32),
+        t5=dict(emb_dim=32, num_heads=2, head_dim=8, num_encoder_layers=1, num_decoder_layers=1, mlp_dim=32),
+        score_head=dict(filters=(8,), dense=(16,)),
+        heatmap_head=dict(filters=(8,), deconv_filters=(8,), output_hidden=4),
+    )
+    config.data.num_workers = 0
+    config.optimizer.warmup_steps = 2
+    config.train.update(batch_size=8, num_steps=4)
+    config.eval.update(every=2, batch_size=8, num_examples=8)
+    return config

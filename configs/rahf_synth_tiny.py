@@ -1,0 +1,37 @@
+"""The demo: a small RAHF on RichHF-Synth at 64 px, trained from scratch in minutes on two CPU cores.
+
+  command    make demo
+  hardware   2 CPU cores
+  result     in README.md
+"""
+
+from configs import rahf_base
+
+
+def get_config():
+    config = rahf_base.get_config()
+    config.log_every = 20
+    config.checkpoint_every = 500
+    config.model.update(
+        image_size=64,
+        dtype="float32",
+        vit=dict(patch_size=8, width=128, depth=4, num_heads=4, mlp_dim=256),
+        t5=dict(
+            vocab_size=512,
+            emb_dim=128,
+            num_heads=4,
+            head_dim=32,
+            num_encoder_layers=3,
+            num_decoder_layers=1,
+            mlp_dim=256,
+            dropout=0.0,
+        ),
+        score_head=dict(filters=(64, 32), dense=(128,)),
+        heatmap_head=dict(filters=(64,), deconv_filters=(48, 24), output_hidden=16),
+    )
+    config.data.update(text_length=32, keyword_length=48, augment=False)
+    config.optimizer.update(schedule="cosine", learning_rate=1e-3, warmup_steps=200, weight_decay=0.05, b2=0.98)
+    config.optimizer.ema_decay = 0.99
+    config.train.update(batch_size=64, num_steps=2000, loss_weights=dict(score=5.0, heatmap=20.0, keyword=0.5))
+    config.eval.update(every=500, batch_size=50, num_examples=200)
+    return config

@@ -1,0 +1,159 @@
+"""Evaluates a run on a split with the papers' metrics, beside the constant predictor and the ceiling.
+
+    python -m rahf.evaluate --config=configs/X.py --workdir=DIR --split=test [--config.data.data_dir=DIR]
+
+writes DIR/eval/<split>.json (one flat object) and DIR/eval/<split>.md (the papers' tables), and prints the tables.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterable
+
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+from tqdm.auto import tqdm
+
+from rahf import checkpoints, predict, sources
+from richhf_data import metrics, schema
+
+CONSTANT_EXAMPLES = 500  # of the stream's training split, for the constant predictor's means
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """A split, ready to evaluate models on.
+
+    Attributes:
+      run: `predict.Model` -> flat metrics (DESIGN's keys).
+      references: () -> rows to compare with, {name: metrics}: the constant predictor, and what came with the data.
+    """
+
+    run: Callable[[predict.Model], dict[str, float]]
+    references: Callable[[], dict[str, dict[str, float]]]
+
+
+def prepare(config, vocabulary, split: str, num_examples: int | None = None) -> Evaluation:
+    """Reads a split once: through seqio's Evaluator where there is a built dataset, else drawn from the stream.
+
+    Raises:
+      ValueError: no such dataset or split.
+    """
+    if config.data.source == "seqio" or config.data.data_dir:
+        return _from_seqio(config, vocabulary, split, num_examples)
+    return _from_stream(config, vocabulary, split, num_examples or config.eval.num_examples)
+
+
+def _from_seqio(config, vocabulary, split, num_examples):
+    from rahf import features
+    from richhf_data import tasks
+
+    task = sources.register_task(config, vocabulary, augment=False)
+    evaluator = features.evaluator(task, split, num_examples)
+
+    def run(model):
+        def predict_with_aux(dataset, model_feature_shapes=None):
+            del model_feature_shapes
+            examples = list(dataset.as_numpy_iterator())
+            rows = _predict_all(model, (features for _, features in examples), len(examples), config.eval.batch_size)
+            ids = [(int(index), row["keyword_ids"]) for (index, _), row in zip(examples, rows, strict=True)]
+            return ids, {name: [row[name] for row in rows] for name in ("scores", "heatmaps")}
+
+        future, _ = evaluator.evaluate(compute_metrics=True, predict_with_aux_fn=predict_with_aux)
+        return {name: float(value) for name, value in future.result()[task].items()}
+
+    def references():
+        rows = {}
+        if (constants := tasks.constants(config.data.data_dir)) is not None:
+            targets = evaluator.cached_targets[task]
+            predictions = metrics.constant_predictions(constants["scores"], constants["heatmaps"], targets)
+            rows["constant predictor"] = metrics.evaluate(targets, predictions)
+        return rows | tasks.references(config.data.data_dir).get(split, {})
+
+    return Evaluation(run, references)
+
+
+def _from_stream(config, vocabulary, split, num_examples):
+    from richhf_data import synthetic
+    from richhf_data.synthetic import stream
+
+    arguments = sources.stream_arguments(config)
+    sizes = {"image_size": arguments["image_size"], "map_size": arguments["heatmap_size"]}
+    examples = list(stream.examples(split, num_examples, seed=config.seed, **sizes))
+    batch = stream.make_batch(examples, vocabulary=vocabulary, **arguments)
+    targets = [_target(example) for example in examples]
+
+    def run(model):
+        inputs = ({name: batch[name][i] for name in ("image", "text_ids")} for i in range(num_examples))
+        return metrics.evaluate(targets, _predict_all(model, inputs, num_examples, config.eval.batch_size))
+
+    def references():
+        train = list(stream.examples("train", CONSTANT_EXAMPLES, seed=config.seed, **sizes))
+        scores = np.mean([example.scores for example in train], axis=0)
+        heatmaps = np.mean([example.heatmaps for example in train], axis=0) / 255
+        constant = metrics.evaluate(targets, metrics.constant_predictions(scores, heatmaps, targets))
+        return {"constant predictor": constant} | synthetic.references(examples)
+
+    return Evaluation(run, references)
+
+
+def _target(example) -> dict:
+    return {
+        "scores": example.scores,
+        "score_mask": np.ones(len(schema.SCORES), bool),
+        "heatmaps": example.heatmaps,
+        "heatmap_mask": np.ones(len(schema.HEATMAPS), bool),
+        "prompt": example.prompt,
+        "labels": list(example.labels),
+    }
+
+
+def _predict_all(model, examples: Iterable[dict], count: int, batch_size: int) -> list[dict]:
+    rows = model.predict_rows(examples, batch_size)
+    return list(tqdm(rows, total=count, desc="evaluate", unit="example", leave=False))
+
+
+def selection(results: dict[str, float]) -> float:
+    """What the best checkpoint is best in: the mean over the four scores of PLCC and SRCC."""
+    return float(np.mean([results[f"score/{kind}/{name}"] for kind in ("plcc", "srcc") for name in schema.SCORES]))
+
+
+def summary(results: dict[str, float]) -> str:
+    """A periodic evaluation in one line."""
+    scores = " ".join(f"{name} {results[f'score/plcc/{name}']:.3f}" for name in schema.SCORES)
+    return (
+        f"PLCC {scores} | implausibility AUC {results['heatmap/auc_judd/implausibility']:.3f} "
+        f"CC {results['heatmap/cc/implausibility']:.3f} | keywords F1 {results['keywords/micro/f1']:.3f}"
+    )
+
+
+def evaluate(config, workdir, split: str, num_examples: int | None = None) -> dict[str, float]:
+    """Evaluates a workdir's best checkpoint, writes eval/<split>.json and .md, prints the tables, returns the metrics."""
+    model = predict.load(workdir)
+    evaluation = prepare(config, model.vocabulary, split, num_examples)
+    results = evaluation.run(model)
+    table = metrics.table({"this model": results} | evaluation.references())
+    folder = pathlib.Path(workdir) / "eval"
+    checkpoints.write_json(folder / f"{split}.json", results)
+    checkpoints.write_text(folder / f"{split}.md", table + "\n")
+    print(f"\n{split}: {results['num_examples']:.0f} examples, {workdir}\n\n{table}\n\nwritten to {folder / split}.json")
+    return results
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    args = flags.FLAGS
+    try:
+        evaluate(args.config, args.workdir, args.split, args.num_examples)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "The run's experiment: a file of configs/.")
+    flags.DEFINE_string("workdir", None, "The training run.")
+    flags.DEFINE_string("split", "test", "Which split of the dataset.")
+    flags.DEFINE_integer("num_examples", None, "The first so many only; all by default.", lower_bound=1)
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)
