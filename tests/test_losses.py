@@ -1,0 +1,126 @@
+"""Losses: hand-computed values, and sums that do not depend on how a batch is cut."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_model
+
+from rahf import losses
+from rahf.models import rahf
+from richhf_data import schema
+
+HAND = {
+    "scores": np.array([[0.5, 0, 0, 0], [1, 1, 0, 0]], np.float32),
+    "score_mask": np.array([[True, True, False, False], [False, True, False, False]]),
+    "heatmaps": np.array([[[[255, 0], [0, 0]]], [[[255, 255], [255, 255]]]], np.uint8),  # [2, 1, 2, 2]
+    "heatmap_mask": np.array([[True, True], [False, False]]),
+    "keyword_ids": np.array([[2, 1, 0], [1, 0, 0]], np.int32),
+}
+
+
+def hand_outputs():
+    logits = np.zeros((2, 3, 4), np.float32)
+    logits[0, 0, 2] = np.log(5)  # probability 5 / 8 of the target
+    logits[:, 2] = 100  # at padding: counts nowhere
+    return rahf.Outputs(
+        jnp.array([[1.0, 0.2, 9, 9], [9, 0.5, 9, 9]]),
+        jnp.full((2, 1, 2, 2), 0.5),
+        jnp.asarray(logits),
+    )
+
+
+def test_loss_by_hand():
+    config = tiny_model.config()
+    weights = {"score": 2.0, "heatmap": 3.0, "keyword": 0.5}
+    loss, metrics = losses.rahf_loss(hand_outputs(), HAND, None, weights, config)
+    score = (0.5**2 + 0.2**2 + 0.5**2) / 3
+    heatmap = 0.25  # every pixel of both maps of row 0 is off by a half
+    keyword = (np.log(8 / 5) + np.log(4) + np.log(4)) / 3
+    np.testing.assert_allclose(metrics["loss_score"], score, rtol=1e-6)
+    np.testing.assert_allclose(metrics["loss_heatmap"], heatmap, rtol=1e-6)
+    np.testing.assert_allclose(metrics["loss_keyword"], keyword, rtol=1e-6)
+    np.testing.assert_allclose(metrics["keyword_accuracy"], 1 / 3, rtol=1e-6)
+    np.testing.assert_allclose(loss, 2 * score + 3 * heatmap + 0.5 * keyword, rtol=1e-6)
+    assert metrics["loss"] == loss
+    assert {k: float(v) for k, v in losses.loss_normalisers(HAND, config).items()} == {
+        "score": 3,
+        "heatmap": 2,
+        "keyword": 3,
+    }
+
+
+def test_a_batch_without_targets_gives_zero_loss_and_gradient():
+    config = tiny_model.config()
+    empty = {name: np.zeros_like(value) for name, value in HAND.items()}
+
+    def loss(outputs):
+        return losses.rahf_loss(outputs, empty, None, losses.DEFAULT_WEIGHTS, config)[0]
+
+    value, gradient = jax.value_and_grad(loss)(hand_outputs())
+    assert value == 0
+    assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(gradient))
+
+
+def test_augmented_targets_are_those_of_the_rows_tasks():
+    config = tiny_model.config("augmented_prompt")
+    batch = tiny_model.batch(config, 16)
+    targets = losses.align_targets(batch, config)
+    rows = np.arange(16).reshape(2, 8)
+    np.testing.assert_array_equal(targets.scores, batch["scores"][rows[:, :4], np.arange(4)[None]])
+    np.testing.assert_array_equal(targets.score_mask, batch["score_mask"][rows[:, :4], np.arange(4)[None]])
+    for i in range(2):
+        np.testing.assert_array_equal(targets.heatmaps[..., i], batch["heatmaps"][rows[:, 4 + i], ..., i])
+        np.testing.assert_array_equal(targets.heatmap_mask[:, i], batch["heatmap_mask"][rows[:, 4 + i], i])
+    np.testing.assert_array_equal(targets.keyword_ids, batch["keyword_ids"][[6, 7, 14, 15]])
+    assert targets.heatmaps.dtype == jnp.uint8 and targets.score_mask.dtype == bool
+
+
+@pytest.mark.parametrize("variant", schema.VARIANTS)
+def test_microbatches_add_up_to_the_full_batch(variant):
+    config = tiny_model.config(variant)
+    model, params = tiny_model.model_and_params(config)
+    batch = tiny_model.batch(config, 16)
+    batch["keyword_ids"][:8] = 0  # very unequal halves
+    normalisers = losses.loss_normalisers(batch, config)
+
+    def loss(params, rows, normalisers):
+        outputs = model.apply(params, rows["image"], rows["text_ids"], rows["keyword_ids"])
+        return losses.rahf_loss(outputs, rows, normalisers, losses.DEFAULT_WEIGHTS, config)
+
+    step = jax.jit(jax.grad(loss, has_aux=True))
+    full = step(params, batch, normalisers)
+    # Each half in a batch of its own, filled up with padding rows: one compilation serves all three.
+    halves = [
+        step(params, {name: np.concatenate([x[part], np.zeros_like(x[:8])]) for name, x in batch.items()}, normalisers)
+        for part in (slice(0, 8), slice(8, 16))
+    ]
+    added = jax.tree.map(jnp.add, *halves)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), added, full)
+    gradients = [np.abs(leaf).max() for leaf in jax.tree.leaves(full[0])]
+    assert min(gradients) > 0  # every parameter takes part in the loss
+
+
+def test_rows_that_pad_a_batch_change_no_loss():
+    config = tiny_model.config()
+    model, params = tiny_model.model_and_params(config)
+    batch = tiny_model.batch(config, 3)
+    padded = {name: np.pad(value, [(0, 2)] + [(0, 0)] * (value.ndim - 1)) for name, value in batch.items()}
+
+    @jax.jit
+    def metrics(rows):
+        outputs = model.apply(params, rows["image"], rows["text_ids"], rows["keyword_ids"])
+        return losses.rahf_loss(outputs, rows, None, losses.DEFAULT_WEIGHTS, config)[1]
+
+    expected = metrics(batch)
+    assert expected["loss"] > 0
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), metrics(padded), expected)
+
+
+def test_loss_names_wrong_weights_and_sizes():
+    config = tiny_model.config()
+    with pytest.raises(ValueError, match=r"loss weights: got \['scores'\], expected exactly"):
+        losses.rahf_loss(hand_outputs(), HAND, None, {"scores": 1.0}, config)
+    small = HAND | {"heatmaps": np.zeros((2, 4, 4, 2), np.uint8)}
+    with pytest.raises(ValueError, match=r"targets of shape \(2, 4, 4, 2\), expected the model's \(2, 1, 2, 2\)"):
+        losses.rahf_loss(hand_outputs(), small, None, losses.DEFAULT_WEIGHTS, config)

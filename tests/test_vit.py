@@ -1,0 +1,89 @@
+"""ViT: parity with big_vision and with AugReg files, options, errors. The data: see tests/data."""
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import numpy as np
+import pytest
+
+from rahf.models.vit import ViT, ViTConfig
+
+TINY = {"patch_size": 8, "width": 24, "depth": 2, "num_heads": 4, "mlp_dim": 40}
+
+
+def load(path, rename=lambda name: name):
+    """(parameters without the classifier, golden image and output) of a fixture."""
+    file = np.load(path, allow_pickle=False)
+    flat = {rename(name.removeprefix("weights/")): file[name] for name in file if name.startswith("weights/")}
+    flat = {name.removeprefix("params/"): value for name, value in flat.items() if "head/" not in name}
+    return flax.traverse_util.unflatten_dict(flat, sep="/"), file["golden/image"], file["golden/encoded"]
+
+
+def augreg_name(name):
+    for old, new in (
+        ("MultiHeadDotProductAttention_1", "MultiHeadDotProductAttention_0"),
+        ("LayerNorm_2", "LayerNorm_1"),
+        ("MlpBlock_3", "MlpBlock_0"),
+        ("Transformer/posembed_input/", ""),
+    ):
+        name = name.replace(old, new)
+    return name
+
+
+def same_tree(params, module, image):
+    """Raises AssertionError unless `params` has exactly the names and shapes that the module makes."""
+    made = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), image))["params"]
+    assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, made)
+
+
+def test_vit_equals_big_vision(data_dir):
+    params, image, encoded = load(data_dir / "vit_bigvision_tiny.npz")
+    module = ViT(ViTConfig(**TINY))
+    same_tree(params, module, image)
+    np.testing.assert_allclose(jax.jit(module.apply)({"params": params}, image), encoded, atol=1e-5, rtol=0)
+
+
+def test_vit_with_class_token_equals_augreg(data_dir):
+    params, image, encoded = load(data_dir / "vit_augreg_tiny.npz", augreg_name)
+    module = ViT(ViTConfig(**TINY, class_token=True))
+    same_tree(params, module, image)
+    tokens = jax.jit(module.apply)({"params": params}, image)  # [B, 1 + P, D]
+    assert tokens.shape == (2, 17, 24)
+    np.testing.assert_allclose(tokens, encoded, atol=1e-5, rtol=0)
+
+
+def test_vit_remat_changes_no_gradient(data_dir):
+    params, image, _ = load(data_dir / "vit_bigvision_tiny.npz")
+
+    def gradient(remat):
+        module = ViT(ViTConfig(**TINY, remat=remat))
+        loss = jax.jit(jax.grad(lambda params: (module.apply({"params": params}, image, train=True) ** 2).sum()))
+        return loss(params)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-4), gradient(True), gradient(False))
+
+
+def test_vit_dropout_acts_in_training_alone(data_dir):
+    params, image, encoded = load(data_dir / "vit_bigvision_tiny.npz")
+    module = ViT(ViTConfig(**TINY, dropout=0.5))
+    np.testing.assert_allclose(jax.jit(module.apply)({"params": params}, image), encoded, atol=1e-5, rtol=0)
+    rngs = {"dropout": jax.random.key(0)}
+    dropped = jax.jit(lambda: module.apply({"params": params}, image, train=True, rngs=rngs))()
+    assert np.abs(dropped - encoded).max() > 0.1
+
+
+def test_vit_base_has_the_published_number_of_parameters():
+    def count(config):
+        image = jax.ShapeDtypeStruct((1, 224, 224, 3), np.float32)
+        made = nn.unbox(jax.eval_shape(ViT(config).init, jax.random.key(0), image))
+        return sum(leaf.size for leaf in jax.tree.leaves(made))
+
+    assert count(ViTConfig(class_token=True)) == 85_798_656  # ViT-B/16 at 224 without its classifier
+    assert count(ViTConfig()) == 85_798_656 - 2 * 768  # no class token and no position for it
+
+
+def test_vit_names_a_wrong_size():
+    with pytest.raises(ValueError, match=r"got 30x32 pixels, expected multiples of vit.patch_size = 8"):
+        ViT(ViTConfig(**TINY)).init(jax.random.key(0), np.zeros((1, 30, 32, 3), np.float32))
+    with pytest.raises(ValueError, match=r"expected a multiple of vit.num_heads"):
+        ViTConfig(width=10, num_heads=4)

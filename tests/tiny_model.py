@@ -1,0 +1,74 @@
+"""A tiny RAHF, its parameters and its batches, for tests."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from rahf.models import rahf
+from richhf_data import schema
+
+VOCAB = 40
+
+
+def config(variant="multi_head", **options) -> rahf.RAHFConfig:
+    """16 pixels, a 4x4 grid, 8x8 heatmaps, one layer of each stack."""
+    return rahf.RAHFConfig.from_dict(
+        {
+            "variant": variant,
+            "image_size": 16,
+            "vit": {"patch_size": 4, "width": 12, "depth": 1, "num_heads": 2, "mlp_dim": 16},
+            "t5": {
+                "vocab_size": VOCAB,
+                "emb_dim": 16,
+                "num_heads": 2,
+                "head_dim": 8,
+                "num_encoder_layers": 1,
+                "num_decoder_layers": 1,
+                "mlp_dim": 16,
+            },
+            "score_head": {"filters": (8, 4), "dense": (8,)},
+            "heatmap_head": {"filters": (8,), "deconv_filters": (4,), "output_hidden": 4},
+        }
+        | options
+    )
+
+
+def random_params(module: nn.Module, *inputs, seed: int = 0) -> dict:
+    """Parameters of the shapes that `module` makes, drawn by numpy: nothing to compile. Scales are near 1."""
+    made = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), *inputs))["params"]
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        fan_in = np.prod(leaf.shape[:-1]) if len(leaf.shape) > 1 else 4
+        mean = 1.0 if path[-1].key == "scale" else 0.0
+        return (mean + rng.normal(size=leaf.shape) / np.sqrt(fan_in)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, made)
+
+
+def model_and_params(model_config: rahf.RAHFConfig) -> tuple[rahf.RAHF, dict]:
+    model = rahf.RAHF(model_config)
+    return model, {"params": random_params(model, *rahf.dummy_inputs(model_config))}
+
+
+def batch(model_config: rahf.RAHFConfig, rows: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """A batch as richhf_data/schema.py says it; prompts and keywords of several lengths, some targets absent."""
+    rng = np.random.default_rng(seed)
+    size, maps = model_config.image_size, model_config.heatmap_size
+
+    def ids(*shape):
+        out = rng.integers(2, VOCAB, shape).astype(np.int32)
+        lengths = rng.integers(2, shape[-1], shape[:-1])[..., None]
+        positions = np.arange(shape[-1])
+        return np.where(positions < lengths, out, np.where(positions == lengths, 1, 0)).astype(np.int32)
+
+    texts = (rows, 6) if model_config.variant == "multi_head" else (rows, len(schema.TASKS), 6)
+    return {
+        "image": rng.integers(0, 256, (rows, size, size, 3)).astype(np.uint8),
+        "text_ids": ids(*texts),
+        "keyword_ids": ids(rows, 5),
+        "scores": rng.random((rows, 4)).astype(np.float32),
+        "score_mask": rng.random((rows, 4)) < 0.8,
+        "heatmaps": rng.integers(0, 256, (rows, maps, maps, 2)).astype(np.uint8),
+        "heatmap_mask": rng.random((rows, 2)) < 0.8,
+    }
