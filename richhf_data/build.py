@@ -50,6 +50,8 @@ def build(
         print(f"already built: {folder}")
     else:
         # TFDS writes to a temporary folder and renames it.
+        for left in sorted(folder.parent.glob("incomplete.*")):
+            print(f"left by an interrupted build, unless one is running: {left}; delete it to free its space")
         dataset = builder.Richhf(data_dir=data_dir, records=records, images=images, max_missing_share=max_missing_share)
         dataset.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
         report = json.loads((folder / "report.json").read_text())

@@ -1,8 +1,8 @@
 """What turns an example of the dataset into what the model reads: tf functions on seqio's datasets.
 
-Order: `decode`, `crop` (training), `resize`, `colour` (training), `texts`, `keyword_target`, `masks`. Crop and colour are
-the paper's augmentation (arXiv 2312.10240, section 9). There is no flip: prompts name left and right. Colour comes after
-the resize, where it costs less. Everything random is a function of the example's `seed` alone.
+Order: `decode`, `crop` (training), `resize`, `colour` (training), `texts`, `keyword_target`, `masks`. Crop and colour
+are the augmentation of the paper (arXiv 2312.10240, section 9). There is no flip: prompts name left and right. Colour
+comes after the resize, where it costs less. Everything random is a function of the example's `seed` alone.
 """
 
 import seqio

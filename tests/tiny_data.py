@@ -3,6 +3,7 @@
 import functools
 import pathlib
 import tempfile
+import zlib
 
 import cv2
 import numpy as np
@@ -13,7 +14,7 @@ WORDS = ("red", "blue", "cat", "dog", "on", "under", "a", "the", "table", "moon"
 
 
 def prompt_of(uid: str) -> str:
-    rng = np.random.default_rng(sum(map(ord, uid)) * 7919 + len(uid))
+    rng = np.random.default_rng(zlib.crc32(uid.encode()))
     return " ".join(rng.choice(WORDS, rng.integers(3, 9))) + "."
 
 
@@ -27,7 +28,7 @@ def jpg(image: np.ndarray) -> bytes:
 
 def raw_record(uid: str, **changes) -> dict:
     """A good raw record; `changes` replace keys, None takes one away."""
-    rng = np.random.default_rng(sum(map(ord, uid)))
+    rng = np.random.default_rng(zlib.crc32(uid.encode()))
     artifact = np.zeros((schema.RAW_MAP_SIZE, schema.RAW_MAP_SIZE), np.uint8)
     if rng.random() < 0.7:
         cv2.circle(artifact, tuple(int(v) for v in rng.integers(50, 460, 2)), 26, 85 * int(rng.integers(1, 4)), -1)
@@ -48,7 +49,7 @@ def raw_record(uid: str, **changes) -> dict:
 
 def image_of(uid: str, size: tuple[int, int] = (40, 48)) -> np.ndarray:
     """uint8[40, 48, 3], BGR."""
-    rng = np.random.default_rng(sum(map(ord, uid)) + 1)
+    rng = np.random.default_rng(zlib.crc32(uid.encode()) + 1)
     return cv2.resize(rng.integers(0, 255, (5, 6, 3), np.uint8), size[::-1], interpolation=cv2.INTER_CUBIC)
 
 

@@ -1,0 +1,220 @@
+"""builder.py and build.py: what is joined, counted and refused, and that nothing half-made passes for done."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from tiny_data import built, image_of, jpg, prompt_of, raw_record, write_parquet, write_sources
+
+from richhf_data import build, builder, keywords, records, schema, tasks, vocabulary
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _no_bars():
+    tfds.disable_progress_bar()
+
+
+def _sources(folder, uids, present=None, images=None, **changes):
+    records.write(folder / "records" / "train.tfrecord", [raw_record(uid, **changes.get(uid, {})) for uid in uids])
+    rows = [(uid, "-" + uid) for uid in (uids if present is None else present)]
+    write_parquet(folder / "images" / "0.parquet", rows, images)
+    return folder / "records", f"parquet:{folder}/images/*.parquet"
+
+
+def _load(data_dir, split):
+    return list(tfds.as_numpy(tfds.builder_from_directory(str(builder.dataset_dir(data_dir))).as_dataset(split=split)))
+
+
+def test_examples_equal_their_sources():
+    examples = {example["uid"].decode(): example for example in _load(built(), "dev")}
+    assert sorted(examples) == [f"dev-{i:03d}" for i in range(9)]
+    for uid, example in examples.items():
+        raw = raw_record(uid)
+        decoded = records.decode(raw)
+        assert example["prompt"].decode() == prompt_of(uid)
+        assert example["image"] == jpg(image_of(uid))
+        np.testing.assert_array_equal(example["scores"], decoded["scores"])
+        assert example["heatmaps"].tolist() == [raw["artifact_map"], raw["misalignment_map"]]
+        assert example["labels"].tolist() == decoded["labels"].tolist()
+        tokens = keywords.tokenize(prompt_of(uid))
+        assert example["labelled_prompt"].decode() == keywords.label_prompt(tokens, decoded["labels"])
+        assert example["labels_valid"]
+
+
+def test_report_counts_and_statistics():
+    report = tasks.report(built())
+    assert {split: row["examples"] for split, row in report["splits"].items()} == {"train": 23, "dev": 9}
+    row = report["splits"]["train"]
+    assert row["published_examples"] == schema.PUBLISHED_COUNTS["train"]
+    examples = [records.decode(raw_record(f"train-{i:03d}")) for i in range(23)]
+    scores = np.stack([example["scores"] for example in examples]).astype(np.float64)
+    np.testing.assert_allclose(list(row["score_mean"].values()), scores.mean(0), atol=1e-6)
+    np.testing.assert_allclose(list(row["score_std"].values()), scores.std(0), atol=1e-6)
+    empty = np.mean([[not example["heatmaps"][..., i].any() for i in range(2)] for example in examples], axis=0)
+    np.testing.assert_allclose(list(row["empty_maps_share"].values()), empty)
+    table = builder.report_table(report)
+    assert "15810" in table
+    assert len(table.splitlines()) == 3
+
+
+def test_constants_are_the_training_means():
+    constants = tasks.constants(built())
+    examples = [records.decode(raw_record(f"train-{i:03d}")) for i in range(23)]
+    np.testing.assert_allclose(constants["scores"], np.mean([e["scores"] for e in examples], axis=0), rtol=1e-5)
+    maps = np.mean([e["heatmaps"] for e in examples], axis=0).reshape(64, 8, 64, 8, 2).mean(axis=(1, 3)) / 255
+    np.testing.assert_allclose(constants["heatmaps"], maps, atol=1e-6)
+    assert constants["heatmaps"].dtype == np.float32
+
+
+def test_vocabulary_is_trained_on_the_train_prompts():
+    pieces = vocabulary.Vocabulary(pathlib.Path(built()) / "vocabulary.model")
+    assert pieces.size <= 80
+    text = prompt_of("train-000")
+    assert pieces.decode(pieces.encode(text, 64)) == text
+
+
+def test_label_mismatch_is_kept_and_counted(tmp_path):
+    source = _sources(tmp_path, ["u0", "u1"], u1={"prompt_misalignment_label": "1 0"})
+    report = build.build(*source, tmp_path / "data", vocabulary_size=60)
+    tokens = len(keywords.tokenize(prompt_of("u1")))
+    assert report["splits"]["train"]["label_mismatches"] == {
+        "count": 1,
+        "first": [f"u1 (2 labels, {tokens} tokens)"],
+    }
+    example = {example["uid"]: example for example in _load(tmp_path / "data", "train")}[b"u1"]
+    assert not example["labels_valid"]
+    assert example["labelled_prompt"] == b""
+    assert example["labels"].tolist() == [1, 0]
+    assert "train: 1 label mismatches, first u1 (2 labels" in builder.report_table(report)
+
+
+def test_missing_and_broken_images_are_counted(tmp_path):
+    uids = [f"u{i}" for i in range(10)]
+    broken = jpg(image_of("u1"))[:300]
+    source = _sources(tmp_path, uids, present=uids[:-2], images={"u1": broken})
+    with pytest.raises(
+        ValueError,
+        match=r"images: split 'train': 3 of 10 records have no usable image \(2 missing, first u8, u9; 1 do not "
+        r"decode, first u1\), expected at most a share of 0.01 .*--max_missing_share",
+    ):
+        build.build(*source, tmp_path / "data")
+    assert not builder.dataset_dir(tmp_path / "data").exists()  # and the same folder can be built after all:
+    report = build.build(*source, tmp_path / "data", max_missing_share=0.3, vocabulary_size=60)
+    row = report["splits"]["train"]
+    assert row["examples"] == 7
+    assert row["images_missing"] == {"count": 2, "first": ["u8", "u9"]}
+    assert row["images_undecodable"] == {"count": 1, "first": ["u1"]}
+    assert "u8, u9" in builder.report_table(report)
+
+
+def test_no_image_at_all_is_refused(tmp_path):
+    source = _sources(tmp_path, ["u0", "u1"], present=["x"])
+    with pytest.raises(ValueError, match=r"2 of 2 records have no usable image.*at least one example"):
+        build.build(*source, tmp_path / "data", max_missing_share=1.0)
+
+
+def test_bad_record_is_named_with_its_file(tmp_path):
+    source = _sources(tmp_path, ["u0", "u1"])
+    with records.tf.io.TFRecordWriter(str(tmp_path / "records" / "train.tfrecord")) as writer:
+        for raw in (raw_record("u0"), raw_record("u1", overall_score=7.0)):
+            writer.write(records.serialize(raw))
+    with pytest.raises(ValueError, match=r"train.tfrecord record 1 \(uid 'u1'\): overall_score: got 7, expected"):
+        build.build(*source, tmp_path / "data")
+
+
+def test_faulty_record_folders_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"holds none of train.tfrecord, dev.tfrecord.*see --records"):
+        build.build(tmp_path, "folder:x", tmp_path / "data")
+    source = _sources(tmp_path, [])
+    with pytest.raises(ValueError, match=r"got no record for split 'train'"):
+        build.build(*source, tmp_path / "data")
+    source = _sources(tmp_path, ["u0", "u1", "u0"])
+    with pytest.raises(ValueError, match=r"uid 'u0' is in record 0 and in 2, expected it once; remove one"):
+        build.build(*source, tmp_path / "data")
+
+
+def test_building_again_does_nothing(tmp_path, capsys):
+    source = _sources(tmp_path, ["u0", "u1"])
+    first = build.build(*source, tmp_path / "data", vocabulary_size=60)
+    capsys.readouterr()
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*")}
+    assert build.build(*source, tmp_path / "data", vocabulary_size=60) == first
+    assert "already built" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*")} == times
+
+
+def test_other_records_are_not_taken_for_built(tmp_path):
+    source = _sources(tmp_path, ["u0", "u1"])
+    build.build(*source, tmp_path / "data", vocabulary_size=60)
+    source = _sources(tmp_path, ["u0", "u2"])
+    with pytest.raises(ValueError, match=r"was built from other records than those of .* use another --data_dir"):
+        build.build(*source, tmp_path / "data")
+
+
+def test_given_vocabulary_is_copied_and_never_replaced(tmp_path):
+    source = _sources(tmp_path, ["u0", "u1"])
+    given = pathlib.Path(built()) / "vocabulary.model"
+    build.build(*source, tmp_path / "data", vocabulary_path=given)
+    assert (tmp_path / "data" / "vocabulary.model").read_bytes() == given.read_bytes()
+    vocabulary.train(["another text"], tmp_path / "other.model", 40)
+    with pytest.raises(ValueError, match=r"vocabulary.model is there and differs from .*other.model"):
+        build.build(*source, tmp_path / "data", vocabulary_path=tmp_path / "other.model")
+
+
+def test_references_travel_with_the_dataset(tmp_path):
+    source = _sources(tmp_path, ["u0", "u1"])
+    assert tasks.references(built()) == {}
+    references = {"test": {"ceiling": {"score/plcc/overall": 0.9}}}
+    (tmp_path / "records" / "references.json").write_text(
+        json.dumps({"test": {"ceiling": {"score/plcc/overall": "x"}}})
+    )
+    with pytest.raises(ValueError, match=r"references.json: got could not convert .*expected \{split"):
+        build.build(*source, tmp_path / "data")
+    (tmp_path / "records" / "references.json").write_text(json.dumps(references))
+    build.build(*source, tmp_path / "data", vocabulary_size=60)
+    assert tasks.references(tmp_path / "data") == references
+
+
+def test_a_killed_build_leaves_nothing_that_looks_done(tmp_path, capsys):
+    source = _sources(tmp_path, [f"u{i}" for i in range(4)])
+    code = f"""
+import os
+from richhf_data import build, images
+find = images.find
+def killed(*args):
+    for i, found in enumerate(find(*args)):
+        if i == 2:
+            os.kill(os.getpid(), 9)
+        yield found
+images.find = killed
+build.build({str(source[0])!r}, {source[1]!r}, {str(tmp_path / "data")!r})
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
+    assert result.returncode == -9
+    assert not builder.dataset_dir(tmp_path / "data").exists()
+    with pytest.raises(ValueError, match=r"no dataset in .*python -m richhf_data.build"):
+        tasks.register(tmp_path / "data")
+    assert build.build(*source, tmp_path / "data", vocabulary_size=60)["splits"]["train"]["examples"] == 4
+    assert "left by an interrupted build" in capsys.readouterr().out
+
+
+def test_command_line(tmp_path):
+    source, images = write_sources(tmp_path, {"train": 3})
+    command = [sys.executable, "-m", "richhf_data.build", f"--records={source}", f"--images={images}"]
+    command += [f"--data_dir={tmp_path / 'data'}", "--vocabulary_size=60"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    assert result.returncode == 0, result.stderr
+    assert "train 3 15810 0 0 0" in " ".join(result.stdout.split())
+    result = subprocess.run(
+        [*command, "--vocabulary=nothing"], cwd=ROOT, capture_output=True, text=True, env=os.environ
+    )
+    assert result.returncode == 1
+    assert "error: vocabulary: no file nothing" in result.stderr
+    assert "Traceback" not in result.stderr

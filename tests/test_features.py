@@ -1,0 +1,226 @@
+"""features.py: batches as schema.py says, resumable and shardable, and the whole way through seqio's Evaluator."""
+
+import itertools
+
+import cv2
+import numpy as np
+import pytest
+import seqio
+from tiny_data import built, image_of, prompt_of, raw_record
+
+from rahf import features
+from richhf_data import records, schema, tasks, vocabulary
+from richhf_data.tensorflow_cpu import tf
+
+SMALL = {"image_size": 32, "heatmap_size": 16, "text_length": 60, "keyword_length": 40}
+KEYS = {"image", "text_ids", "keyword_ids", "scores", "score_mask", "heatmaps", "heatmap_mask"}
+
+
+def _take(iterator, count):
+    return list(itertools.islice(iterator, count))
+
+
+def _assert_equal(left, right):
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+def _uids(batches):
+    """Which training examples the rows are, told by their scores."""
+    known = {records.decode(raw_record(uid))["scores"].tobytes(): uid for uid in (f"train-{i:03d}" for i in range(23))}
+    return [known[row.tobytes()] for batch in batches for row in batch["scores"]]
+
+
+@pytest.mark.parametrize("variant", schema.VARIANTS)
+def test_batches_are_as_the_schema_says(variant):
+    name = tasks.register(built(), **SMALL, variant=variant, augment=True)
+    batch = next(features.training_batches(name, 5, seed=0))
+    text = (5, 60) if variant == "multi_head" else (5, 7, 60)
+    expected = {
+        "image": (np.uint8, (5, 32, 32, 3)),
+        "text_ids": (np.int32, text),
+        "keyword_ids": (np.int32, (5, 40)),
+        "scores": (np.float32, (5, 4)),
+        "score_mask": (np.bool_, (5, 4)),
+        "heatmaps": (np.uint8, (5, 16, 16, 2)),
+        "heatmap_mask": (np.bool_, (5, 2)),
+    }
+    assert {key: (value.dtype.type, value.shape) for key, value in batch.items()} == expected
+    assert batch["score_mask"].all()
+    assert batch["heatmap_mask"].all()
+
+
+@pytest.mark.parametrize("variant", schema.VARIANTS)
+def test_batches_hold_the_records_values(variant):
+    name = tasks.register(built(), **SMALL, variant=variant)
+    pieces = vocabulary.Vocabulary(tasks.arguments(name)["vocabulary"])
+    batch = next(features.training_batches(name, 23, seed=3))
+    for row, uid in enumerate(_uids([batch])):
+        truth = records.decode(raw_record(uid))
+        small = truth["heatmaps"].reshape(16, 32, 16, 32, 2).mean(axis=(1, 3))
+        np.testing.assert_allclose(batch["heatmaps"][row], small, atol=0.51)
+        image = cv2.resize(image_of(uid)[..., ::-1], (32, 32), interpolation=cv2.INTER_AREA)
+        assert np.abs(batch["image"][row].astype(int) - image).mean() < 12
+        texts = [pieces.encode(text, 60) for text in schema.task_prompts(prompt_of(uid), variant)]
+        np.testing.assert_array_equal(np.atleast_2d(batch["text_ids"][row]), texts)
+        labelled = dict((u, text) for u, _, text in tasks.prompts(built())["train"])[uid]
+        np.testing.assert_array_equal(batch["keyword_ids"][row], pieces.encode(labelled, 40))
+
+
+def test_epochs_hold_every_example_once_in_changing_order():
+    name = tasks.register(built(), **SMALL, augment=True)
+    uids = _uids(_take(features.training_batches(name, 7, seed=0), 10))  # three epochs of 23 and one row
+    epochs = [uids[i : i + 23] for i in (0, 23, 46)]
+    for epoch in epochs:
+        assert sorted(epoch) == [f"train-{i:03d}" for i in range(23)]
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert _uids(_take(features.training_batches(name, 7, seed=1), 3)) != uids[:21]
+
+
+def test_augmentation_changes_from_epoch_to_epoch():
+    name = tasks.register(built(), **SMALL, augment=True)
+    first, second = _take(features.training_batches(name, 23, seed=0), 2)
+    images = [dict(zip(_uids([batch]), batch["image"], strict=True)) for batch in (first, second)]
+    changed = [uid for uid in images[0] if (images[0][uid] != images[1][uid]).any()]
+    assert len(changed) > 8  # half of the 23 are cropped in each of the two
+    plain = tasks.register(built(), **SMALL)
+    first, second = _take(features.training_batches(plain, 23, seed=0), 2)
+    images = [dict(zip(_uids([batch]), batch["image"], strict=True)) for batch in (first, second)]
+    assert all((images[0][uid] == images[1][uid]).all() for uid in images[0])
+
+
+@pytest.mark.parametrize("start", [1, 5, 6])
+def test_resumed_batches_equal_the_uninterrupted(start):
+    name = tasks.register(built(), **SMALL, augment=True)
+    whole = _take(features.training_batches(name, 6, seed=5), 9)
+    _assert_equal(_take(features.training_batches(name, 6, seed=5, start_step=start), 9 - start), whole[start:])
+
+
+def test_resuming_far_away_reads_nothing_before():
+    name = tasks.register(built(), **SMALL, augment=True)
+    far = next(features.training_batches(name, 6, seed=5, start_step=10**9))
+    assert len(set(_uids([far]))) == 6
+
+
+def test_shards_make_up_the_global_batch():
+    name = tasks.register(built(), **SMALL, augment=True)
+    whole = _take(features.training_batches(name, 6, seed=2, start_step=3), 3)
+    shards = [
+        _take(features.training_batches(name, 6, seed=2, start_step=3, num_shards=3, shard_index=i), 3)
+        for i in range(3)
+    ]
+    joined = [{key: np.concatenate([shard[step][key] for shard in shards]) for key in whole[step]} for step in range(3)]
+    _assert_equal(joined, whole)
+
+
+def test_training_batches_refuses_what_it_cannot_do():
+    name = tasks.register(built(), **SMALL)
+    with pytest.raises(ValueError, match=r"batch_size: got 5, expected a multiple of the 2 shards"):
+        features.training_batches(name, 5, 0, num_shards=2)
+    with pytest.raises(ValueError, match=r"shard_index: got 2, expected 0 to 1"):
+        features.training_batches(name, 4, 0, num_shards=2, shard_index=2)
+    with pytest.raises(ValueError, match=r"split: got 'test', expected one of the dataset's: (train, dev|dev, train)"):
+        features.training_batches(name, 4, 0, split="test")
+    with pytest.raises(ValueError, match=r"task: got 'nobody', expected one registered"):
+        features.training_batches("nobody", 4, 0)
+
+
+def test_ordinary_seqio_reading_augments_too():
+    name = tasks.register(built(), **SMALL, augment=True)
+    task = seqio.TaskRegistry.get(name)
+
+    def images(seed):
+        dataset = task.get_dataset(split="train", shuffle=False, seed=seed, sequence_length=None)
+        return np.stack([example["image"] for example in dataset.as_numpy_iterator()])
+
+    assert (images(0) == images(0)).all()
+    assert (images(0) != images(1)).any()
+
+
+def _perfect(dataset, model_feature_shapes=None):
+    """What a model that knows the truth would predict, in another order than asked."""
+    indices, scores, heatmaps = [], [], []
+    for index, example in dataset.as_numpy_iterator():
+        indices.append((index, example["keyword_ids"]))
+        scores.append(example["scores"])
+        heatmaps.append(example["heatmaps"] / np.float32(255))
+    order = np.random.default_rng(0).permutation(len(indices))
+    return [indices[i] for i in order], {
+        "scores": [scores[i] for i in order],
+        "heatmaps": [heatmaps[i] for i in order],
+    }
+
+
+@pytest.mark.parametrize("variant", schema.VARIANTS)
+def test_evaluator_gives_a_perfect_model_full_marks(variant):
+    name = tasks.register(built(), **SMALL, variant=variant)
+    evaluator = features.evaluator(name, "dev")
+    index, example = next(iter(evaluator.cached_model_datasets[name].as_numpy_iterator()))
+    assert index == 0
+    assert set(example) == KEYS
+    future, _ = evaluator.evaluate(compute_metrics=True, predict_with_aux_fn=_perfect)
+    result = future.result()[name]
+    assert result["num_examples"] == 9
+    ones = [f"score/{m}/{s}" for m in ("plcc", "srcc") for s in schema.SCORES]
+    ones += [f"heatmap/{m}/{h}" for m in ("cc", "sim") for h in schema.HEATMAPS]
+    ones += [f"keywords/micro/{m}" for m in ("precision", "recall", "f1")]
+    for key in ones:
+        assert result[key] == pytest.approx(1, abs=1e-4), key
+    for heatmap in schema.HEATMAPS:
+        assert result[f"heatmap/mse/{heatmap}"] < 1e-9
+        assert result[f"heatmap/auc_judd/{heatmap}"] > 0.99
+
+
+def test_evaluator_works_called_as_seqio_documents():
+    name = tasks.register(built(), **SMALL)
+    evaluator = seqio.Evaluator(
+        mixture_or_task_name=name,
+        feature_converter=features.RAHFFeatureConverter(),
+        eval_split="dev",
+        use_cached=False,
+        seed=0,
+        sequence_length=None,
+        num_examples=4,
+    )
+    future, _ = evaluator.evaluate(compute_metrics=True, predict_with_aux_fn=_perfect)
+    assert future.result()[name]["num_examples"] == 4
+
+
+def test_evaluator_sees_a_worse_model_as_worse():
+    name = tasks.register(built(), **SMALL)
+
+    def constant(dataset, model_feature_shapes=None):
+        indices, aux = _perfect(dataset)
+        aux["heatmaps"] = [np.full_like(heatmap, 0.5) for heatmap in aux["heatmaps"]]
+        return [(index, np.zeros_like(ids)) for index, ids in indices], aux
+
+    future, _ = features.evaluator(name, "dev").evaluate(compute_metrics=True, predict_with_aux_fn=constant)
+    result = future.result()[name]
+    assert result["score/plcc/overall"] == pytest.approx(1)
+    assert result["heatmap/mse/implausibility"] > 0.1
+    assert result["keywords/micro/recall"] == 0
+
+
+def test_evaluator_refuses_what_seqio_would_skip():
+    with pytest.raises(ValueError, match=r"has no metric functions, expected some; register it with augment=False"):
+        features.evaluator(tasks.register(built(), **SMALL, augment=True), "dev")
+    with pytest.raises(ValueError, match=r"split: got 'test', expected one of the dataset's"):
+        features.evaluator(tasks.register(built(), **SMALL), "test")
+
+
+def test_converter_refuses_other_features():
+    name = tasks.register(built(), **SMALL)
+    dataset = seqio.TaskRegistry.get(name).get_dataset(split="dev", shuffle=False, sequence_length=None)
+    lengths = features._lengths(name)
+    with pytest.raises(ValueError, match=r"missing features specified in the TASK_FEATURES: {'image'}"):
+        features.RAHFFeatureConverter()(dataset, {k: v for k, v in lengths.items() if k != "image"})
+    with pytest.raises(ValueError, match=r"incorrect rank for feature 'text_ids'"):
+        features.RAHFFeatureConverter("augmented_prompt")(dataset, lengths)
+    floats = dataset.map(lambda example: example | {"image": tf.cast(example["image"], tf.float32)})
+    with pytest.raises(ValueError, match=r"incorrect type for feature 'image'.*Got float32, expected uint8"):
+        features.RAHFFeatureConverter()(floats, lengths)
+    with pytest.raises(ValueError, match=r"variant: got 'both', expected one of"):
+        features.RAHFFeatureConverter("both")
