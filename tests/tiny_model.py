@@ -1,5 +1,7 @@
 """A tiny RAHF, its parameters and its batches, for tests."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import numpy as np
@@ -8,6 +10,7 @@ from rahf.models import rahf
 from richhf_data import schema
 
 VOCAB = 40
+INPUTS = ("image", "text_ids", "keyword_ids")
 
 
 def config(variant="multi_head", **options) -> rahf.RAHFConfig:
@@ -48,7 +51,7 @@ def random_params(module: nn.Module, *inputs, seed: int = 0) -> dict:
 
 def model_and_params(model_config: rahf.RAHFConfig) -> tuple[rahf.RAHF, dict]:
     model = rahf.RAHF(model_config)
-    return model, {"params": random_params(model, *rahf.dummy_inputs(model_config))}
+    return model, {"params": random_params(model, *rahf.dummy_inputs(model_config), seed=4)}  # writes varied keywords
 
 
 def batch(model_config: rahf.RAHFConfig, rows: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -72,3 +75,19 @@ def batch(model_config: rahf.RAHFConfig, rows: int, seed: int = 0) -> dict[str, 
         "heatmaps": rng.integers(0, 256, (rows, maps, maps, 2)).astype(np.uint8),
         "heatmap_mask": rng.random((rows, 2)) < 0.8,
     }
+
+
+# The model is a static argument: tests that use the same one on batches of the same size share a compilation.
+@functools.partial(jax.jit, static_argnums=0)
+def apply(model, params, image, text_ids, keyword_ids) -> rahf.Outputs:
+    return model.apply(params, image, text_ids, keyword_ids)
+
+
+def forward(model, params, rows) -> rahf.Outputs:
+    return apply(model, params, *(rows[name] for name in INPUTS))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def predict(model, params, image, text_ids):
+    """(scores, heatmaps, keyword ids) with at most 5 ids."""
+    return model.apply(params, image, text_ids, 5, method="predict")
