@@ -29,7 +29,7 @@ def get_config():
         score_head=dict(filters=(64, 32), dense=(128,)),
         heatmap_head=dict(filters=(64,), deconv_filters=(48, 24), output_hidden=16),
     )
-    config.data.update(text_length=32, keyword_length=48, augment=False)
+    config.data.update(text_length=24, keyword_length=40, augment=False)
     config.optimizer.update(schedule="cosine", learning_rate=1e-3, warmup_steps=200, weight_decay=0.05, b2=0.98)
     config.optimizer.ema_decay = 0.99
     config.train.update(batch_size=64, num_steps=2000, loss_weights=dict(score=5.0, heatmap=20.0, keyword=0.5))
