@@ -57,8 +57,8 @@ class Vocabulary:
 def train(prompts: Iterable[str], path, size: int = 512) -> Vocabulary:
     """Trains a SentencePiece model on prompts and on their labelled forms, and writes it to `path`.
 
-    Byte-pair merges, because they end in whole words where the words are few: RichHF-Synth's prompts take at most a third
-    of the ids that a unigram model of the same size needs. `size` is an upper bound: fewer pieces are kept where the
+    Byte-pair merges, because they end in whole words where the words are few: RichHF-Synth's prompts take
+    fewer than half of the ids that a unigram model needs. `size` is an upper bound: fewer pieces are kept where the
     prompts do not yield as many. Deterministic.
     """
 
