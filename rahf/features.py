@@ -4,10 +4,9 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 
 import numpy as np
-import seqio
 
-from richhf_data import builder, records, schema, tasks
-from richhf_data.tensorflow_cpu import tf
+from richhf_data import schema, tasks
+from richhf_data.tensorflow_cpu import seqio, tf
 
 _Spec = seqio.FeatureConverter.FeatureSpec
 
@@ -118,9 +117,8 @@ def training_batches(
         raise ValueError(f"shard_index: got {shard_index}, expected 0 to {num_shards - 1}")
     task = _task(task_name)
     _check_split(task, split)
-    dataset = _shuffled_examples(
-        task_name, split, seed, start_step * batch_size, _Rows(batch_size, num_shards, shard_index)
-    )
+    rows = _Rows(batch_size, num_shards, shard_index)
+    dataset = _shuffled_examples(task, split, seed, start_step, rows)
     dataset = task.preprocess_postcache(dataset, sequence_length=None, seed=seed)
     dataset = _converter(task)(dataset, _lengths(task_name))
     dataset = dataset.batch(batch_size // num_shards, drop_remainder=True).prefetch(2)
@@ -141,42 +139,33 @@ class _Rows:
         return row // rows * self.batch_size + self.shard_index * rows + row % rows
 
 
-def _shuffled_examples(task_name: str, split: str, seed: int, start: int, rows: _Rows) -> tf.data.Dataset:
-    """The split's raw examples, over and over, from place `start` of the global stream on, each with its `seed`."""
-    import tensorflow_datasets as tfds
+def _shuffled_examples(task: seqio.Task, split: str, seed: int, start_step: int, rows: _Rows) -> tf.data.Dataset:
+    """The split's stored examples, over and over, from a step on, each with its `seed`.
 
-    folder = builder.dataset_dir(tasks.arguments(task_name)["data_dir"])
-    dataset_builder = tfds.builder_from_directory(str(folder))
-    stored = records.RandomAccess(dataset_builder.info.splits[split].filepaths)
-    order = _EpochOrder(len(stored), seed)
-
-    def read(position):
-        return stored[order.index(int(position))]
+    They are kept in memory as they are stored (2 to 3 GB for RichHF-18K), so that any place of the stream costs the
+    same. No Python runs inside: a thread that waits for the interpreter while that shuts down would never end.
+    """
+    dataset_builder = task.source.tfds_dataset.builder
+    size = dataset_builder.info.splits[split].num_examples
+    files = tf.data.TFRecordDataset(dataset_builder.info.splits[split].filepaths)
+    stored = files.batch(size, drop_remainder=True).get_single_element()  # string[size]
+    base = tf.constant([seed & 0x7FFFFFFF, seed >> 31], tf.int64)
 
     def load(row):
         position = rows.position(row)
-        serialized = tf.ensure_shape(tf.numpy_function(read, [position], tf.string, stateful=False), [])
-        example = dataset_builder.info.features.deserialize_example(serialized)
-        base = tf.constant([seed & 0x7FFFFFFF, seed >> 31], tf.int64)
-        return example | {"seed": tf.cast(tf.random.fold_in(base, position) & 0x7FFFFFFF, tf.int32)}
+        epoch, place = position // size, position % size
+        order = tf.cast(_fold(_fold(base, 0), epoch), tf.int32)
+        index = tf.random.experimental.index_shuffle(place, order, size - 1)
+        example = dataset_builder.info.features.deserialize_example(stored[index])
+        return example | {"seed": tf.cast(_fold(_fold(base, 1), position), tf.int32)}
 
-    first = start // rows.num_shards  # `start` is a multiple of the batch size
+    first = start_step * (rows.batch_size // rows.num_shards)
     return tf.data.Dataset.range(first, np.iinfo(np.int64).max).map(load, num_parallel_calls=tf.data.AUTOTUNE)
 
 
-class _EpochOrder:
-    """A permutation of the examples per epoch, made from (seed, epoch) alone; keeps the last few."""
-
-    def __init__(self, size: int, seed: int):
-        self._size, self._seed, self._orders = size, seed, {}
-
-    def index(self, position: int) -> int:
-        epoch, place = divmod(position, self._size)
-        order = self._orders.get(epoch)
-        if order is None:  # Threads may make the same one twice; it is the same.
-            order = np.random.default_rng([self._seed, epoch]).permutation(self._size)
-            self._orders = {e: o for e, o in self._orders.items() if abs(e - epoch) <= 2} | {epoch: order}
-        return int(order[place])
+def _fold(seed: tf.Tensor, number) -> tf.Tensor:
+    """int64[2], not negative, from the seed and a number."""
+    return tf.bitwise.bitwise_and(tf.random.fold_in(seed, number), 0x7FFFFFFF)
 
 
 def _task(name: str) -> seqio.Task:

@@ -9,10 +9,10 @@ import json
 import pathlib
 import sys
 
-import tensorflow_datasets as tfds
 from absl import app, flags
 
 from richhf_data import builder, vocabulary
+from richhf_data.tensorflow_cpu import tfds
 
 _RECORDS = flags.DEFINE_string("records", None, "Folder of train.tfrecord, dev.tfrecord, ...", required=True)
 _IMAGES = flags.DEFINE_string("images", None, "parquet:GLOB or folder:DIR, see richhf_data/images.py", required=True)

@@ -14,10 +14,9 @@ import pathlib
 from collections.abc import Iterator
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from richhf_data import images, keywords, records, schema
-from richhf_data.tensorflow_cpu import tf
+from richhf_data.tensorflow_cpu import tf, tfds
 
 NAME, VERSION = "richhf", "1.0.0"
 SPLITS = (*schema.SPLITS, "test_novel")

@@ -5,11 +5,8 @@ are the augmentation of the paper (arXiv 2312.10240, section 9). There is no fli
 comes after the resize, where it costs less. Everything random is a function of the example's `seed` alone.
 """
 
-import seqio
-import tensorflow_text  # noqa: F401 - registers the tokeniser's ops
-
 from richhf_data import schema
-from richhf_data.tensorflow_cpu import tf
+from richhf_data.tensorflow_cpu import seqio, tf
 
 CROP_PROBABILITY, CROP_SHARE = 0.5, (0.8, 1.0)  # of width and of height
 COLOUR_PROBABILITY = 0.1

@@ -14,11 +14,10 @@ import pathlib
 import zlib
 
 import numpy as np
-import seqio
 from absl import logging
 
 from richhf_data import builder, metrics, preprocessors, schema, vocabulary
-from richhf_data.tensorflow_cpu import tf
+from richhf_data.tensorflow_cpu import seqio, tf
 
 _registered: dict[str, dict] = {}  # task name -> the arguments it was registered with
 

@@ -1,6 +1,9 @@
 """features.py: batches as schema.py says, resumable and shardable, and the whole way through seqio's Evaluator."""
 
 import itertools
+import pathlib
+import subprocess
+import sys
 
 import cv2
 import numpy as np
@@ -12,6 +15,7 @@ from rahf import features
 from richhf_data import records, schema, tasks, vocabulary
 from richhf_data.tensorflow_cpu import tf
 
+ROOT = pathlib.Path(__file__).parents[1]
 SMALL = {"image_size": 32, "heatmap_size": 16, "text_length": 60, "keyword_length": 40}
 KEYS = {"image", "text_ids", "keyword_ids", "scores", "score_mask", "heatmaps", "heatmap_mask"}
 
@@ -103,6 +107,20 @@ def test_resuming_far_away_reads_nothing_before():
     name = tasks.register(built(), **SMALL, augment=True)
     far = next(features.training_batches(name, 6, seed=5, start_step=10**9))
     assert len(set(_uids([far]))) == 6
+
+
+def test_a_program_ends_while_batches_are_being_made():
+    """A pipeline that calls back into Python hangs here about every second time."""
+    code = f"""
+from rahf import features
+from richhf_data import tasks
+batches = features.training_batches(tasks.register({built()!r}, image_size=32, heatmap_size=16, augment=True), 4, 0)
+print(len(next(batches)))
+"""
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout.strip()) == (0, "7"), result.stderr
+    assert "oneDNN" not in result.stderr  # and TensorFlow's start-up notes are kept out
 
 
 def test_shards_make_up_the_global_batch():
