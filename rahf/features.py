@@ -88,6 +88,12 @@ def evaluator(task_name: str, split: str, num_examples: int | None = None) -> se
     )
 
 
+def targets(evaluator: seqio.Evaluator, task_name: str) -> list[dict]:
+    """The truth that the evaluator's metrics are given (`tasks.postprocess`), in the order of its indices."""
+    examples = evaluator.cached_task_datasets[task_name].as_numpy_iterator()
+    return [tasks.postprocess("", example=example, is_target=True) for example in examples]
+
+
 def training_batches(
     task_name: str,
     batch_size: int,

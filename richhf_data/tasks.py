@@ -12,12 +12,13 @@ import functools
 import json
 import pathlib
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 from absl import logging
 
 from richhf_data import builder, metrics, preprocessors, schema, vocabulary
-from richhf_data.tensorflow_cpu import seqio, tf
+from richhf_data.tensorflow_cpu import seqio, tf, tfds
 
 _registered: dict[str, dict] = {}  # task name -> the arguments it was registered with
 
@@ -179,6 +180,29 @@ def prompts(data_dir) -> dict[str, list[tuple[str, str, str]]]:
     """{split: [(uid, prompt, labelled prompt), ...]}, read without the images; no labelled prompt is ''."""
     stored = json.loads((_built(data_dir) / "prompts.json").read_text())
     return {split: [tuple(row) for row in rows] for split, rows in stored.items()}
+
+
+def decoded(data_dir, split: str, limit: int | None = None) -> tuple[Iterator[dict], int]:
+    """A split's examples at their stored sizes, the first `limit` if given, and how many these are.
+
+    Returns:
+      `uid` str, `prompt` str, `image` uint8[H, W, 3], `scores` float32[4], `heatmaps` uint8[512, 512, 2], `score_mask`,
+      `heatmap_mask`, `labels` list of int or None where they do not match the prompt's tokens.
+
+    Raises:
+      ValueError: no dataset or no such split there.
+    """
+    dataset = tfds.builder_from_directory(str(_built(data_dir)))
+    splits = dataset.info.splits
+    if split not in splits:
+        raise ValueError(f"split: got {split!r}, expected one of the dataset's: {', '.join(splits)}")
+    count = splits[split].num_examples if limit is None else min(limit, splits[split].num_examples)
+    examples = preprocessors.masks(preprocessors.decode(dataset.as_dataset(split=split).take(count)))
+    items = (
+        postprocess("", example=example, is_target=True) | {"image": example["image"]}
+        for example in examples.as_numpy_iterator()
+    )
+    return items, count
 
 
 def hash_of(arguments: dict) -> str:

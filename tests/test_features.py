@@ -207,6 +207,16 @@ def test_evaluator_works_called_as_seqio_documents():
     assert future.result()[name]["num_examples"] == 4
 
 
+def test_targets_are_in_the_evaluators_order():
+    name = tasks.register(built(), **SMALL)
+    evaluator = features.evaluator(name, "dev")
+    truths = features.targets(evaluator, name)
+    assert sorted(truth["uid"] for truth in truths) == [f"dev-{i:03d}" for i in range(9)]
+    for index, example in evaluator.cached_model_datasets[name].as_numpy_iterator():
+        np.testing.assert_array_equal(example["scores"], truths[index]["scores"])
+        np.testing.assert_array_equal(example["heatmaps"], truths[index]["heatmaps"])
+
+
 def test_evaluator_sees_a_worse_model_as_worse():
     name = tasks.register(built(), **SMALL)
 

@@ -112,3 +112,19 @@ def test_evaluate_gives_every_key():
     assert result["score/plcc/overall"] == pytest.approx(1)
     assert result["keywords/micro/recall"] == 0.5
     assert result["num_examples"] == 2
+
+
+def test_decoded_examples_equal_their_records():
+    examples, count = tasks.decoded(built(), "dev", 3)
+    examples = list(examples)
+    assert count == len(examples) == 3
+    for example in examples:
+        truth = records.decode(raw_record(example["uid"]))
+        assert example["prompt"] == prompt_of(example["uid"])
+        assert example["image"].shape == (40, 48, 3)
+        assert example["labels"] == truth["labels"].tolist()
+        np.testing.assert_array_equal(example["scores"], truth["scores"])
+        np.testing.assert_array_equal(example["heatmaps"], truth["heatmaps"])
+    assert tasks.decoded(built(), "dev")[1] == 9
+    with pytest.raises(ValueError, match="split: got 'test', expected one of the dataset's"):
+        tasks.decoded(built(), "test")
