@@ -149,7 +149,7 @@ def _shuffled_examples(task: seqio.Task, split: str, seed: int, start_step: int,
     """The split's stored examples, over and over, from a step on, each with its `seed`.
 
     They are kept in memory as they are stored (2 to 3 GB for RichHF-18K), so that any place of the stream costs the
-    same. No Python runs inside: a thread that waits for the interpreter while that shuts down would never end.
+    same. No Python runs inside: with tf.numpy_function here, some programs printed their last line and never ended.
     """
     dataset_builder = task.source.tfds_dataset.builder
     size = dataset_builder.info.splits[split].num_examples
