@@ -65,7 +65,7 @@ def _from_seqio(config, vocabulary, split, num_examples):
     def references():
         rows = {}
         if (constants := tasks.constants(config.data.data_dir)) is not None:
-            targets = evaluator.cached_targets[task]
+            targets = features.targets(evaluator, task)
             predictions = metrics.constant_predictions(constants["scores"], constants["heatmaps"], targets)
             rows["constant predictor"] = metrics.evaluate(targets, predictions)
         return rows | tasks.references(config.data.data_dir).get(split, {})
@@ -75,37 +75,25 @@ def _from_seqio(config, vocabulary, split, num_examples):
 
 def _from_stream(config, vocabulary, split, num_examples):
     from richhf_data import synthetic
-    from richhf_data.synthetic import stream
+    from richhf_data.synthetic import ceiling, stream
 
-    arguments = sources.stream_arguments(config)
-    sizes = {"image_size": arguments["image_size"], "map_size": arguments["heatmap_size"]}
-    examples = list(stream.examples(split, num_examples, seed=config.seed, **sizes))
-    batch = stream.make_batch(examples, vocabulary=vocabulary, **arguments)
-    targets = [_target(example) for example in examples]
+    sizes = tuple(sources.image_arguments(config).values())
+    examples = list(synthetic.examples(split, num_examples, config.seed, *sizes))
+    targets = [example.decoded() for example in examples]
+    batch = stream.make_batch(targets, vocabulary=vocabulary, **sources.text_arguments(config))
 
     def run(model):
         inputs = ({name: batch[name][i] for name in ("image", "text_ids")} for i in range(num_examples))
         return metrics.evaluate(targets, _predict_all(model, inputs, num_examples, config.eval.batch_size))
 
     def references():
-        train = list(stream.examples("train", CONSTANT_EXAMPLES, seed=config.seed, **sizes))
+        train = list(synthetic.examples("train", CONSTANT_EXAMPLES, config.seed, *sizes))
         scores = np.mean([example.scores for example in train], axis=0)
         heatmaps = np.mean([example.heatmaps for example in train], axis=0) / 255
         constant = metrics.evaluate(targets, metrics.constant_predictions(scores, heatmaps, targets))
-        return {"constant predictor": constant} | synthetic.references(examples)
+        return {"constant predictor": constant} | ceiling.references([ceiling.evidence(one) for one in examples])
 
     return Evaluation(run, references)
-
-
-def _target(example) -> dict:
-    return {
-        "scores": example.scores,
-        "score_mask": np.ones(len(schema.SCORES), bool),
-        "heatmaps": example.heatmaps,
-        "heatmap_mask": np.ones(len(schema.HEATMAPS), bool),
-        "prompt": example.prompt,
-        "labels": list(example.labels),
-    }
 
 
 def _predict_all(model, examples: Iterable[dict], count: int, batch_size: int) -> list[dict]:

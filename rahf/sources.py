@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from rahf.models.rahf import RAHFConfig
+from richhf_data import synthetic
 from richhf_data import vocabulary as vocabularies
 from richhf_data.synthetic import stream
 
@@ -31,7 +32,7 @@ def install_vocabulary(config, workdir) -> vocabularies.Vocabulary:
             shutil.copyfile(source, partial)
             partial.replace(path)
         else:
-            prompts = stream.train_prompts(VOCABULARY_PROMPTS, seed=config.seed)
+            prompts = synthetic.train_prompts(VOCABULARY_PROMPTS, seed=config.seed)
             vocabularies.train(prompts, path, config.model.t5.vocab_size)
     return vocabularies.Vocabulary(path)
 
@@ -54,18 +55,22 @@ def training_batches(config, vocabulary: vocabularies.Vocabulary, start: int) ->
             vocabulary=vocabulary,
             start=start,
             workers=config.data.num_workers,
-            **stream_arguments(config),
+            **image_arguments(config),
+            **text_arguments(config),
         )
     raise ValueError(f"data.source: got {config.data.source!r}, expected 'seqio' or 'stream'")
 
 
-def stream_arguments(config) -> dict:
-    """What `stream.batches` and `stream.make_batch` have to know of the model."""
+def image_arguments(config) -> dict:
+    """The sizes that the model sees and predicts, pixels."""
     model = RAHFConfig.from_dict(config.model.to_dict())
+    return {"image_size": model.image_size, "heatmap_size": model.heatmap_size}
+
+
+def text_arguments(config) -> dict:
+    """What tokenising has to know."""
     return {
-        "variant": model.variant,
-        "image_size": model.image_size,
-        "heatmap_size": model.heatmap_size,
+        "variant": config.model.variant,
         "text_length": config.data.text_length,
         "keyword_length": config.data.keyword_length,
     }
@@ -84,5 +89,6 @@ def register_task(config, vocabulary: vocabularies.Vocabulary, augment: bool) ->
         vocabulary_path=vocabulary.path,
         augment=augment,
         truncate_long_prompts=config.data.truncate_long_prompts,
-        **stream_arguments(config),
+        **image_arguments(config),
+        **text_arguments(config),
     )

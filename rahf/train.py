@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from rahf import checkpoints, evaluate, losses, optimizers, partitioning, predict, sources
 from rahf.models import rahf as rahf_model
 
+
 def initial_state(model: rahf_model.RAHF, optimizer, config, key) -> dict:
     """Step 0: a dictionary of `step`, `params`, `opt_state`, and `ema` where `optimizer.ema_decay` is above 0.
 

@@ -1,0 +1,108 @@
+"""One complete example of RichHF-Synth: prompt, picture, annotators, consolidated targets, and the truth behind them."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import cv2
+import numpy as np
+
+from richhf_data import consolidate, schema
+from richhf_data.synthetic import annotators, errors, grammar, render
+
+cv2.setNumThreads(1)  # one picture is too small to share, and its workers would fight over the cores
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """uid, prompt, image, scores, heatmaps and labels are as `schema` describes a decoded example; the rest is the truth.
+
+    annotations: the three annotators'. latents: float64[4] in [0, 1], order schema.SCORES, before any annotator.
+    regions: of each single error, at the image's size. word_labels: int32[tokens], exact.
+    """
+
+    uid: str
+    prompt: str
+    image: np.ndarray
+    scores: np.ndarray
+    heatmaps: np.ndarray
+    labels: np.ndarray
+    annotations: list[consolidate.Annotation]
+    latents: np.ndarray
+    regions: list[render.Region]
+    word_labels: np.ndarray
+    picture: errors.Picture
+
+    @property
+    def region_maps(self) -> np.ndarray:
+        """uint8[H, W, 2], 0 or 255, order schema.HEATMAPS: the exact regions."""
+        return render.union(self.regions, self.image.shape[0])
+
+    def decoded(self) -> dict:
+        """The example as `schema` describes it, without the truth."""
+        return {
+            "uid": self.uid,
+            "prompt": self.prompt,
+            "image": self.image,
+            "scores": self.scores,
+            "heatmaps": self.heatmaps,
+            "labels": self.labels,
+            "score_mask": np.ones(len(schema.SCORES), bool),
+            "heatmap_mask": np.ones(len(schema.HEATMAPS), bool),
+        }
+
+
+def _split_number(split: str) -> int:
+    if split not in grammar.SPLITS:
+        raise ValueError(f"split: got {split!r}, expected one of {grammar.SPLITS}")
+    return grammar.SPLITS.index(split)
+
+
+def draw_prompt(seed: int, index: int, split: str) -> grammar.Prompt:
+    """The prompt of example `index`; pure in its arguments."""
+    return grammar.sample(np.random.default_rng((seed, _split_number(split), index)), split)
+
+
+def draw(seed: int, index: int, split: str, image_size: int, map_size: int, take: int = 0) -> Example:
+    """Draws one example. Pure and deterministic in its arguments.
+
+    Args:
+      seed, index: at least 0; every index of a split is another example.
+      split: of grammar.SPLITS.
+      image_size, map_size: pixels, both sides.
+      take: another number is another picture of the same prompt, with errors and annotators of its own.
+
+    Raises:
+      ValueError: an unknown split, or a size below 16 pixels.
+    """
+    for name, size in (("image_size", image_size), ("map_size", map_size)):
+        if size < 16:
+            raise ValueError(f"{name}: got {size}, expected at least 16 pixels")
+    prompt = draw_prompt(seed, index, split)
+    picture = errors.plan(np.random.default_rng((seed, _split_number(split), index, 1, take)), prompt, split)
+    image, regions = render.render(picture, image_size)
+    word_labels = render.wrong_labels(picture)
+    annotations = annotators.annotate(np.random.default_rng((picture.seed, 4)), picture, regions, word_labels)
+    targets = consolidate.consolidate(annotations, prompt.text, map_size)
+    return Example(
+        uid=f"synth-{seed}-{split}-{index:07d}" + (f"-{take}" if take else ""),
+        prompt=prompt.text,
+        image=image,
+        **targets,
+        annotations=annotations,
+        latents=np.array(picture.latents),
+        regions=regions,
+        word_labels=word_labels,
+        picture=picture,
+    )
+
+
+def examples(split: str, count: int, seed: int, image_size: int, map_size: int) -> Iterator[Example]:
+    """The first `count` examples of a split."""
+    for index in range(count):
+        yield draw(seed, index, split, image_size, map_size)
+
+
+def train_prompts(count: int, seed: int) -> Iterator[str]:
+    """The texts of the first `count` train prompts, for a vocabulary; draws no picture."""
+    for index in range(count):
+        yield draw_prompt(seed, index, "train").text

@@ -1,0 +1,140 @@
+"""RichHF-Synth without end: finished batches drawn in worker processes, for runs without repetition or TensorFlow."""
+
+import collections
+import concurrent.futures
+import functools
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from richhf_data import keywords, schema
+from richhf_data.synthetic import example
+from richhf_data.vocabulary import Vocabulary
+
+AHEAD = 2  # batches in the making for each worker
+
+
+def batches(
+    batch_size: int,
+    *,
+    seed: int,
+    vocabulary: Vocabulary,
+    variant: str,
+    image_size: int,
+    heatmap_size: int,
+    text_length: int,
+    keyword_length: int,
+    start: int = 0,
+    workers: int | None = None,
+    split: str = "train",
+) -> Iterator[dict[str, np.ndarray]]:
+    """Endless batches as `schema` describes them, in order, from number `start` on.
+
+    Batch k holds the examples k * batch_size ... (k + 1) * batch_size - 1 of the split: a function of the arguments and k
+    alone, whatever the number of workers.
+
+    Args:
+      workers: processes that draw; None = one a core, 0 = draw in this process. They end with the generator (`close`),
+        with this process, and on a worker's error, which is raised here.
+
+    Raises:
+      ValueError: a size, split or variant that `example.draw` or `make_batch` refuses.
+    """
+    draw = functools.partial(
+        _batch,
+        batch_size=batch_size,
+        seed=seed,
+        split=split,
+        vocabulary_path=vocabulary.path,
+        sizes=(image_size, heatmap_size),
+        variant=variant,
+        text_length=text_length,
+        keyword_length=keyword_length,
+    )
+    workers = os.cpu_count() if workers is None else workers
+    if workers == 0:
+        return map(draw, _count(start))
+    return _ahead(draw, start, workers)
+
+
+def _count(start):
+    while True:
+        yield start
+        start += 1
+
+
+def _ahead(draw, start, workers):
+    context = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
+    try:
+        pending = collections.deque(pool.submit(draw, start + k) for k in range(AHEAD * workers))
+        for number in _count(start + AHEAD * workers):
+            yield pending.popleft().result()
+            pending.append(pool.submit(draw, number))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def start_worker() -> None:
+    """For a worker process: leave Ctrl-C to the parent, and end when the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@functools.cache
+def _vocabulary(path):
+    return Vocabulary(path)
+
+
+def _batch(number, *, batch_size, seed, split, vocabulary_path, sizes, **arguments):
+    indices = range(number * batch_size, (number + 1) * batch_size)
+    drawn = [example.draw(seed, index, split, *sizes).decoded() for index in indices]
+    return make_batch(drawn, vocabulary=_vocabulary(vocabulary_path), **arguments)
+
+
+def make_batch(
+    examples: Sequence[Mapping],
+    *,
+    vocabulary: Vocabulary,
+    variant: str,
+    text_length: int,
+    keyword_length: int,
+) -> dict[str, np.ndarray]:
+    """Decoded examples (see `schema`), images and maps at their final sizes, as one batch.
+
+    Raises:
+      ValueError: a prompt or a labelled prompt takes more ids than its length.
+    """
+
+    def encode(text, length, name):
+        if (count := vocabulary.num_ids(text)) > length:
+            raise ValueError(f"{name}: got {length}, expected at least {count}, the ids of {text!r} and its end; raise it")
+        return vocabulary.encode(text, length)
+
+    text_ids, keyword_ids = [], []
+    for row in examples:
+        texts = schema.task_prompts(row["prompt"], variant)
+        ids = np.stack([encode(text, text_length, "text_length") for text in texts])
+        text_ids.append(ids[0] if variant == "multi_head" else ids)
+        if row["labels"] is None:
+            keyword_ids.append(np.zeros(keyword_length, np.int32))
+        else:
+            labelled = keywords.label_prompt(keywords.tokenize(row["prompt"]), row["labels"])
+            keyword_ids.append(encode(labelled, keyword_length, "keyword_length"))
+    stacked = ("image", "scores", "score_mask", "heatmaps", "heatmap_mask")
+    return {name: np.stack([row[name] for row in examples]) for name in stacked} | {
+        "text_ids": np.stack(text_ids),
+        "keyword_ids": np.stack(keyword_ids),
+    }

@@ -1,0 +1,44 @@
+"""What must work where TensorFlow cannot be imported."""
+
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent
+BLOCK = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("tensorflow", "seqio", "tensorflow_datasets", "tensorflow_text"):
+            raise ImportError(f"{name} is blocked")
+sys.meta_path.insert(0, Blocked())
+"""
+EVERYTHING = """
+import cv2, rahf
+from configs import rahf_ci
+from rahf import evaluate, predict, train
+from richhf_data import consolidate, metrics, synthetic
+
+config = rahf_ci.get_config()
+config.data.source = "stream"
+results = train.train(config, "run")
+assert results["num_examples"] == 8, results
+assert evaluate.evaluate(config, "run", "test", 8)["num_examples"] == 8
+example = synthetic.draw(0, 0, "test", 64, 64)
+cv2.imwrite("a.png", example.image[..., ::-1])
+model = rahf.load("run")
+items = predict.predict_items(model, [{"name": "a", "image": predict.read_image("a.png"), "prompt": example.prompt}], 1)
+predict.write("out", items, 1)
+"""
+
+
+def test_stream_training_evaluation_and_prediction_need_no_tensorflow(tmp_path):
+    path = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+    subprocess.run([sys.executable, "-c", BLOCK + path + EVERYTHING], cwd=tmp_path, check=True)
+    assert (tmp_path / "out" / "report.html").stat().st_size > 1000
+    assert (tmp_path / "run" / "eval" / "test.json").is_file()
+
+
+def test_import_rahf_takes_under_2_seconds():
+    code = "import time; start = time.monotonic(); import rahf; assert time.monotonic() - start < 2"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

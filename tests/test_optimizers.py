@@ -1,0 +1,56 @@
+"""Schedules and the optimiser."""
+
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from rahf import optimizers
+
+
+def section(**changes):
+    values = {
+        "schedule": "rsqrt",
+        "learning_rate": 0.015,
+        "final_learning_rate": 1e-5,
+        "warmup_steps": 2000,
+        "weight_decay": 0.1,
+        "b1": 0.9,
+        "b2": 0.999,
+        "clip_norm": 1.0,
+    }
+    return ml_collections.ConfigDict(values | changes)
+
+
+def test_rsqrt_is_the_papers_schedule():
+    schedule = optimizers.make_schedule(section(), 20_000)
+    # 1-based: the first update has 1/2000 of the peak, the 2000th all of it, then lr * sqrt(2000 / step).
+    np.testing.assert_allclose(schedule(0), 0.015 / 2000, rtol=1e-6)
+    np.testing.assert_allclose(schedule(1999), 0.015, rtol=1e-6)
+    np.testing.assert_allclose(schedule(7999), 0.015 * np.sqrt(2000 / 8000), rtol=1e-6)
+
+
+def test_cosine_ends_at_the_final_learning_rate():
+    schedule = optimizers.make_schedule(section(schedule="cosine", warmup_steps=10), 100)
+    np.testing.assert_allclose(schedule(10), 0.015, rtol=1e-6)
+    np.testing.assert_allclose(schedule(100), 1e-5, rtol=1e-5)
+
+
+def test_unknown_schedule_is_refused():
+    with pytest.raises(ValueError, match=r"optimizer.schedule: got 'linear', expected 'rsqrt' or 'cosine'"):
+        optimizers.make_schedule(section(schedule="linear"), 10)
+
+
+def test_a_warmup_of_all_steps_is_refused():
+    with pytest.raises(ValueError, match=r"optimizer.warmup_steps: got 10, expected fewer than train.num_steps=10"):
+        optimizers.make_schedule(section(schedule="cosine", warmup_steps=10), 10)
+
+
+def test_weight_decay_spares_biases_and_scales():
+    params = {"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, "norm": {"scale": jnp.ones(2)}}
+    optimizer = optimizers.make_optimizer(section(warmup_steps=1), 10)
+    zeros = {"dense": {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}, "norm": {"scale": jnp.zeros(2)}}
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["dense"]["kernel"], -0.015 * 0.1, rtol=1e-6)
+    assert not updates["dense"]["bias"].any()
+    assert not updates["norm"]["scale"].any()

@@ -1,0 +1,144 @@
+"""From a workdir to feedback, files and a page."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+
+import rahf
+from configs import rahf_ci
+from rahf import checkpoints, predict, train
+from richhf_data import schema
+
+
+@pytest.fixture(scope="module", params=schema.VARIANTS)
+def workdir(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    config = rahf_ci.get_config()
+    config.model.variant = request.param
+    config.data.source = "stream"
+    config.train.batch_size = 64
+    train.train(config, folder)
+    return folder
+
+
+@pytest.fixture
+def images():
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (height, width, 3), np.uint8) for height, width in ((32, 32), (50, 40), (20, 90))]
+
+
+PROMPTS = ["a red cat", "two blue dogs in the forest", "a house"]
+
+
+def test_predict_gives_every_kind_of_feedback(workdir, images):
+    feedback = rahf.load(workdir).predict(images, PROMPTS)
+    assert set(feedback.scores) == set(schema.SCORES)
+    assert set(feedback.heatmaps) == set(schema.HEATMAPS)
+    for values in feedback.scores.values():
+        assert values.shape == (3,)
+        assert ((values >= 0) & (values <= 1)).all()
+    for maps in feedback.heatmaps.values():
+        assert maps.shape == (3, 8, 8)
+        assert ((maps >= 0) & (maps <= 1)).all()
+    assert len(feedback.labelled_prompts) == len(feedback.keywords) == 3
+
+
+def test_an_image_alone_is_predicted_as_in_company(workdir, images):
+    model = rahf.load(workdir)
+    together = model.predict(images, PROMPTS, batch_size=2)
+    alone = model.predict(images[2:], PROMPTS[2:])
+    np.testing.assert_allclose(alone.scores["overall"][0], together.scores["overall"][2], atol=1e-6)
+    np.testing.assert_allclose(
+        alone.heatmaps["implausibility"][0], together.heatmaps["implausibility"][2], atol=1e-6
+    )
+    assert alone.labelled_prompts[0] == together.labelled_prompts[2]
+
+
+def test_refuses_what_it_cannot_read(workdir, images):
+    model = rahf.load(workdir)
+    with pytest.raises(ValueError, match=r"prompts: got 1 for 3 images"):
+        model.predict(images, PROMPTS[:1])
+    with pytest.raises(ValueError, match=r"image: got float64\[4, 4, 3\], expected uint8\[H, W, 3\], RGB"):
+        model.predict([np.zeros((4, 4, 3))], ["a cat"])
+    with pytest.raises(ValueError, match=r"the model reads data.text_length=24; shorten it"):
+        model.predict(images[:1], ["zebra " * 30])
+
+
+def test_write_makes_lines_heatmaps_and_a_page(workdir, images, tmp_path):
+    paths = []
+    for i, image in enumerate(images):
+        paths.append(tmp_path / f"{i}.png")
+        cv2.imwrite(str(paths[-1]), image[..., ::-1])
+    (tmp_path / "list.jsonl").write_text(
+        "\n".join(json.dumps({"image": path.name, "prompt": p}) for path, p in zip(paths, PROMPTS, strict=True))
+    )
+    inputs = predict.read_inputs(str(tmp_path / "list.jsonl"), None)
+    model = rahf.load(workdir)
+    examples = ({"name": path, "image": predict.read_image(path), "prompt": prompt} for path, prompt in inputs)
+    predict.write(tmp_path / "out", predict.predict_items(model, examples, 2), len(inputs))
+
+    lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    expected = model.predict(images, PROMPTS)
+    assert [line["prompt"] for line in lines] == PROMPTS
+    np.testing.assert_allclose(
+        [line["scores"]["overall"] for line in lines], expected.scores["overall"], atol=2e-6
+    )
+    heatmap = cv2.imread(str(tmp_path / "out" / lines[1]["heatmaps"]["misalignment"]), cv2.IMREAD_UNCHANGED)
+    np.testing.assert_allclose(heatmap / 255, expected.heatmaps["misalignment"][1], atol=0.5 / 255 + 1e-6)
+    assert "two blue dogs" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: "*.nothing", r"images: nothing matches"),
+        (lambda folder: "list.jsonl", r"images: no file"),
+    ],
+)
+def test_read_inputs_refuses_nothing(make, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        predict.read_inputs(str(tmp_path / make(tmp_path)), "a cat")
+
+
+def test_read_inputs_names_the_faulty_line(tmp_path):
+    path = tmp_path / "list.jsonl"
+    path.write_text('{"image": "a.png", "prompt": "a cat"}\n{"image": "b.png"}\n')
+    with pytest.raises(ValueError, match=r"list.jsonl line 2: got .*, expected \{\"image\": path, \"prompt\": text\}"):
+        predict.read_inputs(str(path), None)
+
+
+def test_a_globbed_image_takes_the_prompt_beside_it_or_is_refused(tmp_path):
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((4, 4, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"a.png has no prompt; pass --prompt, write a.txt beside it"):
+        predict.read_inputs(str(tmp_path / "*.png"), None)
+    (tmp_path / "a.txt").write_text("a cat\n")
+    assert predict.read_inputs(str(tmp_path / "*.png"), None) == [(str(tmp_path / "a.png"), "a cat")]
+
+
+def test_read_image_names_what_is_not_an_image(tmp_path):
+    (tmp_path / "a.jpg").write_text("no image")
+    with pytest.raises(ValueError, match=r"image: .*a.jpg is missing or is not a readable image"):
+        predict.read_image(tmp_path / "a.jpg")
+
+
+def test_load_refuses_what_is_no_workdir(tmp_path):
+    with pytest.raises(ValueError, match=r"has no config.json; expected a folder written by `python -m rahf.train`"):
+        rahf.load(tmp_path)
+
+
+def test_load_refuses_a_run_without_a_checkpoint(workdir, tmp_path):
+    for name in ("config.json", "vocabulary.model"):
+        (tmp_path / name).write_bytes((workdir / name).read_bytes())
+    with pytest.raises(ValueError, match=r"has no finished evaluation yet"):
+        rahf.load(tmp_path)
+
+
+def test_the_vocabulary_must_fit_the_embeddings(workdir):
+    model = rahf.load(workdir)
+    config = checkpoints.read_config(workdir).copy_and_resolve_references()
+    config.model.t5.vocab_size = 5
+    small = predict.Model(config, None, model.vocabulary).model_config
+    with pytest.raises(ValueError, match=r"pieces, the model embeds model.t5.vocab_size=5"):
+        predict.check_vocabulary(small, model.vocabulary)
