@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Callable, Iterable
 
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 from tqdm.auto import tqdm
 
@@ -129,6 +129,7 @@ def evaluate(config, workdir, split: str, num_examples: int | None = None) -> di
 
 
 def main(argv):
+    logging.set_verbosity(logging.WARNING)  # Orbax and seqio tell of each step they take
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     args = flags.FLAGS

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import cv2
 import jax
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from flax import linen as nn
 from tqdm.auto import tqdm
 
@@ -81,7 +81,7 @@ class Model:
             for name in ("image", "text_ids")
         }
         inputs = partitioning.shard_batch(inputs, self._sharding)
-        with self.mesh, nn.logical_axis_rules(partitioning.RULES):
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(partitioning.RULES):
             outputs = self._forward(self.params, inputs["image"], inputs["text_ids"])
         scores, heatmaps, keyword_ids = (np.asarray(array)[:rows] for array in outputs)
         return [
@@ -304,6 +304,7 @@ def dataset_examples(data_dir, split: str, limit: int | None) -> tuple[Iterator[
 
 
 def main(argv):
+    logging.set_verbosity(logging.WARNING)  # Orbax and seqio tell of each step they take
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]} (quote a glob: --images='photos/*.jpg')")
     args = flags.FLAGS

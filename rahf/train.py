@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import tensorboardX
-from absl import app, flags
+from absl import app, flags, logging
 from flax import linen as nn
 from ml_collections import config_flags
 from tqdm.auto import tqdm
@@ -140,7 +140,7 @@ def train(config, workdir) -> dict[str, float]:
     step = latest.latest_step()
     if step is None:
         init = jax.jit(lambda key: nn.unbox(initial_state(model, optimizer, config, key)), out_shardings=shardings)
-        with mesh, nn.logical_axis_rules(partitioning.RULES):
+        with jax.set_mesh(mesh), nn.logical_axis_rules(partitioning.RULES):
             state = init(init_key)
         step = 0
     else:
@@ -169,7 +169,7 @@ def train(config, workdir) -> dict[str, float]:
     logged_at, logged_step = time.monotonic(), step
     while step < num_steps:
         batch = partitioning.shard_batch(next(batches), batch_sharding)
-        with mesh, nn.logical_axis_rules(partitioning.RULES):
+        with jax.set_mesh(mesh), nn.logical_axis_rules(partitioning.RULES):
             state, metrics = train_step(state, batch, step_key)
         step += 1
         bar.update()
@@ -199,15 +199,13 @@ def train(config, workdir) -> dict[str, float]:
             checkpoints.save(latest, step, state, {"step": step})
 
     # ---- End --------------------------------------------------------------------------------------------------------
-    bar.close()
-    batches.close()
-    writer.close()
-    latest.close()
-    best.close()
+    for resource in (bar, batches, writer, latest, best):
+        resource.close()
     return results
 
 
 def main(argv):
+    logging.set_verbosity(logging.WARNING)  # Orbax and seqio tell of each step they take
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     try:

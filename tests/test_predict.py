@@ -40,7 +40,7 @@ def test_predict_gives_every_kind_of_feedback(workdir, images):
         assert values.shape == (3,)
         assert ((values >= 0) & (values <= 1)).all()
     for maps in feedback.heatmaps.values():
-        assert maps.shape == (3, 8, 8)
+        assert maps.shape == (3, 16, 16)
         assert ((maps >= 0) & (maps <= 1)).all()
     assert len(feedback.labelled_prompts) == len(feedback.keywords) == 3
 

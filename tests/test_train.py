@@ -51,7 +51,7 @@ def gradient_step(config, batch, devices):
         in_shardings=(shardings, sharding, None),
         out_shardings=(shardings, None),
     )
-    with mesh, nn.logical_axis_rules(partitioning.RULES):
+    with jax.set_mesh(mesh), nn.logical_axis_rules(partitioning.RULES):
         state = jax.device_get(nn.unbox(train.initial_state(model, optimizer, config, jax.random.key(0))))
         new, metrics = step(state, partitioning.shard_batch(batch, sharding), jax.random.key(1))
     return jax.device_get(metrics), jax.tree.map(lambda a, b: a - np.asarray(b), state["params"], new["params"])

@@ -13,7 +13,7 @@ from richhf_data import consolidate, keywords, schema
 from richhf_data.synthetic import errors, render
 
 NUMBER = 3
-BIAS, NOISE = 0.22, 0.58  # Likert points: one annotator's leniency on a picture, and the error of each score
+BIAS, NOISE = 0.2, 0.53  # Likert points: one annotator's leniency on a picture, and the error of each score
 POINTS_MAX = 9
 AREA_PER_POINT = 2.0  # in disks: a larger region gets more points
 PULL, JITTER = 0.25, 0.012  # points drift towards a region's middle, and slip by this fraction of the picture

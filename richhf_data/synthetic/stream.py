@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import functools
+import itertools
 import multiprocessing
 import os
 import signal
@@ -56,24 +57,18 @@ def batches(
         text_length=text_length,
         keyword_length=keyword_length,
     )
-    workers = os.cpu_count() if workers is None else workers
+    return _drawn(draw, start, os.cpu_count() if workers is None else workers)
+
+
+def _drawn(draw, start, workers):
     if workers == 0:
-        return map(draw, _count(start))
-    return _ahead(draw, start, workers)
-
-
-def _count(start):
-    while True:
-        yield start
-        start += 1
-
-
-def _ahead(draw, start, workers):
+        for number in itertools.count(start):
+            yield draw(number)
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
     try:
         pending = collections.deque(pool.submit(draw, start + k) for k in range(AHEAD * workers))
-        for number in _count(start + AHEAD * workers):
+        for number in itertools.count(start + AHEAD * workers):
             yield pending.popleft().result()
             pending.append(pool.submit(draw, number))
     finally:
