@@ -76,7 +76,7 @@ def _noise(image, artifact, rng, palette):
 
 def _fragments(image, artifact, rng, palette):
     size = image.shape[0]
-    mask = np.zeros((size, size), np.uint8)
+    before, mask = image.copy(), np.zeros((size, size), np.uint8)
     radius, centre = artifact.radius * size, np.array([artifact.x, artifact.y]) * size - 0.5
     for _ in range(8):
         turn, far = 2 * math.pi * rng.random(), radius * 0.78 * math.sqrt(rng.random())
@@ -89,12 +89,11 @@ def _fragments(image, artifact, rng, palette):
         cv2.fillPoly(image, points, colour, cv2.LINE_AA, _BITS)
         cv2.polylines(image, points, True, (20, 18, 26), width, cv2.LINE_AA, _BITS)
         cv2.fillPoly(mask, points, 1, cv2.LINE_8, _BITS)
-        cv2.polylines(mask, points, True, 1, width + 2, cv2.LINE_8, _BITS)
-    return mask.astype(bool)
+    return mask.astype(bool) | (image != before).any(axis=-1)
 
 
 def _text(image, artifact, rng, palette):
-    size = image.shape[0]
+    size, before = image.shape[0], image.copy()
     radius, centre = artifact.radius * size, np.array([artifact.x, artifact.y]) * size - 0.5
     turn = 0.5 * (rng.random() - 0.5)
     turn = np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
@@ -112,8 +111,7 @@ def _text(image, artifact, rng, palette):
         cv2.polylines(image, points, False, ink, width, cv2.LINE_AA, _BITS)
     mask = np.zeros((size, size), np.uint8)
     cv2.fillPoly(mask, label, 1, cv2.LINE_8, _BITS)
-    cv2.polylines(mask, label, True, 1, width + 2, cv2.LINE_8, _BITS)
-    return mask.astype(bool)
+    return mask.astype(bool) | (image != before).any(axis=-1)
 
 
 _PAINTERS = {

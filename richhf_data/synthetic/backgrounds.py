@@ -71,7 +71,7 @@ def _city(image, rng):
 def _beach(image, rng):
     _fade(image, (120, 196, 245), (200, 232, 250), 0, 0.42)
     disk(image, 0.15 + 0.7 * rng.random(), 0.13, 0.08, 0.08, (255, 244, 170))
-    _fade(image, (30, 130, 190), (70, 190, 205), 0.4, 0.62)
+    _fade(image, (30, 130, 190), (70, 190, 205), 0.4, 0.66)
     polygon(image, _ridge(rng, 0.61, 0.015, 9), (246, 250, 250))
     polygon(image, _ridge(rng, 0.64, 0.015, 9), (238, 214, 158))
     for x, y in rng.random((10, 2)):
@@ -79,14 +79,14 @@ def _beach(image, rng):
 
 
 def _desert(image, rng):
-    _fade(image, (250, 214, 150), (252, 236, 200), 0, 0.5)
+    _fade(image, (250, 214, 150), (252, 236, 200), 0, 0.6)
     disk(image, 0.15 + 0.7 * rng.random(), 0.16, 0.09, 0.09, (255, 250, 225))
     for base, colour in ((0.5, (226, 160, 92)), (0.64, (210, 138, 70)), (0.8, (190, 116, 56))):
         polygon(image, _ridge(rng, base, 0.06, 6), colour)
 
 
 def _snow(image, rng):
-    _fade(image, (176, 196, 220), (222, 232, 242), 0, 0.55)
+    _fade(image, (176, 196, 220), (222, 232, 242), 0, 0.6)
     polygon(image, _ridge(rng, 0.52, 0.03, 6), (236, 242, 250))
     polygon(image, _ridge(rng, 0.72, 0.03, 6), (250, 252, 255))
     for x, y in rng.random((26, 2)):
@@ -94,7 +94,7 @@ def _snow(image, rng):
 
 
 def _moon(image, rng):
-    _fade(image, (6, 6, 18), (20, 18, 40), 0, 0.6)
+    _fade(image, (6, 6, 18), (20, 18, 40), 0, 0.62)
     for x, y in rng.random((30, 2)):
         disk(image, x, 0.55 * y, 0.006, 0.006, (250, 250, 240))
     x = 0.2 + 0.6 * rng.random()
@@ -119,7 +119,7 @@ def _sea(image, rng):
 
 
 def _field(image, rng):
-    _fade(image, (96, 170, 240), (190, 224, 250), 0, 0.55)
+    _fade(image, (96, 170, 240), (190, 224, 250), 0, 0.6)
     for x, y in rng.random((3, 2)):
         for shift in (-0.07, 0, 0.07):
             disk(image, x + shift, 0.08 + 0.2 * y, 0.08, 0.04, (250, 252, 255))
@@ -177,7 +177,7 @@ _PAINTERS = {
 
 def paint(name: str, rng: np.random.Generator, size: int) -> np.ndarray:
     """uint8[size, size, 3]: the background with a soft texture."""
-    image = np.empty((size, size, 3), np.uint8)
+    image = np.zeros((size, size, 3), np.uint8)
     _PAINTERS[name](image, rng)
     texture = cv2.resize(rng.integers(0, 22, (12, 12), np.uint8), (size, size), interpolation=cv2.INTER_CUBIC)
     return cv2.subtract(image, cv2.merge([texture] * 3))

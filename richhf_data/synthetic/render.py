@@ -108,7 +108,7 @@ def _marks(item: layout.Placed, image: np.ndarray) -> None:
 def _pattern(attribute: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """float32 in [0, 1]: 1 where the second colour is; u, v: unit coordinates."""
     if attribute == "striped":
-        wave = np.sin(9.5 * u + 0.0 * v)
+        wave = np.sin(9.5 * u)
     elif attribute == "spotted":
         wave = np.cos(8 * u) * np.cos(8 * v) * 2.2 - 0.75
     else:
@@ -129,7 +129,7 @@ def _draw_thing(image: np.ndarray, item: layout.Placed, edits: dict[int, str], s
     dark = main * 0.62 if light > 60 else main * 0.5 + 52
     tones = {"main": tuple(main.tolist()), "dark": tuple(dark.tolist())}
     outline = (26, 22, 32) if light > 60 else (206, 206, 214)
-    width = max(1, round(0.07 * item.radius * size))
+    width = max(1, round(0.055 * item.radius * size))
     reach = 1.6 * item.radius * size + 3
     window = _window(item.x * size, item.y * size, reach, size)
     body = np.zeros((size, size), np.uint8)  # every painted pixel
@@ -151,7 +151,7 @@ def _draw_thing(image: np.ndarray, item: layout.Placed, edits: dict[int, str], s
             touched = changed is not None and (edit == "missing part" or copy_seed is not None)
             if touched:
                 cv2.fillPoly(changed, [points], 1, cv2.LINE_8, _BITS)
-                cv2.polylines(changed, [points], True, 1, width + 2, cv2.LINE_8, _BITS)
+                cv2.polylines(changed, [points], True, 1, width + 4, cv2.LINE_8, _BITS)  # and its soft rim
             if edit == "missing part":
                 continue
             cv2.fillPoly(image, [points], tones.get(tone, tone), cv2.LINE_AA, _BITS)

@@ -197,7 +197,7 @@ THINGS = {
         _part("chimney", (_box(0.38, -0.9, 0.62, -0.2), (140, 80, 70))),
         _part("walls", (_box(-0.72, -0.2, 0.72, 1), "main")),
         _part("roof", (_polygon((-1, -0.12), (0, -1), (1, -0.12)), "dark"), loose=True),
-        _part("door", (_box(-0.52, 0.35, -0.14, 1), WOOD), loose=True),
+        _part("door", (_box(-0.52, 0.35, -0.14, 1), WOOD)),
         _part("window", (_box(0.1, 0.2, 0.52, 0.6), GLASS)),
     ),
     "car": (
