@@ -47,7 +47,7 @@ def _forest(image, rng):
 
 
 def _city(image, rng):
-    _fade(image, (150, 170, 200), (225, 205, 190), 0, 0.75)
+    _fade(image, (150, 170, 200), (225, 205, 190), 0, 0.8)
     x = -0.02
     while x < 1:
         width, top = 0.1 + 0.08 * rng.random(), 0.12 + 0.35 * rng.random()
@@ -161,7 +161,7 @@ def _mountains(image, rng):
     _fade(image, (78, 106, 84), (52, 76, 62), 0.8, 1)
 
 
-_PAINTERS = {
+PAINTERS = {
     "forest": _forest,
     "city": _city,
     "beach": _beach,
@@ -178,6 +178,6 @@ _PAINTERS = {
 def paint(name: str, rng: np.random.Generator, size: int) -> np.ndarray:
     """uint8[size, size, 3]: the background with a soft texture."""
     image = np.zeros((size, size, 3), np.uint8)
-    _PAINTERS[name](image, rng)
+    PAINTERS[name](image, rng)
     texture = cv2.resize(rng.integers(0, 22, (12, 12), np.uint8), (size, size), interpolation=cv2.INTER_CUBIC)
     return cv2.subtract(image, cv2.merge([texture] * 3))
