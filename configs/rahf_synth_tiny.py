@@ -24,14 +24,15 @@ def get_config():
             num_encoder_layers=3,
             num_decoder_layers=1,
             mlp_dim=256,
+            mlp_activations=("relu",),
             dropout=0.0,
         ),
         score_head=dict(filters=(64, 32), dense=(128,)),
-        heatmap_head=dict(filters=(64,), deconv_filters=(48, 24), output_hidden=16),
+        heatmap_head=dict(filters=(64,), deconv_filters=(32, 16), output_hidden=8),
     )
     config.data.update(text_length=24, keyword_length=40, augment=False)
     config.optimizer.update(schedule="cosine", learning_rate=1e-3, warmup_steps=200, weight_decay=0.05, b2=0.98)
     config.optimizer.ema_decay = 0.99
-    config.train.update(batch_size=64, num_steps=2000, loss_weights=dict(score=5.0, heatmap=20.0, keyword=0.5))
+    config.train.update(batch_size=32, num_steps=1800, loss_weights=dict(score=5.0, heatmap=20.0, keyword=0.5))
     config.eval.update(every=500, batch_size=50, num_examples=200)
     return config

@@ -225,7 +225,9 @@ def read_inputs(spec: str, prompt: str | None) -> list[tuple[str, str]]:
         for path in sorted(glob.glob(spec, recursive=True)):
             beside = pathlib.Path(path).with_suffix(".txt")
             if prompt is None and not beside.is_file():
-                raise ValueError(f"images: {path} has no prompt; pass --prompt, write {beside.name} beside it, or use .jsonl")
+                raise ValueError(
+                    f"images: {path} has no prompt; pass --prompt, write {beside.name} beside it, or use .jsonl"
+                )
             inputs.append((path, prompt if prompt is not None else beside.read_text().strip()))
     if not inputs:
         raise ValueError(f"images: nothing matches {spec}")

@@ -66,7 +66,7 @@ def serialize(raw: dict) -> bytes:
         else:
             value = raw[key]
             example.features.feature[key].bytes_list.value.append(value.encode() if isinstance(value, str) else value)
-    return example.SerializeToString()
+    return example.SerializeToString(deterministic=True)
 
 
 def read(path) -> Iterator[dict]:

@@ -7,11 +7,8 @@ import sys
 ROOT = pathlib.Path(__file__).parent.parent
 BLOCK = """
 import sys
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("tensorflow", "seqio", "tensorflow_datasets", "tensorflow_text"):
-            raise ImportError(f"{name} is blocked")
-sys.meta_path.insert(0, Blocked())
+for name in ("tensorflow", "seqio", "tensorflow_datasets", "tensorflow_text"):
+    sys.modules[name] = None  # importing it raises ImportError
 """
 EVERYTHING = """
 import cv2, rahf
