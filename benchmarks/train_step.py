@@ -35,9 +35,9 @@ def main(argv):
         next(batches)
         drawn = time.perf_counter() - start
 
+    init = jax.jit(lambda key: nn.unbox(train.initial_state(model, optimizer, config, key)), out_shardings=shardings)
+    state, key = init(jax.random.key(0)), jax.random.key(1)
     with jax.set_mesh(mesh), nn.logical_axis_rules(partitioning.RULES):
-        init = jax.jit(lambda key: nn.unbox(train.initial_state(model, optimizer, config, key)), out_shardings=shardings)
-        state, key = init(jax.random.key(0)), jax.random.key(1)
         batch = partitioning.shard_batch(batch, sharding)
         step = jax.jit(
             train.make_train_step(model, optimizer, schedule, config, mesh),

@@ -140,9 +140,7 @@ def train(config, workdir) -> dict[str, float]:
     step = latest.latest_step()
     if step is None:
         init = jax.jit(lambda key: nn.unbox(initial_state(model, optimizer, config, key)), out_shardings=shardings)
-        with jax.set_mesh(mesh), nn.logical_axis_rules(partitioning.RULES):
-            state = init(init_key)
-        step = 0
+        state, step = init(init_key), 0
     else:
         targets = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
         state = checkpoints.restore(latest, step, targets)

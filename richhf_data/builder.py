@@ -13,6 +13,7 @@ import json
 import pathlib
 from collections.abc import Iterator
 
+import cv2
 import numpy as np
 
 from richhf_data import images, keywords, records, schema
@@ -173,10 +174,11 @@ class _Statistics:
         self._count += 1
         self._scores += scores
         self._squares += scores.astype(np.float64) ** 2
-        self._empty += ~heatmaps.any(axis=(0, 1))
-        block = schema.RAW_MAP_SIZE // MEAN_MAP_SIZE
-        blocks = heatmaps.reshape(MEAN_MAP_SIZE, block, MEAN_MAP_SIZE, block, -1)
-        self._maps += blocks.mean(axis=(1, 3), dtype=np.float32) / 255
+        small = cv2.resize(
+            np.float32(heatmaps), (MEAN_MAP_SIZE, MEAN_MAP_SIZE), interpolation=cv2.INTER_AREA
+        )
+        self._empty += ~small.any(axis=(0, 1))
+        self._maps += small / 255
 
     def means(self) -> dict[str, np.ndarray]:
         return {

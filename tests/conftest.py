@@ -26,3 +26,13 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 def data_dir() -> pathlib.Path:
     """The folder of committed test data."""
     return pathlib.Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="module")
+def standard_promotion():
+    """For tests that run others' code as well: optax promotes freely."""
+    jax.config.update("jax_numpy_rank_promotion", "allow")
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    yield
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    jax.config.update("jax_numpy_dtype_promotion", "strict")

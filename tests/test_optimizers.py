@@ -7,6 +7,8 @@ import pytest
 
 from rahf import optimizers
 
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
 
 def section(**changes):
     values = {

@@ -31,7 +31,7 @@ def test_model_axis_splits_mlp_heads_and_vocabulary():
     _, placed = shardings(partitioning.make_mesh(4, 2))
     t5 = placed["params"]["t5"]
     assert t5["token_embedder"]["embedding"].spec == PartitionSpec("model", None)
-    assert t5["encoder"]["layers_0"]["mlp"]["wi_0"]["kernel"].spec == PartitionSpec(None, "model")
+    assert t5["encoder"]["layers_0"]["mlp"]["wi"]["kernel"].spec == PartitionSpec(None, "model")
     assert t5["encoder"]["layers_0"]["mlp"]["wo"]["kernel"].spec == PartitionSpec("model", None)
 
 

@@ -11,9 +11,11 @@ from configs import rahf_ci
 from rahf import checkpoints, predict, train
 from richhf_data import schema
 
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
 
 @pytest.fixture(scope="module", params=schema.VARIANTS)
-def workdir(request, tmp_path_factory):
+def workdir(request, tmp_path_factory, standard_promotion):
     folder = tmp_path_factory.mktemp(request.param)
     config = rahf_ci.get_config()
     config.model.variant = request.param

@@ -17,6 +17,7 @@ from rahf import checkpoints, partitioning, sources, train
 from rahf.models.rahf import RAHF, RAHFConfig
 from richhf_data import schema
 
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -51,8 +52,8 @@ def gradient_step(config, batch, devices):
         in_shardings=(shardings, sharding, None),
         out_shardings=(shardings, None),
     )
+    state = jax.device_get(nn.unbox(train.initial_state(model, optimizer, config, jax.random.key(0))))
     with jax.set_mesh(mesh), nn.logical_axis_rules(partitioning.RULES):
-        state = jax.device_get(nn.unbox(train.initial_state(model, optimizer, config, jax.random.key(0))))
         new, metrics = step(state, partitioning.shard_batch(batch, sharding), jax.random.key(1))
     return jax.device_get(metrics), jax.tree.map(lambda a, b: a - np.asarray(b), state["params"], new["params"])
 
@@ -62,7 +63,8 @@ def assert_same_step(a, b):
         np.testing.assert_allclose(a[0][name], b[0][name], rtol=1e-5, err_msg=name)
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a[1]), jax.tree.leaves(b[1]), strict=True):
         scale = np.abs(x).max() + 1e-3
-        np.testing.assert_allclose(x / scale, y / scale, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+        # Sums in another order, and layer norms over 4 channels, which amplify: a wrong normaliser would show as 0.1 or more.
+        np.testing.assert_allclose(x / scale, y / scale, atol=1e-4, err_msg=jax.tree_util.keystr(path))
 
 
 @pytest.mark.parametrize("variant", schema.VARIANTS)
@@ -99,7 +101,7 @@ def test_batch_size_that_the_mesh_does_not_divide_is_refused(tmp_path):
 def command(workdir, *arguments):
     return [
         sys.executable, "-m", "rahf.train", "--config=configs/rahf_ci.py", f"--workdir={workdir}",
-        "--config.data.source=stream", "--config.train.num_steps=300", "--config.eval.every=300",
+        "--config.data.source=stream", "--config.train.num_steps=150", "--config.eval.every=150",
         "--config.checkpoint_every=50", "--config.optimizer.ema_decay=0.9", *arguments,
     ]  # fmt: skip
 
@@ -123,7 +125,7 @@ def test_a_run_killed_and_resumed_equals_the_uninterrupted_one(tmp_path):
 
     resumed = subprocess.run(command(tmp_path / "killed"), cwd=ROOT, check=True, capture_output=True, text=True)
     assert "resumed from step" in resumed.stdout
-    whole, killed = saved_state(tmp_path / "whole", 300), saved_state(tmp_path / "killed", 300)
+    whole, killed = saved_state(tmp_path / "whole", 150), saved_state(tmp_path / "killed", 150)
     jax.tree.map(np.testing.assert_array_equal, whole, killed)
 
 
