@@ -11,7 +11,7 @@ $(VENV)/installed: setup.py constraints.txt
 	touch $@
 
 demo: $(VENV)/installed
-	$(BIN)/python -m richhf_data.synthetic --output=demo/records --train=8000 --dev=200 --test=400 --size=96 --seed=0
+	$(BIN)/python -m richhf_data.synthetic --output=demo/records --train=12000 --dev=200 --test=400 --size=96 --seed=0
 	$(BIN)/python -m richhf_data.build --records=demo/records --images='parquet:demo/records/images/*.parquet' --data_dir=demo/data
 	$(BIN)/python -m rahf.train --config=configs/rahf_synth_tiny.py --workdir=demo/run --config.data.data_dir=demo/data
 	$(BIN)/python -m rahf.evaluate --config=configs/rahf_synth_tiny.py --workdir=demo/run --config.data.data_dir=demo/data --split=test

@@ -26,6 +26,7 @@ setup(
         "opencv-python-headless>=4.9",
         "optax>=0.2.4",
         "orbax-checkpoint>=0.11",
+        "pillow>=10",
         "pyarrow>=15",
         "scipy>=1.12",
         "sentencepiece>=0.2",

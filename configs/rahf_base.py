@@ -19,7 +19,6 @@ def get_config():
         variant="multi_head",
         image_size=224,  # pixels; not in the paper
         dtype="bfloat16",  # of the computation; parameters, losses and softmax are float32
-        task_pattern=(0, 1, 2, 3, 4, 5, 6, 6),  # augmented_prompt: the task of row i % 8, as in schema.TASKS
         vit=dict(patch_size=16, width=768, depth=12, num_heads=12, mlp_dim=3072, dropout=0.0, remat=False),
         t5=dict(
             vocab_size=32128,

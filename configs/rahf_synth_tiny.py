@@ -33,6 +33,6 @@ def get_config():
     config.data.update(text_length=24, keyword_length=40, augment=False)
     config.optimizer.update(schedule="cosine", learning_rate=1e-3, warmup_steps=200, weight_decay=0.05, b2=0.98)
     config.optimizer.ema_decay = 0.99
-    config.train.update(batch_size=32, num_steps=1400, loss_weights=dict(score=5.0, heatmap=20.0, keyword=0.5))
-    config.eval.update(every=700, batch_size=100, num_examples=200)
+    config.train.update(batch_size=32, num_steps=1500, loss_weights=dict(score=5.0, heatmap=20.0, keyword=0.5))
+    config.eval.update(every=750, batch_size=100, num_examples=200)
     return config

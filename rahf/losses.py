@@ -6,12 +6,11 @@ gradients of microbatches add up to those of the full batch.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from rahf.models.rahf import HEATMAP_TASKS, KEYWORD_TASK, SCORE_TASKS, Outputs, RAHFConfig, pick_rows
+from rahf.models.rahf import Outputs
 from richhf_data import schema
 
 Array = jax.Array
@@ -19,56 +18,22 @@ Array = jax.Array
 DEFAULT_WEIGHTS = {"score": 1.0, "heatmap": 1.0, "keyword": 1.0}
 
 
-class Targets(NamedTuple):
-    """A batch's targets in the shapes of `Outputs`."""
-
-    scores: Array  # float32[R, S] in [0, 1]
-    score_mask: Array  # bool[R, S]
-    heatmaps: Array  # uint8[R, h, w, M]
-    heatmap_mask: Array  # bool[R, M]
-    keyword_ids: Array  # int32[rows with the keyword task, T]
-
-
-def align_targets(batch: Mapping[str, Array], config: RAHFConfig) -> Targets:
-    """The targets that belong to each output: all of a row's, or in the augmented-prompt variant its task's alone."""
-    if config.variant == "multi_head":
-        return Targets(*(batch[name] for name in Targets._fields))
-
-    def own(name, tasks):  # [B, K, ...] -> [B / p, r, ...]: of each row with one of `tasks`, that task's entry
-        rows = pick_rows(batch[name], config, tasks)
-        indices = [config.task_pattern[row] - tasks.start for row in config.rows(tasks)]
-        return jnp.stack([rows[:, i, ..., index] for i, index in enumerate(indices)], axis=-1)
-
-    keyword_ids = pick_rows(batch["keyword_ids"], config, [KEYWORD_TASK])
-    return Targets(
-        scores=own("scores", SCORE_TASKS),
-        score_mask=own("score_mask", SCORE_TASKS),
-        heatmaps=own("heatmaps", HEATMAP_TASKS),
-        heatmap_mask=own("heatmap_mask", HEATMAP_TASKS),
-        keyword_ids=keyword_ids.reshape(-1, keyword_ids.shape[-1]),
-    )
-
-
-def _normalisers(targets: Targets) -> dict[str, Array]:
-    return {
-        "score": jnp.sum(targets.score_mask, dtype=jnp.float32),
-        "heatmap": jnp.sum(targets.heatmap_mask, dtype=jnp.float32),
-        "keyword": jnp.sum(targets.keyword_ids != schema.PAD_ID, dtype=jnp.float32),
-    }
-
-
-def loss_normalisers(batch: Mapping[str, Array], config: RAHFConfig) -> dict[str, Array]:
+def loss_normalisers(batch: Mapping[str, Array]) -> dict[str, Array]:
     """What the losses of a batch, whole or in microbatches, are divided by; from the targets alone.
 
     Returns:
       float32 scalars: `score`, the number of scores that have a target; `heatmap`, of (row, map) pairs that have one;
       `keyword`, of ids that are no padding. May be 0.
     """
-    return _normalisers(align_targets(batch, config))
+    return {
+        "score": jnp.sum(batch["score_mask"], dtype=jnp.float32),
+        "heatmap": jnp.sum(batch["heatmap_mask"], dtype=jnp.float32),
+        "keyword": jnp.sum(batch["keyword_ids"] != schema.PAD_ID, dtype=jnp.float32),
+    }
 
 
 def score_loss_sum(predicted: Array, target: Array, mask: Array) -> Array:
-    """Sum of squared errors where the mask is True: float32[R, S] twice, bool[R, S] -> float32 scalar."""
+    """Sum of squared errors where the mask is True: float32[B, 4] twice, bool[B, 4] -> float32 scalar."""
     return jnp.sum(jnp.where(mask, jnp.square(predicted - target), 0.0))
 
 
@@ -76,7 +41,7 @@ def heatmap_loss_sum(predicted: Array, target: Array, mask: Array) -> Array:
     """Sum over (row, map) where the mask is True of the mean squared error over pixels.
 
     Args:
-      predicted: float32[R, h, w, M] in [0, 1]. target: uint8[R, h, w, M], 255 = 1. mask: bool[R, M].
+      predicted: float32[B, h, w, 2] in [0, 1]. target: uint8[B, h, w, 2], 255 = 1. mask: bool[B, 2].
 
     Raises:
       ValueError: the target has another resolution than the model predicts.
@@ -86,7 +51,7 @@ def heatmap_loss_sum(predicted: Array, target: Array, mask: Array) -> Array:
             f"heatmaps: got targets of shape {target.shape}, expected the model's {predicted.shape}; set the data's "
             "heatmap size to that of the model (RAHFConfig.heatmap_size)"
         )
-    error = jnp.mean(jnp.square(predicted - target.astype(jnp.float32) / 255.0), axis=(1, 2))  # [R, M]
+    error = jnp.mean(jnp.square(predicted - target.astype(jnp.float32) / 255.0), axis=(1, 2))  # [B, 2]
     return jnp.sum(jnp.where(mask, error, 0.0))
 
 
@@ -94,12 +59,12 @@ def keyword_loss_sum(logits: Array, targets: Array) -> tuple[Array, Array]:
     """Sum of the cross-entropy over targets that are no padding, and how many of these have the largest logit.
 
     Args:
-      logits: float32[R, T, V]. targets: int32[R, T], 0 = padding.
+      logits: float32[B, T, V]. targets: int32[B, T], 0 = padding.
     """
     mask = targets != schema.PAD_ID
     # A masked sum instead of a gather: it stays local when the vocabulary is sharded.
     is_target = jnp.arange(logits.shape[-1])[None, None, :] == targets[..., None]
-    target_logits = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)  # [R, T]
+    target_logits = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)  # [B, T]
     loss = jax.nn.logsumexp(logits, axis=-1) - target_logits
     correct = jnp.argmax(logits, axis=-1) == targets
     return jnp.sum(jnp.where(mask, loss, 0.0)), jnp.sum(mask & correct, dtype=jnp.float32)
@@ -110,7 +75,6 @@ def rahf_loss(
     batch: Mapping[str, Array],
     normalisers: Mapping[str, Array] | None,
     weights: Mapping[str, float],
-    config: RAHFConfig,
 ) -> tuple[Array, dict[str, Array]]:
     """The weighted sum of score MSE, heatmap MSE and keyword cross-entropy.
 
@@ -130,15 +94,14 @@ def rahf_loss(
     """
     if set(weights) != set(DEFAULT_WEIGHTS):
         raise ValueError(f"loss weights: got {sorted(weights)}, expected exactly {sorted(DEFAULT_WEIGHTS)}")
-    targets = align_targets(batch, config)
     if normalisers is None:
-        normalisers = _normalisers(targets)
+        normalisers = loss_normalisers(batch)
     divide = {name: jnp.maximum(normalisers[name], 1.0) for name in DEFAULT_WEIGHTS}  # counts, so 0 / 1 where none
 
-    keyword_sum, correct = keyword_loss_sum(outputs.keyword_logits, targets.keyword_ids)
+    keyword_sum, correct = keyword_loss_sum(outputs.keyword_logits, batch["keyword_ids"])
     losses = {
-        "score": score_loss_sum(outputs.scores, targets.scores, targets.score_mask) / divide["score"],
-        "heatmap": heatmap_loss_sum(outputs.heatmaps, targets.heatmaps, targets.heatmap_mask) / divide["heatmap"],
+        "score": score_loss_sum(outputs.scores, batch["scores"], batch["score_mask"]) / divide["score"],
+        "heatmap": heatmap_loss_sum(outputs.heatmaps, batch["heatmaps"], batch["heatmap_mask"]) / divide["heatmap"],
         "keyword": keyword_sum / divide["keyword"],
     }
     loss = sum(weights[name] * value for name, value in losses.items())

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import cv2
 import jax
 import numpy as np
+import PIL.Image
 from absl import app, flags, logging
 from flax import linen as nn
 from tqdm.auto import tqdm
@@ -180,11 +181,10 @@ def check_vocabulary(model_config: rahf_model.RAHFConfig, vocabulary: vocabulari
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """uint8[H, W, C] -> uint8[size, size, C]: area when it shrinks, bilinear when it grows."""
+    """uint8[H, W, 3] -> uint8[size, size, 3], antialiased bilinear: as `richhf_data.preprocessors.resize`, to one level."""
     if image.shape[:2] == (size, size):
         return image
-    shrinks = image.shape[0] >= size and image.shape[1] >= size
-    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    return np.asarray(PIL.Image.fromarray(image).resize((size, size), PIL.Image.Resampling.BILINEAR))
 
 
 def read_image(path) -> np.ndarray:

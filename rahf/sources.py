@@ -47,7 +47,8 @@ def training_batches(config, vocabulary: vocabularies.Vocabulary, start: int) ->
         from rahf import features
 
         task = register_task(config, vocabulary, augment=config.data.augment)
-        return features.training_batches(task, config.train.batch_size, seed=config.seed, start_step=start)
+        batches = features.training_batches(task, config.train.batch_size, seed=config.seed, start_step=start)
+        return (batch for batch in batches)  # a generator, as the stream's is: it can be closed
     if config.data.source == "stream":
         return stream.batches(
             config.train.batch_size,

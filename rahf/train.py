@@ -6,6 +6,7 @@ A run that was killed goes on where its last checkpoint left it when the same co
 the random numbers of a step are functions of the seed and the step alone.
 """
 
+import contextlib
 import time
 
 import jax
@@ -45,7 +46,7 @@ def make_train_step(model: rahf_model.RAHF, optimizer, schedule, config, mesh):
 
     def train_step(state, batch, key):
         key = jax.random.fold_in(key, state["step"])
-        normalisers = losses.loss_normalisers(batch, model.config)
+        normalisers = losses.loss_normalisers(batch)
 
         def loss_fn(params, rows, index):
             outputs = model.apply(
@@ -56,7 +57,7 @@ def make_train_step(model: rahf_model.RAHF, optimizer, schedule, config, mesh):
                 train=True,
                 rngs={"dropout": jax.random.fold_in(key, index)},
             )
-            return losses.rahf_loss(outputs, rows, normalisers, loss_weights, model.config)
+            return losses.rahf_loss(outputs, rows, normalisers, loss_weights)
 
         gradient = jax.value_and_grad(loss_fn, has_aux=True)
         if microbatches == 1:
@@ -102,15 +103,14 @@ def state_shardings(model, optimizer, config, mesh, key):
     return abstract, shardings
 
 
-def check_batch(config, model_config, mesh) -> None:
-    """Refuses a batch size that the devices, the accumulation or the task pattern do not divide."""
+def check_batch(config, mesh) -> None:
+    """Refuses a batch size that the devices and the accumulation do not divide."""
     unit = mesh.shape["data"] * config.train.accumulation_steps
-    parts = f"{mesh.shape['data']} (mesh.data) x {config.train.accumulation_steps} (train.accumulation_steps)"
-    if model_config.variant == "augmented_prompt":
-        unit *= len(model_config.task_pattern)
-        parts += f" x {len(model_config.task_pattern)} (model.task_pattern)"
     if config.train.batch_size % unit:
-        raise ValueError(f"train.batch_size: got {config.train.batch_size}, expected a multiple of {unit} = {parts}")
+        raise ValueError(
+            f"train.batch_size: got {config.train.batch_size}, expected a multiple of {unit} = "
+            f"{mesh.shape['data']} (mesh.data) x {config.train.accumulation_steps} (train.accumulation_steps)"
+        )
 
 
 def train(config, workdir) -> dict[str, float]:
@@ -127,7 +127,7 @@ def train(config, workdir) -> dict[str, float]:
     model = rahf_model.RAHF(model_config)
     schedule = optimizers.make_schedule(config.optimizer, config.train.num_steps)
     optimizer = optimizers.make_optimizer(config.optimizer, config.train.num_steps)
-    check_batch(config, model_config, mesh)
+    check_batch(config, mesh)
 
     # ---- State, sharded ---------------------------------------------------------------------------------------------
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
@@ -136,69 +136,68 @@ def train(config, workdir) -> dict[str, float]:
     print(f"{num_params:,} parameters, mesh data={mesh.shape['data']} model={mesh.shape['model']}", flush=True)
 
     # ---- Checkpoint or a fresh start --------------------------------------------------------------------------------
-    latest, best = checkpoints.manager(workdir, "checkpoints"), checkpoints.manager(workdir, "best")
-    step = latest.latest_step()
-    if step is None:
-        init = jax.jit(lambda key: nn.unbox(initial_state(model, optimizer, config, key)), out_shardings=shardings)
-        state, step = init(init_key), 0
-    else:
-        targets = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-        state = checkpoints.restore(latest, step, targets)
-        print(f"resumed from step {step}", flush=True)
-    best_value = checkpoints.best_value(best)
+    with checkpoints.manager(workdir, "checkpoints") as latest, checkpoints.manager(workdir, "best") as best:
+        step = latest.latest_step()
+        if step is None:
+            init = jax.jit(lambda key: nn.unbox(initial_state(model, optimizer, config, key)), out_shardings=shardings)
+            state, step = init(init_key), 0
+        else:
+            targets = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+            state = checkpoints.restore(latest, step, targets)
+            print(f"resumed from step {step}", flush=True)
+        best_value = checkpoints.best_value(best)
 
-    # ---- Data, update step, evaluation ------------------------------------------------------------------------------
-    batches = sources.training_batches(config, vocabulary, start=step)
-    batch_sharding = partitioning.batch_sharding(mesh)
-    train_step = jax.jit(
-        make_train_step(model, optimizer, schedule, config, mesh),
-        in_shardings=(shardings, batch_sharding, None),
-        out_shardings=(shardings, None),
-        donate_argnums=0,
-    )
-    predictor = predict.Model(config, None, vocabulary, mesh)
-    evaluation = evaluate.prepare(config, vocabulary, "dev", config.eval.num_examples)
-    writer = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step or None)
-    results = {}
+        # ---- Data, update step, evaluation --------------------------------------------------------------------------
+        num_steps, batch_size = config.train.num_steps, config.train.batch_size
+        batches = sources.training_batches(config, vocabulary, start=step)
+        batch_sharding = partitioning.batch_sharding(mesh)
+        train_step = jax.jit(
+            make_train_step(model, optimizer, schedule, config, mesh),
+            in_shardings=(shardings, batch_sharding, None),
+            out_shardings=(shardings, None),
+            donate_argnums=0,
+        )
+        predictor = predict.Model(config, None, vocabulary, mesh)
+        evaluation = evaluate.prepare(config, vocabulary, "dev", config.eval.num_examples)
+        results = {}
 
-    # ---- Loop -------------------------------------------------------------------------------------------------------
-    num_steps, batch_size = config.train.num_steps, config.train.batch_size
-    bar = tqdm(total=num_steps, initial=step, desc="train", unit="step", dynamic_ncols=True, mininterval=1.0)
-    logged_at, logged_step = time.monotonic(), step
-    while step < num_steps:
-        batch = partitioning.shard_batch(next(batches), batch_sharding)
-        with jax.set_mesh(mesh), nn.logical_axis_rules(partitioning.RULES):
-            state, metrics = train_step(state, batch, step_key)
-        step += 1
-        bar.update()
-
-        if step % config.log_every == 0 or step == num_steps:
-            metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            now = time.monotonic()
-            metrics["examples_per_second"] = (step - logged_step) * batch_size / (now - logged_at)
-            logged_at, logged_step = now, step
-            for name, value in metrics.items():
-                writer.add_scalar(f"train/{name}", value, step)
-            bar.set_postfix(loss=f"{metrics['loss']:.4f}", examples_s=f"{metrics['examples_per_second']:.0f}")
-
-        if step % config.eval.every == 0 or step == num_steps:
-            predictor.params = state.get("ema", state["params"])
-            results = evaluation.run(predictor)
-            value = evaluate.selection(results)
-            for name, entry in results.items():
-                writer.add_scalar(f"dev/{name}", entry, step)
-            bar.write(f"step {step}: dev {evaluate.summary(results)}")
-            if best_value is None or value > best_value:
-                best_value = value
-                checkpoints.save(best, step, predictor.params, {"value": value, "step": step})
+        # ---- Loop ---------------------------------------------------------------------------------------------------
+        with (
+            contextlib.closing(batches),
+            tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step or None) as writer,
+            tqdm(total=num_steps, initial=step, desc="train", unit="step", dynamic_ncols=True, mininterval=1.0) as bar,
+        ):
             logged_at, logged_step = time.monotonic(), step
+            while step < num_steps:
+                batch = partitioning.shard_batch(next(batches), batch_sharding)
+                with jax.set_mesh(mesh), nn.logical_axis_rules(partitioning.RULES):
+                    state, metrics = train_step(state, batch, step_key)
+                step += 1
+                bar.update()
 
-        if step % config.checkpoint_every == 0 or step == num_steps:
-            checkpoints.save(latest, step, state, {"step": step})
+                if step % config.log_every == 0 or step == num_steps:
+                    metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                    now = time.monotonic()
+                    speed = (step - logged_step) * batch_size / (now - logged_at)
+                    logged_at, logged_step = now, step
+                    for name, value in (metrics | {"examples_per_second": speed}).items():
+                        writer.add_scalar(f"train/{name}", value, step)
+                    bar.set_postfix(loss=f"{metrics['loss']:.4f}", examples_s=f"{speed:.0f}")
 
-    # ---- End --------------------------------------------------------------------------------------------------------
-    for resource in (bar, batches, writer, latest, best):
-        resource.close()
+                if step % config.eval.every == 0 or step == num_steps:
+                    predictor.params = state.get("ema", state["params"])
+                    results = evaluation.run(predictor)
+                    value = evaluate.selection(results)
+                    for name, entry in results.items():
+                        writer.add_scalar(f"dev/{name}", entry, step)
+                    bar.write(f"step {step}: dev {evaluate.summary(results)}")
+                    if best_value is None or value > best_value:
+                        best_value = value
+                        checkpoints.save(best, step, predictor.params, {"value": value, "step": step})
+                    logged_at, logged_step = time.monotonic(), step
+
+                if step % config.checkpoint_every == 0 or step == num_steps:
+                    checkpoints.save(latest, step, state, {"step": step})
     return results
 
 

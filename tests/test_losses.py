@@ -31,9 +31,8 @@ def hand_outputs():
 
 
 def test_loss_by_hand():
-    config = tiny_model.config()
     weights = {"score": 2.0, "heatmap": 3.0, "keyword": 0.5}
-    loss, metrics = losses.rahf_loss(hand_outputs(), HAND, None, weights, config)
+    loss, metrics = losses.rahf_loss(hand_outputs(), HAND, None, weights)
     score = (0.5**2 + 0.2**2 + 0.5**2) / 3
     heatmap = 0.25  # every pixel of both maps of row 0 is off by a half
     keyword = (np.log(8 / 5) + np.log(4) + np.log(4)) / 3
@@ -43,7 +42,7 @@ def test_loss_by_hand():
     np.testing.assert_allclose(metrics["keyword_accuracy"], 1 / 3, rtol=1e-6)
     np.testing.assert_allclose(loss, 2 * score + 3 * heatmap + 0.5 * keyword, rtol=1e-6)
     assert metrics["loss"] == loss
-    assert {k: float(v) for k, v in losses.loss_normalisers(HAND, config).items()} == {
+    assert {k: float(v) for k, v in losses.loss_normalisers(HAND).items()} == {
         "score": 3,
         "heatmap": 2,
         "keyword": 3,
@@ -51,29 +50,14 @@ def test_loss_by_hand():
 
 
 def test_a_batch_without_targets_gives_zero_loss_and_gradient():
-    config = tiny_model.config()
     empty = {name: np.zeros_like(value) for name, value in HAND.items()}
 
     def loss(outputs):
-        return losses.rahf_loss(outputs, empty, None, losses.DEFAULT_WEIGHTS, config)[0]
+        return losses.rahf_loss(outputs, empty, None, losses.DEFAULT_WEIGHTS)[0]
 
     value, gradient = jax.value_and_grad(loss)(hand_outputs())
     assert value == 0
     assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(gradient))
-
-
-def test_augmented_targets_are_those_of_the_rows_tasks():
-    config = tiny_model.config("augmented_prompt")
-    batch = tiny_model.batch(config, 16)
-    targets = losses.align_targets(batch, config)
-    rows = np.arange(16).reshape(2, 8)
-    np.testing.assert_array_equal(targets.scores, batch["scores"][rows[:, :4], np.arange(4)[None]])
-    np.testing.assert_array_equal(targets.score_mask, batch["score_mask"][rows[:, :4], np.arange(4)[None]])
-    for i in range(2):
-        np.testing.assert_array_equal(targets.heatmaps[..., i], batch["heatmaps"][rows[:, 4 + i], ..., i])
-        np.testing.assert_array_equal(targets.heatmap_mask[:, i], batch["heatmap_mask"][rows[:, 4 + i], i])
-    np.testing.assert_array_equal(targets.keyword_ids, batch["keyword_ids"][[6, 7, 14, 15]])
-    assert targets.heatmaps.dtype == jnp.uint8 and targets.score_mask.dtype == bool
 
 
 @pytest.mark.parametrize("variant", schema.VARIANTS)
@@ -82,11 +66,11 @@ def test_microbatches_add_up_to_the_full_batch(variant):
     model, params = tiny_model.model_and_params(config)
     batch = tiny_model.batch(config, 16)
     batch["keyword_ids"][:8] = 0  # very unequal halves
-    normalisers = losses.loss_normalisers(batch, config)
+    normalisers = losses.loss_normalisers(batch)
 
     def loss(params, rows, normalisers):
         outputs = model.apply(params, rows["image"], rows["text_ids"], rows["keyword_ids"])
-        return losses.rahf_loss(outputs, rows, normalisers, losses.DEFAULT_WEIGHTS, config)
+        return losses.rahf_loss(outputs, rows, normalisers, losses.DEFAULT_WEIGHTS)
 
     step = jax.jit(jax.grad(loss, has_aux=True))
     full = step(params, batch, normalisers)
@@ -109,7 +93,7 @@ def test_rows_that_pad_a_batch_change_no_loss():
 
     def metrics(rows):
         outputs = tiny_model.forward(model, params, rows)
-        return losses.rahf_loss(outputs, rows, None, losses.DEFAULT_WEIGHTS, config)[1]
+        return losses.rahf_loss(outputs, rows, None, losses.DEFAULT_WEIGHTS)[1]
 
     expected = metrics(batch)
     assert expected["loss"] > 0
@@ -117,9 +101,8 @@ def test_rows_that_pad_a_batch_change_no_loss():
 
 
 def test_loss_names_wrong_weights_and_sizes():
-    config = tiny_model.config()
     with pytest.raises(ValueError, match=r"loss weights: got \['scores'\], expected exactly"):
-        losses.rahf_loss(hand_outputs(), HAND, None, {"scores": 1.0}, config)
+        losses.rahf_loss(hand_outputs(), HAND, None, {"scores": 1.0})
     small = HAND | {"heatmaps": np.zeros((2, 4, 4, 2), np.uint8)}
     with pytest.raises(ValueError, match=r"targets of shape \(2, 4, 4, 2\), expected the model's \(2, 1, 2, 2\)"):
-        losses.rahf_loss(hand_outputs(), small, None, losses.DEFAULT_WEIGHTS, config)
+        losses.rahf_loss(hand_outputs(), small, None, losses.DEFAULT_WEIGHTS)

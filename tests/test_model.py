@@ -10,6 +10,8 @@ from tiny_model import INPUTS, forward, predict
 
 from rahf.models import rahf
 from rahf.models.heads import HeatmapHead, ScoreHead
+from rahf.models.t5 import Decoder, Encoder
+from rahf.models.vit import ViT
 from richhf_data import schema
 
 
@@ -44,8 +46,7 @@ def test_paper_model_has_the_expected_parameters_and_shapes(variant, total, part
     image, text = jax.ShapeDtypeStruct((16, 224, 224, 3), np.uint8), jax.ShapeDtypeStruct(texts, np.int32)
     keywords = jax.ShapeDtypeStruct((16, 64), np.int32)
     outputs = jax.eval_shape(model.apply, params, image, text, keywords)
-    rows, keyword_rows = (16, 16) if variant == "multi_head" else (2, 4)
-    assert [output.shape for output in outputs] == [(rows, 4), (rows, 224, 224, 2), (keyword_rows, 64, 32128)]
+    assert [output.shape for output in outputs] == [(16, 4), (16, 224, 224, 2), (16, 64, 32128)]
     scores, heatmaps, ids = jax.eval_shape(
         lambda *inputs: model.apply(*inputs, 64, method="predict"), params, image, text
     )
@@ -218,55 +219,28 @@ def test_augmented_prediction_equals_each_task_alone(augmented):
     assert len(np.unique(ids)) > 3
 
 
-def test_augmented_training_gives_each_row_its_task(augmented):
+def test_augmented_training_predicts_what_prediction_does(augmented):
     model, params, batch = augmented
-    outputs = forward(model, params, batch)
-    scores, heatmaps, _ = predict(model, params, batch["image"], batch["text_ids"])
-    for group in range(2):
-        for task in range(4):
-            np.testing.assert_allclose(outputs.scores[group, task], scores[8 * group + task, task], atol=1e-5)
-        for i, row in enumerate((4, 5)):
-            close(outputs.heatmaps[group, ..., i], heatmaps[8 * group + row, ..., i])
-    # Rows 6, 7, 14, 15 write keywords: their logits are those of a batch whose every row does.
-    every = rahf.RAHF(tiny_model.config("augmented_prompt", task_pattern=(0, 4, 6, 6, 6, 6, 6, 6)))
-    all_logits = forward(every, params, batch).keyword_logits.reshape(2, 6, 5, -1)
-    close(outputs.keyword_logits.reshape(2, 2, 5, -1), all_logits[:, 4:])
+    scores, heatmaps, ids = predict(model, params, batch["image"], batch["text_ids"])
+    outputs = forward(model, params, batch | {"keyword_ids": ids})
+    close(outputs[:2], (scores, heatmaps))
+    written = np.asarray(ids) != 0
+    np.testing.assert_array_equal(outputs.keyword_logits.argmax(-1)[written], ids[written])
 
 
-def test_augmented_training_runs_heads_on_their_rows_alone(augmented):
+def test_augmented_prompt_runs_each_part_on_the_rows_that_need_it(augmented):
     model, params, batch = augmented
-    seen = []
+    seen = {}
 
     def spy(run, args, kwargs, context):
-        if isinstance(context.module, ScoreHead | HeatmapHead):
-            seen.append((context.module.name, args[0].shape))
+        parts = ViT | Encoder | Decoder | ScoreHead | HeatmapHead
+        if isinstance(context.module, parts) and context.method_name == "__call__":
+            seen[type(context.module).__name__] = args[0].shape[0]
         return run(*args, **kwargs)
 
     with nn.intercept_methods(spy):
         jax.eval_shape(model.apply, params, *(batch[name] for name in INPUTS))
-    assert seen == [("score_head", (8, 4, 4, 16)), ("heatmap_head", (4, 4, 4, 16))]  # of 16 rows
-
-    # Four score heads and two heatmap heads on every row, against one task a row.
-    def flops(model, params, batch):
-        return tiny_model.apply.lower(model, params, *(batch[name] for name in INPUTS)).cost_analysis()["flops"]
-
-    big = {"heatmap_head": {"filters": (64,), "deconv_filters": (64,), "output_hidden": 64}}
-    costs = {}
-    for variant in schema.VARIANTS:
-        big_model, big_params = tiny_model.model_and_params(tiny_model.config(variant, **big))
-        costs[variant] = flops(big_model, big_params, tiny_model.batch(big_model.config, 16))
-    assert costs["augmented_prompt"] < 0.2 * costs["multi_head"]
-
-
-def test_picking_rows_moves_nothing_between_devices():
-    config = tiny_model.config("augmented_prompt")
-    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    rows = jax.ShapeDtypeStruct((64, 5), np.float32, sharding=sharding)
-    picked = jax.jit(lambda x: rahf.pick_rows(x, config, rahf.SCORE_TASKS)).lower(rows).compile()
-    for collective in ("all-gather", "all-to-all", "collective-permute", "all-reduce"):
-        assert collective not in picked.as_text()
-    np.testing.assert_array_equal(rahf.pick_rows(np.arange(16), config, rahf.HEATMAP_TASKS), [[4, 5], [12, 13]])
+    assert seen == {"ViT": 16, "Encoder": 7 * 16, "ScoreHead": 4 * 16, "HeatmapHead": 2 * 16, "Decoder": 16}
 
 
 # ---- Errors ---------------------------------------------------------------------------------------------------------
@@ -282,8 +256,6 @@ def test_picking_rows_moves_nothing_between_devices():
         ({"t5": {"emb_dim": "64"}}, r"model option 't5.emb_dim': got '64', expected <class 'int'>"),
         ({"dtype": "bf16"}, r"dtype: got 'bf16', expected one of"),
         ({"image_size": 100}, r"image_size: got 100, expected a multiple of vit.patch_size = 16"),
-        ({"task_pattern": [0, 4]}, r"task_pattern: got \(0, 4\), expected .* the keyword task"),
-        ({"task_pattern": [0, 4, 6, 7]}, r"task_pattern: got \(0, 4, 6, 7\), expected indices 0 ... 6"),
     ],
 )
 def test_config_names_what_is_wrong(values, message):
@@ -292,9 +264,8 @@ def test_config_names_what_is_wrong(values, message):
 
 
 def test_config_from_dict_keeps_defaults_and_takes_lists():
-    config = rahf.RAHFConfig.from_dict({"t5": {"dropout": 0, "mlp_activations": ["relu"]}, "task_pattern": [0, 4, 6]})
+    config = rahf.RAHFConfig.from_dict({"t5": {"dropout": 0, "mlp_activations": ["relu"]}})
     assert config.t5.mlp_activations == ("relu",) and config.t5.dropout == 0.0 and config.t5.emb_dim == 768
-    assert config.task_pattern == (0, 4, 6)
     hash(config)  # a module's attribute and a jit's static argument must hash
 
 
@@ -302,8 +273,6 @@ def test_model_names_wrong_inputs(augmented):
     model, params, batch = augmented
     image, text_ids, keyword_ids = (batch[name] for name in INPUTS)
     apply = model.apply
-    with pytest.raises(ValueError, match=r"batch: got 12 rows, expected a multiple of len\(task_pattern\) = 8"):
-        apply(params, image[:12], text_ids[:12], keyword_ids[:12])
     with pytest.raises(ValueError, match=r"text_ids: got shape \(16, 6\), expected \[B, 7, L\] in the aug"):
         apply(params, image, text_ids[:, 0], keyword_ids)
     with pytest.raises(ValueError, match=r"image: got shape \(16, 8, 16, 3\), expected \[B, 16, 16, 3\]"):

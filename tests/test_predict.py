@@ -20,7 +20,6 @@ def workdir(request, tmp_path_factory, standard_promotion):
     config = rahf_ci.get_config()
     config.model.variant = request.param
     config.data.source = "stream"
-    config.train.batch_size = 64
     train.train(config, folder)
     return folder
 

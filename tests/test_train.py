@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def ci_config(variant="multi_head", batch_size=32, **train_section):
+def ci_config(variant="multi_head", batch_size=16, **train_section):
     config = rahf_ci.get_config()
     config.model.variant = variant
     config.data.source = "stream"
@@ -69,7 +69,7 @@ def assert_same_step(a, b):
 
 @pytest.mark.parametrize("variant", schema.VARIANTS)
 def test_loss_and_gradient_on_8_devices_equal_those_on_1(variant, tmp_path):
-    config = ci_config(variant, batch_size=64)
+    config = ci_config(variant, batch_size=16)
     batch = make_batch(config, tmp_path)
     assert_same_step(gradient_step(config, batch, jax.devices()[:1]), gradient_step(config, batch, jax.devices()))
 
@@ -93,8 +93,8 @@ def test_rows_that_only_pad_change_neither_loss_nor_gradient(tmp_path):
 
 
 def test_batch_size_that_the_mesh_does_not_divide_is_refused(tmp_path):
-    config = ci_config("augmented_prompt", batch_size=32)
-    with pytest.raises(ValueError, match=r"train.batch_size: got 32, expected a multiple of 64 = 8 \(mesh.data\)"):
+    config = ci_config(batch_size=12)
+    with pytest.raises(ValueError, match=r"train.batch_size: got 12, expected a multiple of 8 = 8 \(mesh.data\)"):
         train.train(config, tmp_path)
 
 

@@ -6,8 +6,8 @@
                                                  its image tokens as a map [B, h, w, D] --heads--> scores, heatmaps
 
 Two variants. `multi_head`: one head per score and per heatmap, one pass gives the seven predictions.
-`augmented_prompt`: one head of each kind, and the text names the task; prediction runs the seven texts as one batch,
-and in training each row has one task, whose head alone runs on it.
+`augmented_prompt`: one head of each kind, and the text names the task. The image goes through the ViT once, its seven
+texts are one batch for the encoder, and a head or the decoder runs on the rows alone whose task needs it.
 
 Logical axis names, which `rahf/partitioning.py` maps to the mesh:
   parameters   vocab, embed, joined_kv (T5: heads * kv in one axis), heads, kv, mlp, relpos_buckets, position,
@@ -46,8 +46,6 @@ class RAHFConfig:
     image_size: int = 224  # pixels, both sides
     dtype: str = "float32"  # of the computation; parameters, scores, heatmaps and logits are float32
     decoder_attends: str = "fused"  # or "text": the prompt's positions alone, as in the first author's PyTorch release
-    # augmented_prompt, training: row i of a batch has the task pattern[i % len(pattern)] (order schema.TASKS).
-    task_pattern: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 6)
     vit: ViTConfig = dataclasses.field(default_factory=ViTConfig)
     t5: T5Config = dataclasses.field(default_factory=T5Config)
     score_head: ScoreHeadConfig = dataclasses.field(default_factory=ScoreHeadConfig)
@@ -65,16 +63,6 @@ class RAHFConfig:
             raise ValueError(
                 f"image_size: got {self.image_size}, expected a multiple of vit.patch_size = {self.vit.patch_size}"
             )
-        missing = [
-            kind
-            for kind, tasks in (("score", SCORE_TASKS), ("heatmap", HEATMAP_TASKS), ("keyword", [KEYWORD_TASK]))
-            if not set(tasks) & set(self.task_pattern)
-        ]
-        if missing or not all(0 <= task < NUM_TASKS for task in self.task_pattern):
-            raise ValueError(
-                f"task_pattern: got {self.task_pattern}, expected indices 0 ... {NUM_TASKS - 1} of schema.TASKS with "
-                "at least one score, one heatmap and the keyword task"
-            )
 
     @property
     def grid(self) -> int:
@@ -85,10 +73,6 @@ class RAHFConfig:
     def heatmap_size(self) -> int:
         """Side of the predicted heatmaps, which the targets must have too."""
         return self.grid * 2 ** len(self.heatmap_head.deconv_filters)
-
-    def rows(self, tasks) -> tuple[int, ...]:
-        """The positions in `task_pattern` that have one of `tasks`."""
-        return tuple(i for i, task in enumerate(self.task_pattern) if task in tasks)
 
     @classmethod
     def from_dict(cls, values: Mapping) -> "RAHFConfig":
@@ -125,16 +109,11 @@ def _from_dict(cls, values: Mapping, prefix: str):
 
 
 class Outputs(typing.NamedTuple):
-    """What a forward pass gives; R = B and S = 4, M = 2 in the multi-head variant.
+    """What a forward pass gives, in both variants."""
 
-    Augmented prompt, training: R = B / p groups of p rows; S and M count the pattern's score and heatmap rows, and the
-    keyword logits are those of the pattern's keyword rows, in batch order. `losses.align_targets` brings the targets
-    into the same shapes.
-    """
-
-    scores: Array  # float32[R, S] in [0, 1]
-    heatmaps: Array  # float32[R, h, w, M] in [0, 1]
-    keyword_logits: Array  # float32[rows with the keyword task, T, V]
+    scores: Array  # float32[B, 4] in [0, 1]
+    heatmaps: Array  # float32[B, h, w, 2] in [0, 1]
+    keyword_logits: Array  # float32[B, T, V]
 
 
 def normalize_image(image: Array) -> Array:
@@ -146,26 +125,11 @@ def normalize_image(image: Array) -> Array:
     return image
 
 
-def pick_rows(x: Array, config: RAHFConfig, tasks) -> Array:
-    """The rows of a training batch that have one of `tasks`: [B, ...] -> [B / p, r, ...].
-
-    Static slices of the pattern's axis, so that on a batch sharded in multiples of p nothing leaves its device.
-    """
-    pattern = len(config.task_pattern)
-    if x.shape[0] % pattern:
-        raise ValueError(
-            f"batch: got {x.shape[0]} rows, expected a multiple of len(task_pattern) = {pattern} in the "
-            f"augmented_prompt variant"
-        )
-    x = x.reshape(-1, pattern, *x.shape[1:])  # [B / p, p, ...]
-    return jnp.stack([x[:, i] for i in config.rows(tasks)], axis=1)  # [B / p, r, ...]
-
-
 def dummy_inputs(config: RAHFConfig, length: int = 2) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The smallest (image, text_ids, keyword_ids) to initialise with; L = T = `length` shapes no parameter."""
-    rows, texts = (1, ()) if config.variant == "multi_head" else (len(config.task_pattern), (NUM_TASKS,))
-    image = np.zeros((rows, config.image_size, config.image_size, 3), np.uint8)
-    return image, np.zeros((rows, *texts, length), np.int32), np.zeros((rows, length), np.int32)
+    texts = () if config.variant == "multi_head" else (NUM_TASKS,)
+    image = np.zeros((1, config.image_size, config.image_size, 3), np.uint8)
+    return image, np.zeros((1, *texts, length), np.int32), np.zeros((1, length), np.int32)
 
 
 class RAHF(nn.Module):
@@ -239,49 +203,29 @@ class RAHF(nn.Module):
           `Outputs`.
 
         Raises:
-          ValueError: shapes that do not fit the config; augmented prompt: B no multiple of len(task_pattern).
+          ValueError: shapes that do not fit the config.
         """
-        config = self.config
-        self._check_text(text_ids)
-        keyword_inputs = t5.shift_right(keyword_ids)
-        if config.variant == "multi_head":
-            fused, mask = self.encode(self.encode_image(image, train), text_ids, train)
-            grid = self._feature_map(fused)
-            scores, heatmaps = self._all_scores(grid), self._all_heatmaps(grid)
-        else:
-            # Each row reads the text of its own task only.
-            tasks = config.task_pattern
-            grouped = pick_rows(text_ids, config, range(NUM_TASKS))  # [B / p, p, 7, L]
-            text_ids = jnp.stack([grouped[:, i, task] for i, task in enumerate(tasks)], axis=1)  # [B / p, p, L]
-            text_ids = text_ids.reshape(-1, text_ids.shape[-1])  # [B, L]
-            fused, mask = self.encode(self.encode_image(image, train), text_ids, train)
-            scores = self._on_rows(self.score_head, self._feature_map(pick_rows(fused, config, SCORE_TASKS)))
-            heatmaps = self._on_rows(self.heatmap_head, self._feature_map(pick_rows(fused, config, HEATMAP_TASKS)))
-            heatmaps = jnp.moveaxis(heatmaps, 1, -1)  # [B / p, h, w, M]
-            fused, mask, keyword_inputs = (
-                x.reshape(-1, *x.shape[2:])  # [B / p * r, ...]
-                for x in (pick_rows(x, config, [KEYWORD_TASK]) for x in (fused, mask, keyword_inputs))
-            )
-        keyword_logits = self.t5.decode(*self._for_decoder(fused, mask), keyword_inputs, train)
-        return Outputs(scores, heatmaps, keyword_logits)
+        scores, heatmaps, fused, mask = self.perceive(image, text_ids, train)
+        logits = self.t5.decode(*self._for_decoder(fused, mask), t5.shift_right(keyword_ids), train)
+        return Outputs(scores, heatmaps, logits)
 
-    def perceive(self, image: Array, text_ids: Array) -> tuple[Array, Array, Array, Array]:
+    def perceive(self, image: Array, text_ids: Array, train: bool = False) -> tuple[Array, Array, Array, Array]:
         """Scores and heatmaps without the decoder; differentiable in a float `image`, for guidance.
 
         Returns:
           scores float32[B, 4], heatmaps float32[B, h, w, 2], and for the decoder fused dtype[B, N, D], mask bool[B, N].
         """
         self._check_text(text_ids)
-        tokens = self.encode_image(image)
+        tokens = self.encode_image(image, train)
         if self.config.variant == "multi_head":
-            fused, mask = self.encode(tokens, text_ids)
+            fused, mask = self.encode(tokens, text_ids, train)
             grid = self._feature_map(fused)
             return self._all_scores(grid), self._all_heatmaps(grid), fused, mask
         # The ViT has read the image once; the seven texts are one batch of 7 * B for the encoder.
         batch = tokens.shape[0]
         tokens = jnp.broadcast_to(tokens[:, None], (batch, NUM_TASKS, *tokens.shape[1:]))
         tokens = tokens.reshape(-1, *tokens.shape[2:])  # [7 * B, P, D]
-        fused, mask = self.encode(tokens, text_ids.reshape(-1, text_ids.shape[-1]))  # [7 * B, N, D]
+        fused, mask = self.encode(tokens, text_ids.reshape(-1, text_ids.shape[-1]), train)  # [7 * B, N, D]
         fused, mask = (x.reshape(batch, NUM_TASKS, *x.shape[1:]) for x in (fused, mask))  # [B, 7, N, D]
         grid = self._feature_map(fused)  # [B, 7, h, w, D]
         scores = self._on_rows(self.score_head, grid[:, SCORE_TASKS.start : SCORE_TASKS.stop])  # [B, 4]
