@@ -129,6 +129,7 @@ def evaluate(config, workdir, split: str, num_examples: int | None = None) -> di
 
 
 def main(argv):
+    """The command."""
     logging.set_verbosity(logging.WARNING)  # Orbax and seqio tell of each step they take
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")

@@ -306,6 +306,7 @@ def dataset_examples(data_dir, split: str, limit: int | None) -> tuple[Iterator[
 
 
 def main(argv):
+    """The command."""
     logging.set_verbosity(logging.WARNING)  # Orbax and seqio tell of each step they take
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]} (quote a glob: --images='photos/*.jpg')")

@@ -202,6 +202,7 @@ def train(config, workdir) -> dict[str, float]:
 
 
 def main(argv):
+    """The command."""
     logging.set_verbosity(logging.WARNING)  # Orbax and seqio tell of each step they take
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")

@@ -82,6 +82,7 @@ def _provide_vocabulary(path: pathlib.Path, given, size: int, folder: pathlib.Pa
 
 
 def main(argv) -> None:
+    """The command."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
     try:

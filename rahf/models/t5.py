@@ -66,6 +66,8 @@ class Dense(nn.Module):
 
 
 class RMSNorm(nn.Module):
+    """T5's layer norm: no mean, no bias; statistics in float32."""
+
     dtype: DTypeLike
     epsilon: float = 1e-6
 
@@ -101,6 +103,8 @@ def relative_position_buckets(
 
 
 class RelativePositionBias(nn.Module):
+    """One learned bias a head and bucket of distance, shared by the layers of a stack: float32[1, A, Q, K]."""
+
     config: T5Config
     bidirectional: bool
 
@@ -121,6 +125,8 @@ class RelativePositionBias(nn.Module):
 
 
 class KeysValues(NamedTuple):
+    """An attention's keys and values, dtype[B, N, A, K] each."""
+
     keys: Array  # [B, N, A, K]
     values: Array  # [B, N, A, K]
 
@@ -161,6 +167,8 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
+    """The feed-forward block, gated where the config names two activations."""
+
     config: T5Config
     dtype: DTypeLike
 
@@ -178,6 +186,8 @@ class Mlp(nn.Module):
 
 
 class EncoderLayer(nn.Module):
+    """Self-attention and feed-forward, each after a norm and with a residual."""
+
     config: T5Config
     dtype: DTypeLike
 
@@ -198,6 +208,8 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    """Causal self-attention, attention to the encoder, feed-forward."""
+
     config: T5Config
     dtype: DTypeLike
 
@@ -241,6 +253,8 @@ class DecoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Embedded tokens -> encoded ones, after the final norm."""
+
     config: T5Config
     dtype: DTypeLike
 
@@ -261,6 +275,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Embedded targets, shifted right -> hidden states; `step` does one position with a cache."""
+
     config: T5Config
     dtype: DTypeLike
 
@@ -302,6 +318,8 @@ class Decoder(nn.Module):
 
 
 class TokenEmbedder(nn.Module):
+    """The table that ids are looked up in, and with tied logits the one that they are read from."""
+
     config: T5Config
     dtype: DTypeLike
 

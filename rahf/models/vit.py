@@ -83,6 +83,8 @@ class Attention(nn.Module):
 
 
 class MlpBlock(nn.Module):
+    """Dense, GELU, dense."""
+
     mlp_dim: int
     dropout: float
     dtype: DTypeLike = jnp.float32
@@ -124,6 +126,8 @@ class LayerNorm(nn.Module):
 
 
 class Block(nn.Module):
+    """Self-attention and MLP, each after a norm and with a residual."""
+
     config: ViTConfig
     dtype: DTypeLike = jnp.float32
 
@@ -139,6 +143,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
+    """The blocks and the final norm."""
+
     config: ViTConfig
     dtype: DTypeLike = jnp.float32
 

@@ -18,6 +18,7 @@ PAPER = {"all three raters equal": 0.25, "within one point": 0.85, "score mean":
 
 
 def main(argv):
+    """The command."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     args = flags.FLAGS

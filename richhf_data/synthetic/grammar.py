@@ -71,6 +71,8 @@ class Fact:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
+    """Things of one kind: how many, their colour, attribute and action."""
+
     thing: str
     colour: str
     count: int
@@ -97,6 +99,7 @@ class Prompt:
 
 
 def is_held_out(colour: str, thing: str) -> bool:
+    """Whether a colour and a thing meet in `test_novel` alone."""
     return (colour, thing) in HELD_OUT
 
 

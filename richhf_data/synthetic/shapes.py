@@ -15,6 +15,8 @@ GLASS, SUN, STEEL, TAN = (170, 215, 240), (250, 170, 40), (150, 156, 165), (216,
 
 @dataclasses.dataclass(frozen=True)
 class Part:
+    """A part of a thing: what may be missing or doubled."""
+
     name: str
     shapes: tuple[tuple[np.ndarray, str | tuple[int, int, int]], ...]  # (float32[points, 2], tone)
     loose: bool = False
