@@ -1,6 +1,6 @@
 """Examples per second of the seqio input pipeline: a built dataset to augmented batches, on this machine.
 
-    python benchmarks/input_pipeline.py --data_dir=demo/data --image_size=64 --heatmap_size=32 [--batches=30]
+    python benchmarks/input_pipeline.py --data_dir=demo/data --image_size=96 --heatmap_size=32 [--batches=30]
 """
 
 import os

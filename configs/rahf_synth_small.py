@@ -1,9 +1,9 @@
-"""The serious run on RichHF-Synth, multi-head: drawn endlessly, 64 px, no example seen twice.
+"""The serious run on RichHF-Synth, multi-head: drawn endlessly, 96 px, no example seen twice.
 
   command    python -m rahf.train --config=configs/rahf_synth_small.py --workdir=DIR
              python -m rahf.evaluate --config=configs/rahf_synth_small.py --workdir=DIR --split=test   (and test_novel)
-  hardware   2 CPU cores, about an hour
-  result     in README.md
+  hardware   2 CPU cores, 70 minutes by the step's speed in benchmarks/README.md
+  result     not yet measured to its end
 """
 
 from configs import rahf_synth_tiny
@@ -14,6 +14,6 @@ def get_config():
     config.checkpoint_every = 250
     config.data.update(source="stream", num_workers=1)
     config.optimizer.update(warmup_steps=300, ema_decay=0.998)
-    config.train.update(batch_size=32, num_steps=7500)
-    config.eval.update(every=750, batch_size=100, num_examples=500)
+    config.train.update(batch_size=32, num_steps=16_000)
+    config.eval.update(every=1000, batch_size=100, num_examples=500)
     return config

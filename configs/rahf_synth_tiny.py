@@ -1,4 +1,4 @@
-"""The demo: a small RAHF on RichHF-Synth at 64 px, trained from scratch in minutes on two CPU cores.
+"""The demo: a small RAHF on RichHF-Synth at 96 px, trained from scratch in minutes on two CPU cores.
 
   command    make demo
   hardware   2 CPU cores
@@ -13,9 +13,9 @@ def get_config():
     config.log_every = 20
     config.checkpoint_every = 200
     config.model.update(
-        image_size=64,
+        image_size=96,
         dtype="float32",
-        vit=dict(patch_size=8, width=128, depth=4, num_heads=4, mlp_dim=256),
+        vit=dict(patch_size=12, width=128, depth=4, num_heads=4, mlp_dim=256),
         t5=dict(
             vocab_size=512,
             emb_dim=128,
@@ -33,6 +33,6 @@ def get_config():
     config.data.update(text_length=24, keyword_length=40, augment=False)
     config.optimizer.update(schedule="cosine", learning_rate=1e-3, warmup_steps=200, weight_decay=0.05, b2=0.98)
     config.optimizer.ema_decay = 0.99
-    config.train.update(batch_size=32, num_steps=1500, loss_weights=dict(score=5.0, heatmap=20.0, keyword=0.5))
-    config.eval.update(every=750, batch_size=100, num_examples=200)
+    config.train.update(batch_size=32, num_steps=1650, loss_weights=dict(score=5.0, heatmap=20.0, keyword=0.5))
+    config.eval.update(every=825, batch_size=100, num_examples=200)
     return config
