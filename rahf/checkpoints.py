@@ -11,7 +11,6 @@ import pathlib
 
 import jax
 import ml_collections
-import numpy as np
 import orbax.checkpoint as ocp
 
 # What may differ between the config of a workdir and the one a run is resumed with: nothing that changes its result.
@@ -109,13 +108,6 @@ def restore(checkpoints: ocp.CheckpointManager, step: int, abstract_state):
     return checkpoints.restore(
         step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
     )["state"]
-
-
-def restore_as_saved(checkpoints: ocp.CheckpointManager, step: int):
-    """The state saved as `step`, as numpy arrays, whatever its architecture."""
-    tree = checkpoints.item_metadata(step)["state"].tree
-    abstract = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), tree)
-    return checkpoints.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
 
 
 def restore_params(workdir, abstract_params):

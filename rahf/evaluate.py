@@ -2,7 +2,8 @@
 
     python -m rahf.evaluate --config=configs/X.py --workdir=DIR --split=test [--config.data.data_dir=DIR]
 
-writes DIR/eval/<split>.json (one flat object) and DIR/eval/<split>.md (the papers' tables), and prints the tables.
+writes into DIR/eval: <split>.json (one flat object), <split>.references.json (an object for each reference row) and
+<split>.md (the papers' tables), and prints the tables.
 """
 
 import dataclasses
@@ -116,13 +117,15 @@ def summary(results: dict[str, float]) -> str:
 
 
 def evaluate(config, workdir, split: str, num_examples: int | None = None) -> dict[str, float]:
-    """Evaluates a workdir's best checkpoint, writes eval/<split>.json and .md, prints the tables, returns the metrics."""
+    """Evaluates a workdir's best checkpoint, writes the files of eval/, prints the tables, returns the metrics."""
     model = predict.load(workdir)
     evaluation = prepare(config, model.vocabulary, split, num_examples)
     results = evaluation.run(model)
-    table = metrics.table({"this model": results} | evaluation.references())
+    references = evaluation.references()
+    table = metrics.table({"this model": results} | references)
     folder = pathlib.Path(workdir) / "eval"
     checkpoints.write_json(folder / f"{split}.json", results)
+    checkpoints.write_json(folder / f"{split}.references.json", references)
     checkpoints.write_text(folder / f"{split}.md", table + "\n")
     print(f"\n{split}: {results['num_examples']:.0f} examples, {workdir}\n\n{table}\n\nwritten to {folder / split}.json")
     return results

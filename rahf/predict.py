@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from rahf import checkpoints, partitioning, report
 from rahf.models import rahf as rahf_model
-from richhf_data import keywords, schema
+from richhf_data import keywords, metrics, schema
 from richhf_data import vocabulary as vocabularies
 
 
@@ -237,11 +237,12 @@ def read_inputs(spec: str, prompt: str | None) -> list[tuple[str, str]]:
 REPORT_IMAGES = 200  # the page holds its pictures itself; predictions.jsonl and heatmaps/ have them all
 
 
-def write(output, items: Iterable[dict], count: int) -> None:
+def write(output, items: Iterable[dict], count: int, tables: Sequence[Sequence[Sequence[str]]] = ()) -> None:
     """Writes predictions.jsonl, heatmaps/*.png and report.html, which shows the first `REPORT_IMAGES` of `count` images.
 
     Args:
       items: dictionaries as rahf/report.py describes, with `name`.
+      tables: what `evaluation_tables` gives, for the top of the report.
     """
     output = pathlib.Path(output)
     (output / "heatmaps").mkdir(parents=True, exist_ok=True)
@@ -266,7 +267,7 @@ def write(output, items: Iterable[dict], count: int) -> None:
                 shown.append(item)
     partial.replace(output / "predictions.jsonl")
     title = "RAHF: rich feedback" + (f" (the first {len(shown)} of {count} images)" if count > len(shown) else "")
-    report.write(output / "report.html", shown, title=title)
+    report.write(output / "report.html", shown, title=title, tables=tables)
     print(f"{count} images: {output / 'report.html'}, predictions.jsonl, heatmaps/")
 
 
@@ -305,6 +306,15 @@ def dataset_examples(data_dir, split: str, limit: int | None) -> tuple[Iterator[
     return items(), count
 
 
+def evaluation_tables(workdir, split: str) -> list[list[list[str]]]:
+    """The papers' tables of what `rahf.evaluate` found on this split; none when it was not run."""
+    folder = pathlib.Path(workdir) / "eval"
+    if not (folder / f"{split}.references.json").is_file():
+        return []
+    results, references = (json.loads((folder / f"{split}{end}.json").read_text()) for end in ("", ".references"))
+    return metrics.tables({"this model": results} | references)
+
+
 def main(argv):
     """The command."""
     logging.set_verbosity(logging.WARNING)  # Orbax and seqio tell of each step they take
@@ -315,13 +325,15 @@ def main(argv):
         if (args.images is None) == (args.data_dir is None):
             raise ValueError("pass either --images=GLOB|JSONL or --data_dir=DIR")
         model = load(args.workdir)
+        tables = []
         if args.data_dir:
             examples, count = dataset_examples(args.data_dir, args.split, args.limit)
+            tables = evaluation_tables(args.workdir, args.split)
         else:
             inputs = read_inputs(args.images, args.prompt)[: args.limit]
             count = len(inputs)
             examples = ({"name": path, "image": read_image(path), "prompt": prompt} for path, prompt in inputs)
-        write(args.output, predict_items(model, examples, min(args.batch_size, count)), count)
+        write(args.output, predict_items(model, examples, min(args.batch_size, count)), count, tables)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
 

@@ -69,7 +69,7 @@ def write(
     items: Sequence[Mapping[str, Any]],
     *,
     title: str,
-    summary_tables: Sequence[Sequence[Sequence[str]]] | None = None,
+    tables: Sequence[Sequence[Sequence[str]]] = (),
 ) -> None:
     """Writes one HTML page that needs no other file and no network; the folder is made if it is not there.
 
@@ -77,14 +77,14 @@ def write(
       path: the page, for instance `report.html`. Replaced in one step: a reader never sees half a page.
       items: see the module's docstring.
       title: the page's heading.
-      summary_tables: tables above the items, as `richhf_data.metrics.tables` gives them: lines of cells, header first.
+      tables: above the items, as `richhf_data.metrics.tables` gives them: lines of cells, header first.
 
     Raises:
       ValueError: an item's field has the wrong shape, type or range; the message names it. Nothing is written then.
     """
     page = _TEMPLATES.get_template("report.html.jinja").render(
         title=title,
-        tables=summary_tables or [],
+        tables=tables,
         items=[_view(i, item) for i, item in enumerate(items)],
         gradient=", ".join(matplotlib.colors.to_hex(_COLORMAP(level)) for level in np.linspace(0, 1, 9)),
         ticks=[(value, 100 * value**0.5) for value in SCALE_TICKS],

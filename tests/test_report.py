@@ -99,7 +99,7 @@ def test_write_escapes_everything_that_others_wrote(item, truth, tmp_path):
     truth = {"labels": [0] * len(re.findall(r'[^,.?!":; ]+', evil))}
     rows = {evil: {"score/plcc/overall": 0.5}}
     items = [{**item, "truth": truth}, item]
-    report.write(tmp_path / "r.html", items, title=evil, summary_tables=metrics.tables(rows))
+    report.write(tmp_path / "r.html", items, title=evil, tables=metrics.tables(rows))
     page = Page(tmp_path / "r.html")
     assert len(page.texts("script")) == 1 and "alert" not in page.texts("script")[0]
     assert all(attributes["src"].startswith("data:image/jpeg") for tag, attributes, _ in page.elements if tag == "img")
@@ -128,7 +128,7 @@ def test_write_inlines_images_that_decode_to_the_picture(item, tmp_path):
 
 def test_write_shows_tables_and_no_items(tmp_path):
     tables = metrics.tables({"this model": {"score/plcc/overall": 0.5, "score/srcc/overall": 0.25}})
-    report.write(tmp_path / "r.html", [], title="Test", summary_tables=tables)
+    report.write(tmp_path / "r.html", [], title="Test", tables=tables)
     page = Page(tmp_path / "r.html")
     assert len(page.texts("table")) == 4
     assert {"this model", "0.500 / 0.250"} <= set(page.texts("td"))
