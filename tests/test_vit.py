@@ -72,6 +72,34 @@ def test_vit_dropout_acts_in_training_alone(data_dir):
     assert np.abs(dropped - encoded).max() > 0.1
 
 
+def test_the_stem_embeds_patches_of_patches():
+    module = ViT(ViTConfig(**TINY, stem_patch=4, stem_width=6))
+    image = np.random.default_rng(0).uniform(-1, 1, (2, 16, 24, 3)).astype(np.float32)
+    params = nn.unbox(jax.jit(module.init)(jax.random.key(0), image))["params"]
+    assert params["stem"]["kernel"].shape == (4, 4, 3, 6)
+    assert params["embedding"]["kernel"].shape == (2, 2, 6, 24)
+
+    def conv(x, name, size):
+        kernel, bias = params[name]["kernel"], params[name]["bias"]
+        x = jax.lax.conv_general_dilated(x, kernel, size, "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return np.asarray(x) + np.asarray(bias)
+
+    features = conv(image, "stem", (4, 4))
+    features = (features - features.mean(-1, keepdims=True)) / np.sqrt(features.var(-1, keepdims=True) + 1e-6)
+    tokens = conv(jax.nn.gelu(features), "embedding", (2, 2)).reshape(2, 6, 24)
+    plain = ViT(ViTConfig(**TINY))
+    without = {name: value for name, value in params.items() if not name.startswith("stem")}
+    without["embedding"] = {"kernel": np.zeros((8, 8, 3, 24), np.float32), "bias": np.zeros(24, np.float32)}
+    without["pos_embedding"] = params["pos_embedding"] + tokens[:1]  # of the first image
+    expected = plain.apply({"params": without}, image[:1])
+    np.testing.assert_allclose(module.apply({"params": params}, image)[:1], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_stem_that_does_not_divide_the_patch_is_refused():
+    with pytest.raises(ValueError, match=r"vit.stem_patch: got 5, expected a divisor of patch_size = 8"):
+        ViTConfig(**TINY, stem_patch=5)
+
+
 def test_vit_base_has_the_published_number_of_parameters():
     def count(config):
         image = jax.ShapeDtypeStruct((1, 224, 224, 3), np.float32)

@@ -4,6 +4,9 @@ The model of "An Image is Worth 16x16 Words" (arXiv 2010.11929), pre-norm. The p
 `models/vit.py` (https://github.com/google-research/big_vision), so its files load without renaming; a class token,
 where there is one, has a position of its own as in the AugReg files
 (https://github.com/google-research/vision_transformer).
+
+Small ViTs trained from scratch may have a stem (`stem_patch`): the patches are then embedded from features of their own
+small patches instead of from pixels, as early convolutions help ViTs on little data (arXiv 2106.14881).
 """
 
 import dataclasses
@@ -28,11 +31,15 @@ class ViTConfig:
     mlp_dim: int = 3072
     dropout: float = 0.0
     class_token: bool = False
+    stem_patch: int = 0  # pixels; 0 = no stem
+    stem_width: int = 64
     remat: bool = False  # recompute each block in the backward pass
 
     def __post_init__(self):
         if self.width % self.num_heads:
             raise ValueError(f"vit.width: got {self.width}, expected a multiple of vit.num_heads = {self.num_heads}")
+        if self.stem_patch and self.patch_size % self.stem_patch:
+            raise ValueError(f"vit.stem_patch: got {self.stem_patch}, expected a divisor of patch_size = {self.patch_size}")
 
 
 class _Projection(nn.Module):
@@ -156,6 +163,28 @@ class Transformer(nn.Module):
         return LayerNorm(self.dtype, name="encoder_norm")(x)
 
 
+class PatchEmbedding(nn.Module):
+    """A convolution whose stride is its size: a matrix product of the flattened patches."""
+
+    features: int
+    patch: int
+    axes: tuple[str, str]  # logical, of the kernel's inputs and outputs
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """dtype[B, H, W, C] -> dtype[B, H / patch, W / patch, features]."""
+        (batch, height, width, channels), patch = x.shape, self.patch
+        shape = (patch, patch, channels, self.features)
+        init = partitioned(nn.initializers.lecun_normal(), ("conv_height", "conv_width", *self.axes))
+        kernel = self.param("kernel", init, shape, jnp.float32)
+        bias = self.param("bias", partitioned(nn.initializers.zeros, self.axes[1:]), shape[-1:], jnp.float32)
+        h, w = height // patch, width // patch
+        x = x.reshape(batch, h, patch, w, patch, channels)
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, h, w, patch * patch * channels)
+        return x @ kernel.astype(self.dtype).reshape(-1, self.features) + bias.astype(self.dtype).reshape(1, 1, 1, -1)
+
+
 class ViT(nn.Module):
     """Image -> tokens after the final norm. No pooling and no classifier."""
 
@@ -177,20 +206,16 @@ class ViT(nn.Module):
           ValueError: the image's sides are no multiples of the patch size.
         """
         config, patch = self.config, self.config.patch_size
-        batch, height, width, channels = image.shape
+        batch, height, width, _ = image.shape
         if height % patch or width % patch:
             raise ValueError(f"image: got {height}x{width} pixels, expected multiples of vit.patch_size = {patch}")
-        h, w = height // patch, width // patch
-
-        # A convolution whose stride is its size is a matrix product of the flattened patches.
-        kernel_axes = ("conv_height", "conv_width", "conv_in", "embed")
-        kernel_init = partitioned(nn.initializers.lecun_normal(), kernel_axes)
-        bias_init = partitioned(nn.initializers.zeros, ("embed",))
-        kernel, bias = _ConvParams((patch, patch, channels, config.width), kernel_init, bias_init, name="embedding")()
-        x = image.astype(self.dtype).reshape(batch, h, patch, w, patch, channels)
-        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, h * w, patch * patch * channels)  # [B, P, patch * patch * 3]
-        x = x @ kernel.astype(self.dtype).reshape(-1, config.width)  # [B, P, D]
-        x = x + bias.astype(self.dtype).reshape(1, 1, -1)
+        x = image.astype(self.dtype)
+        if config.stem_patch:
+            x = PatchEmbedding(config.stem_width, config.stem_patch, ("conv_in", "conv_out"), self.dtype, name="stem")(x)
+            x = nn.gelu(LayerNorm(self.dtype, axis="conv_out", name="stem_norm")(x))  # [B, H / s, W / s, F]
+            patch //= config.stem_patch
+        x = PatchEmbedding(config.width, patch, ("conv_in", "embed"), self.dtype, name="embedding")(x)  # [B, h, w, D]
+        x = x.reshape(batch, -1, config.width)  # [B, P, D]
 
         if config.class_token:
             init = partitioned(nn.initializers.zeros, (None, None, "embed"))
@@ -202,16 +227,3 @@ class ViT(nn.Module):
         x = nn.Dropout(config.dropout)(x, deterministic=not train)
         x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
         return Transformer(config, self.dtype, name="Transformer")(x, train)
-
-
-class _ConvParams(nn.Module):
-    """The parameters of a convolution under a name of their own."""
-
-    shape: tuple[int, ...]
-    kernel_init: nn.initializers.Initializer
-    bias_init: nn.initializers.Initializer
-
-    @nn.compact
-    def __call__(self) -> tuple[Array, Array]:
-        kernel = self.param("kernel", self.kernel_init, self.shape, jnp.float32)
-        return kernel, self.param("bias", self.bias_init, self.shape[-1:], jnp.float32)
