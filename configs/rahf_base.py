@@ -19,7 +19,7 @@ def get_config():
         variant="multi_head",
         image_size=224,  # pixels; not in the paper
         dtype="bfloat16",  # of the computation; parameters, losses and softmax are float32
-        vit=dict(patch_size=16, width=768, depth=12, num_heads=12, mlp_dim=3072, dropout=0.0, remat=False),
+        vit=dict(patch_size=16, width=768, depth=12, num_heads=12, mlp_dim=3072, dropout=0.0, remat=False, stem_patch=0),
         t5=dict(
             vocab_size=32128,
             emb_dim=768,
@@ -47,6 +47,7 @@ def get_config():
         num_workers=2,  # processes that draw for "stream"
     )
     config.optimizer = dict(
+        kind="adamw",  # or "muon", for training from scratch
         schedule="rsqrt",  # the paper's; "cosine" for fine-tuning and short runs
         learning_rate=0.015,
         final_learning_rate=0.0,  # of the cosine

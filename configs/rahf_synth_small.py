@@ -14,6 +14,6 @@ def get_config():
     config.checkpoint_every = 250
     config.data.update(source="stream", num_workers=1)
     config.optimizer.update(warmup_steps=300, ema_decay=0.998)
-    config.train.update(batch_size=32, num_steps=16_000)
-    config.eval.update(every=1000, batch_size=100, num_examples=500)
+    config.train.update(batch_size=32, num_steps=6500)
+    config.eval.update(every=500, batch_size=100, num_examples=500)
     return config

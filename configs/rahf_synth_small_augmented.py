@@ -11,5 +11,5 @@ from configs import rahf_synth_small
 def get_config():
     config = rahf_synth_small.get_config()
     config.model.variant = "augmented_prompt"
-    config.train.num_steps = 9000  # an image costs seven passes of the encoder here
+    config.train.num_steps = 5400  # an image costs seven passes of the encoder here
     return config

@@ -15,7 +15,7 @@ def get_config():
     config.model.update(
         image_size=96,
         dtype="float32",
-        vit=dict(patch_size=12, width=128, depth=4, num_heads=4, mlp_dim=256),
+        vit=dict(patch_size=12, stem_patch=4, width=128, depth=4, num_heads=4, mlp_dim=256),
         t5=dict(
             vocab_size=512,
             emb_dim=128,
@@ -28,11 +28,11 @@ def get_config():
             dropout=0.0,
         ),
         score_head=dict(filters=(64, 32), dense=(128,)),
-        heatmap_head=dict(filters=(64,), deconv_filters=(32, 16), output_hidden=8),
+        heatmap_head=dict(filters=(64,), deconv_filters=(32,), output_hidden=16),
     )
     config.data.update(text_length=24, keyword_length=40, augment=False)
-    config.optimizer.update(schedule="cosine", learning_rate=1e-3, warmup_steps=200, weight_decay=0.05, b2=0.98)
-    config.optimizer.ema_decay = 0.99
-    config.train.update(batch_size=32, num_steps=1650, loss_weights=dict(score=5.0, heatmap=20.0, keyword=0.5))
+    config.optimizer.update(kind="muon", schedule="cosine", learning_rate=2e-3, warmup_steps=150, weight_decay=0.05)
+    config.optimizer.update(b2=0.98, ema_decay=0.99)
+    config.train.update(batch_size=32, num_steps=1650, loss_weights=dict(score=40.0, heatmap=40.0, keyword=2.0))
     config.eval.update(every=825, batch_size=100, num_examples=200)
     return config

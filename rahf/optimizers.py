@@ -1,8 +1,11 @@
 """Learning-rate schedules and the optimiser, from the config's `optimizer` section."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 
 def make_schedule(config, num_steps: int) -> optax.Schedule:
@@ -36,18 +39,48 @@ def make_schedule(config, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config, num_steps: int) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW; weight decay on matrices and kernels alone (not on biases, scales, embeddings)."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            make_schedule(config, num_steps),
-            b1=config.b1,
-            b2=config.b2,
+    """Global-norm clipping, then `adamw` or `muon`, whose weight decay is on matrices and kernels alone.
+
+    `muon` orthogonalises the momentum of every kernel, as a matrix of its inputs by its outputs, and leaves biases,
+    scales and embeddings to Adam with Nesterov momentum (kellerjordan.github.io/posts/muon). Its updates are scaled
+    to the size of AdamW's (arXiv 2502.16982). From scratch on RichHF-Synth it needs a fraction of AdamW's examples.
+
+    Raises:
+      ValueError: another `kind`, or a schedule that `make_schedule` refuses.
+    """
+    schedule = make_schedule(config, num_steps)
+    if config.kind == "adamw":
+        optimizer = optax.adamw(
+            schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=_by_path(_is_kernel)
+        )
+    elif config.kind == "muon":
+        optimizer = optax.contrib.muon(
+            schedule,
             weight_decay=config.weight_decay,
-            mask=_decayed,
-        ),
-    )
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            muon_weight_dimension_numbers=_by_path(_as_matrix),
+            consistent_rms=0.2,
+        )
+    else:
+        raise ValueError(f"optimizer.kind: got {config.kind!r}, expected 'adamw' or 'muon'")
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
 
 
-def _decayed(params):
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+def _by_path(function):
+    return functools.partial(jax.tree_util.tree_map_with_path, function)
+
+
+def _is_kernel(path, param) -> bool:
+    return path[-1].key == "kernel"
+
+
+def _as_matrix(path, param) -> optax.contrib.MuonDimensionNumbers | None:
+    """Which axes of a kernel are its inputs and which its outputs; None for what is no kernel."""
+    if not _is_kernel(path, param):
+        return None
+    # Dense [in, out], convolution [h, w, in, out], and attention [embed, heads, kv] but for its output, which is
+    # [heads, kv, embed].
+    first_output = 1 if param.ndim == 3 and path[-2].key != "out" else param.ndim - 1
+    axes = tuple(range(param.ndim))
+    return optax.contrib.MuonDimensionNumbers(axes[:first_output], axes[first_output:])

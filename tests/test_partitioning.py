@@ -10,8 +10,9 @@ from rahf import optimizers, partitioning, train
 from rahf.models.rahf import RAHF, RAHFConfig
 
 
-def shardings(mesh):
+def shardings(mesh, kind="adamw"):
     config = rahf_ci.get_config()
+    config.optimizer.kind = kind
     model = RAHF(RAHFConfig.from_dict(config.model.to_dict()))
     optimizer = optimizers.make_optimizer(config.optimizer, config.train.num_steps)
     return train.state_shardings(model, optimizer, config, mesh, jax.random.key(0))
@@ -35,8 +36,9 @@ def test_model_axis_splits_mlp_heads_and_vocabulary():
     assert t5["encoder"]["layers_0"]["mlp"]["wo"]["kernel"].spec == PartitionSpec("model", None)
 
 
-def test_optimizer_moments_are_sharded_over_data_too():
-    abstract, placed = shardings(partitioning.make_mesh(8, 1))
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_optimizer_moments_are_sharded_over_data_too(kind):
+    abstract, placed = shardings(partitioning.make_mesh(8, 1), kind)
     moments = [
         (leaf.shape, sharding.spec)
         for leaf, sharding in zip(
