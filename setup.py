@@ -24,7 +24,7 @@ setup(
         "ml_collections>=1.0",
         "numpy>=1.26",
         "opencv-python-headless>=4.9",
-        "optax>=0.2.4",
+        "optax>=0.2.8",
         "orbax-checkpoint>=0.11",
         "pillow>=10",
         "pyarrow>=15",
