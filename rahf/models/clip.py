@@ -1,0 +1,248 @@
+"""CLIP's text and image towers, as Hugging Face's `CLIPModel` computes them.
+
+The ViT models of "Learning Transferable Visual Models From Natural Language Supervision" (arXiv 2103.00020): two pre-norm
+transformers over one kind of block, their pooled outputs projected into one space.
+
+    image --patches--> [B, P, D] --class token in front--> vision --first token--> projection --> [B, E]
+    ids --embedding--> [B, L, D] ------------------------> text, causal --at eos--> projection --> [B, E]
+
+The text is pooled at the first `eos_id`, as Hugging Face does. One case differs there: a config with `eos_token_id` 2, as
+OpenAI's converted checkpoints have it, pools at the first highest id instead. The two agree on what CLIP's tokeniser makes,
+whose end id 49407 is the highest of the vocabulary, so such a checkpoint gets `eos_id` 49407 here (2 is refused); they part
+when ids are added above it. Rows without an end id, which Hugging Face pools at position 0, give NaN.
+
+Logical axes beyond those of `rahf.models.rahf`: projection (the outputs of both projections).
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from rahf.models.rahf import normalize_image
+from rahf.models.t5 import MASKED, Dense
+from rahf.models.vit import LayerNorm
+
+Array = jax.Array
+partitioned = nn.with_logical_partitioning
+ACTIVATIONS = {"quick_gelu": lambda x: x * nn.sigmoid(1.702 * x), "gelu": lambda x: nn.gelu(x, approximate=False)}
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # of RGB in [0, 1], from OpenAI's release
+STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPVisionConfig:
+    """Sizes of the image tower; the defaults are ViT-B/32."""
+
+    image_size: int = 224  # pixels, both sides
+    patch_size: int = 32
+    width: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_dim: int = 3072
+
+    @property
+    def length(self) -> int:
+        """Positions: the class token's and the patches'."""
+        return 1 + (self.image_size // self.patch_size) ** 2
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPTextConfig:
+    """Sizes of the text tower; the defaults are those beside ViT-B/32."""
+
+    vocab_size: int = 49408
+    width: int = 512
+    depth: int = 12
+    num_heads: int = 8
+    mlp_dim: int = 2048
+    length: int = 77  # positions; a text may be shorter
+    eos_id: int = 49407
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPConfig:
+    """Both towers; the defaults are ViT-B/32."""
+
+    vision: CLIPVisionConfig = dataclasses.field(default_factory=CLIPVisionConfig)
+    text: CLIPTextConfig = dataclasses.field(default_factory=CLIPTextConfig)
+    projection_dim: int = 512
+    activation: str = "quick_gelu"  # or "gelu", the exact one, as in some OpenCLIP checkpoints
+    epsilon: float = 1e-5  # of the layer norms
+
+    def __post_init__(self):
+        vision, text = self.vision, self.text
+        for name, tower in (("vision", vision), ("text", text)):
+            if tower.width % tower.num_heads:
+                raise ValueError(
+                    f"clip.{name}.width: got {tower.width}, expected a multiple of num_heads = {tower.num_heads}"
+                )
+        if vision.image_size % vision.patch_size:
+            raise ValueError(
+                f"clip.vision.image_size: got {vision.image_size}, expected a multiple of patch_size = {vision.patch_size}"
+            )
+        if text.eos_id == 2 or not 0 <= text.eos_id < text.vocab_size:
+            raise ValueError(
+                f"clip.text.eos_id: got {text.eos_id}, expected the end id itself, below vocab_size = {text.vocab_size} "
+                "(Hugging Face's 2 stands for the highest id, 49407 in CLIP's vocabulary)"
+            )
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"clip.activation: got {self.activation!r}, expected one of {sorted(ACTIVATIONS)}")
+
+
+VIT_L14 = CLIPConfig(
+    CLIPVisionConfig(patch_size=14, width=1024, depth=24, num_heads=16, mlp_dim=4096),
+    CLIPTextConfig(width=768, num_heads=12, mlp_dim=3072),
+    projection_dim=768,
+)
+
+
+class Block(nn.Module):
+    """Self-attention (softmax in float32) and MLP, each after a norm and with a residual."""
+
+    config: CLIPConfig
+    tower: CLIPVisionConfig | CLIPTextConfig  # the one of the config's two that this is of
+    causal: bool
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        config, width, head_dim = self.config, self.tower.width, self.tower.width // self.tower.num_heads
+
+        def dense(features, axes, name):
+            return nn.Dense(
+                features,
+                dtype=self.dtype,
+                kernel_init=partitioned(nn.initializers.lecun_normal(), axes),
+                bias_init=partitioned(nn.initializers.zeros, axes[1:]),
+                name=name,
+            )
+
+        def project(name):
+            y_heads = dense(width, ("embed", "joined_kv"), name)(y)
+            y_heads = y_heads.reshape(*x.shape[:-1], -1, head_dim)  # [B, N, A, K]
+            return nn.with_logical_constraint(y_heads, ("batch", "length", "heads", "kv"))
+
+        y = LayerNorm(self.dtype, epsilon=config.epsilon, name="attention_norm")(x)
+        query, key, value = project("query") * head_dim**-0.5, project("key"), project("value")
+        logits = jnp.einsum("bqak,bnak->baqn", query, key, preferred_element_type=jnp.float32)  # [B, A, N, N]
+        if self.causal:
+            logits = jnp.where(np.tri(x.shape[1], dtype=bool)[None, None], logits, MASKED)
+        y = jnp.einsum("baqn,bnak->bqak", jax.nn.softmax(logits).astype(self.dtype), value)  # [B, N, A, K]
+        x = x + dense(width, ("joined_kv", "embed"), "out")(y.reshape(x.shape))  # [B, N, D]
+        y = LayerNorm(self.dtype, epsilon=config.epsilon, name="mlp_norm")(x)
+        y = ACTIVATIONS[config.activation](dense(self.tower.mlp_dim, ("embed", "mlp"), "wi")(y))  # [B, N, M]
+        y = nn.with_logical_constraint(y, ("batch", "length", "mlp"))
+        x = x + dense(width, ("mlp", "embed"), "wo")(y)  # [B, N, D]
+        return nn.with_logical_constraint(x, ("batch", "length", "embed"))
+
+
+class Tower(nn.Module):
+    """Embedded tokens -> tokens after the final norm. The text's is causal; the image's has a norm before its blocks."""
+
+    config: CLIPConfig
+    tower: CLIPVisionConfig | CLIPTextConfig
+    causal: bool
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """dtype[B, N, D] -> dtype[B, N, D], N at most `tower.length`."""
+        config, tower = self.config, self.tower
+        init = partitioned(nn.initializers.normal(0.02), (None, "position", "embed"))
+        positions = self.param("pos_embedding", init, (1, tower.length, tower.width), jnp.float32)
+        x = x + positions[:, : x.shape[1]].astype(self.dtype)
+        x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
+        if not self.causal:
+            x = LayerNorm(self.dtype, epsilon=config.epsilon, name="pre_norm")(x)
+        for i in range(tower.depth):
+            x = Block(config, tower, self.causal, self.dtype, name=f"block_{i}")(x)
+        return LayerNorm(self.dtype, epsilon=config.epsilon, name="final_norm")(x)
+
+
+class CLIP(nn.Module):
+    """The model. Parameters: patch_embedding, cls, token_embedding, vision, text, the projections, logit_scale."""
+
+    config: CLIPConfig
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self):
+        config, dtype = self.config, self.dtype
+        vision, text = config.vision, config.text
+        # The convolution without bias that CLIP has, as a product of flattened patches: so is its gradient.
+        self.patch_embedding = Dense(vision.width, ("conv_in", "embed"), dtype)
+        init = partitioned(nn.initializers.normal(0.02), (None, None, "embed"))
+        self.cls = self.param("cls", init, (1, 1, vision.width), jnp.float32)
+        init = partitioned(nn.initializers.normal(0.02), ("vocab", "embed"))
+        self.token_embedding = self.param("token_embedding", init, (text.vocab_size, text.width), jnp.float32)
+        self.vision = Tower(config, vision, False, dtype)
+        self.text = Tower(config, text, True, dtype)
+        self.image_projection = Dense(config.projection_dim, ("embed", "projection"), dtype)
+        self.text_projection = Dense(config.projection_dim, ("embed", "projection"), dtype)
+        self.logit_scale = self.param("logit_scale", nn.initializers.constant(np.log(1 / 0.07)), (), jnp.float32)
+
+    def image_tokens(self, image: Array) -> Array:
+        """The image tower's output, the class token first and then row by row over the grid.
+
+        The final norm is on every token, where Hugging Face's `last_hidden_state` is before it.
+
+        Args:
+          image: float32[B, H, W, 3] in [-1, 1], or uint8; CLIP's own mean and deviation are applied here.
+
+        Returns:
+          dtype[B, 1 + P, D].
+
+        Raises:
+          ValueError: the image is not of `config.vision.image_size`, or neither uint8 nor float.
+        """
+        size, patch = self.config.vision.image_size, self.config.vision.patch_size
+        if image.ndim != 4 or image.shape[1:] != (size, size, 3):
+            raise ValueError(f"image: got shape {image.shape}, expected [B, {size}, {size}, 3] (clip.vision.image_size)")
+        image = normalize_image(image).astype(jnp.float32) * 0.5 + 0.5
+        image = (image - MEAN.reshape(1, 1, 1, 3)) / STD.reshape(1, 1, 1, 3)
+        batch, grid = image.shape[0], size // patch
+        x = image.reshape(batch, grid, patch, grid, patch, 3).transpose(0, 1, 3, 2, 4, 5)
+        x = self.patch_embedding(x.reshape(batch, grid * grid, -1))  # [B, P, D]
+        cls = jnp.broadcast_to(self.cls.astype(self.dtype), (batch, 1, x.shape[-1]))
+        return self.vision(jnp.concatenate([cls, x], axis=1))  # [B, 1 + P, D]
+
+    def text_tokens(self, ids: Array) -> Array:
+        """The text tower's output; a token has seen itself and those before it.
+
+        Args:
+          ids: int32[B, L]. An id outside the vocabulary gives NaN.
+
+        Returns:
+          dtype[B, L, D].
+
+        Raises:
+          ValueError: a shape that is not [B, L], or more than `config.text.length` ids.
+        """
+        length = self.config.text.length
+        if ids.ndim != 2 or not 0 < ids.shape[1] <= length:
+            raise ValueError(f"ids: got shape {ids.shape}, expected [B, L] with L of 1 to {length} (clip.text.length)")
+        ids = ids.astype(jnp.uint32)  # as an index, -1 would be the last id
+        return self.text(jnp.take(self.token_embedding, ids, axis=0, mode="fill").astype(self.dtype))
+
+    def encode_image(self, image: Array) -> Array:
+        """float32[B, H, W, 3] in [-1, 1], or uint8 -> float32[B, E], not of unit length; errors as `image_tokens`."""
+        return self.image_projection(self.image_tokens(image)[:, 0], jnp.float32)
+
+    def encode_text(self, ids: Array) -> Array:
+        """int32[B, L] -> float32[B, E], not of unit length, NaN without an end id; errors as `text_tokens`.
+
+        What follows the first end id changes nothing, so any padding will do.
+        """
+        ends = ids == self.config.text.eos_id  # [B, L]
+        tokens = self.text_tokens(ids)
+        pooled = jnp.take_along_axis(tokens, jnp.argmax(ends, axis=1)[:, None, None], axis=1)[:, 0]  # [B, D]
+        return jnp.where(ends.any(axis=1, keepdims=True), self.text_projection(pooled, jnp.float32), jnp.nan)
+
+    def __call__(self, image: Array, ids: Array) -> Array:
+        """Cosine similarities of every image with every text, times exp(logit_scale): float32[B, B], a row an image."""
+        image, text = self.encode_image(image), self.encode_text(ids)
+        image, text = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (image, text))
+        return jnp.exp(self.logit_scale) * jnp.matmul(image, text.T, precision=jax.lax.Precision.HIGHEST)
