@@ -18,8 +18,11 @@ Array = jax.Array
 DEFAULT_WEIGHTS = {"score": 1.0, "heatmap": 1.0, "keyword": 1.0}
 
 
-def loss_normalisers(batch: Mapping[str, Array]) -> dict[str, Array]:
+def loss_normalisers(batch: Mapping[str, Array], count_padding: bool = False) -> dict[str, Array]:
     """What the losses of a batch, whole or in microbatches, are divided by; from the targets alone.
+
+    Args:
+      count_padding: see `keyword_loss_sum`.
 
     Returns:
       float32 scalars: `score`, the number of scores that have a target; `heatmap`, of (row, map) pairs that have one;
@@ -28,7 +31,7 @@ def loss_normalisers(batch: Mapping[str, Array]) -> dict[str, Array]:
     return {
         "score": jnp.sum(batch["score_mask"], dtype=jnp.float32),
         "heatmap": jnp.sum(batch["heatmap_mask"], dtype=jnp.float32),
-        "keyword": jnp.sum(batch["keyword_ids"] != schema.PAD_ID, dtype=jnp.float32),
+        "keyword": jnp.sum(_keyword_mask(batch["keyword_ids"], count_padding), dtype=jnp.float32),
     }
 
 
@@ -55,13 +58,18 @@ def heatmap_loss_sum(predicted: Array, target: Array, mask: Array) -> Array:
     return jnp.sum(jnp.where(mask, error, 0.0))
 
 
-def keyword_loss_sum(logits: Array, targets: Array) -> tuple[Array, Array]:
+def _keyword_mask(targets: Array, count_padding: bool) -> Array:
+    return targets != schema.PAD_ID if not count_padding else jnp.ones(targets.shape, bool)
+
+
+def keyword_loss_sum(logits: Array, targets: Array, count_padding: bool = False) -> tuple[Array, Array]:
     """Sum of the cross-entropy over targets that are no padding, and how many of these have the largest logit.
 
     Args:
       logits: float32[B, T, V]. targets: int32[B, T], 0 = padding.
+      count_padding: as the first author's PyTorch release has it, the model is asked to predict the padding too.
     """
-    mask = targets != schema.PAD_ID
+    mask = _keyword_mask(targets, count_padding)
     # A masked sum instead of a gather: it stays local when the vocabulary is sharded.
     is_target = jnp.arange(logits.shape[-1])[None, None, :] == targets[..., None]
     target_logits = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)  # [B, T]
@@ -75,6 +83,7 @@ def rahf_loss(
     batch: Mapping[str, Array],
     normalisers: Mapping[str, Array] | None,
     weights: Mapping[str, float],
+    count_padding: bool = False,
 ) -> tuple[Array, dict[str, Array]]:
     """The weighted sum of score MSE, heatmap MSE and keyword cross-entropy.
 
@@ -83,6 +92,7 @@ def rahf_loss(
       batch: as in richhf_data/schema.py: `scores`, `score_mask`, `heatmaps`, `heatmap_mask`, `keyword_ids`.
       normalisers: `loss_normalisers` of the batch that the optimiser steps on; None = `batch` is that batch.
       weights: `score`, `heatmap`, `keyword`.
+      count_padding: see `keyword_loss_sum`; `normalisers` must be made with the same.
 
     Returns:
       float32 scalar loss; metrics `loss`, `loss_score`, `loss_heatmap`, `loss_keyword` (before weighting) and
@@ -95,10 +105,10 @@ def rahf_loss(
     if set(weights) != set(DEFAULT_WEIGHTS):
         raise ValueError(f"loss weights: got {sorted(weights)}, expected exactly {sorted(DEFAULT_WEIGHTS)}")
     if normalisers is None:
-        normalisers = loss_normalisers(batch)
+        normalisers = loss_normalisers(batch, count_padding)
     divide = {name: jnp.maximum(normalisers[name], 1.0) for name in DEFAULT_WEIGHTS}  # counts, so 0 / 1 where none
 
-    keyword_sum, correct = keyword_loss_sum(outputs.keyword_logits, batch["keyword_ids"])
+    keyword_sum, correct = keyword_loss_sum(outputs.keyword_logits, batch["keyword_ids"], count_padding)
     losses = {
         "score": score_loss_sum(outputs.scores, batch["scores"], batch["score_mask"]) / divide["score"],
         "heatmap": heatmap_loss_sum(outputs.heatmaps, batch["heatmaps"], batch["heatmap_mask"]) / divide["heatmap"],

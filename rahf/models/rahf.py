@@ -46,6 +46,7 @@ class RAHFConfig:
     image_size: int = 224  # pixels, both sides
     dtype: str = "float32"  # of the computation; parameters, scores, heatmaps and logits are float32
     decoder_attends: str = "fused"  # or "text": the prompt's positions alone, as in the first author's PyTorch release
+    mask_padding: bool = True  # False, as in that release: the encoder and the decoder attend to the prompt's padding
     vit: ViTConfig = dataclasses.field(default_factory=ViTConfig)
     t5: T5Config = dataclasses.field(default_factory=T5Config)
     score_head: ScoreHeadConfig = dataclasses.field(default_factory=ScoreHeadConfig)
@@ -185,7 +186,8 @@ class RAHF(nn.Module):
           fused dtype[B, N, D] and its mask bool[B, N] (True = keep), N = P + L.
         """
         fused = jnp.concatenate([image_tokens, self.t5.embed(text_ids)], axis=1)  # [B, N, D]
-        mask = jnp.concatenate([jnp.ones(image_tokens.shape[:2], bool), text_ids != schema.PAD_ID], axis=1)
+        keep = text_ids != schema.PAD_ID if self.config.mask_padding else jnp.ones(text_ids.shape, bool)
+        mask = jnp.concatenate([jnp.ones(image_tokens.shape[:2], bool), keep], axis=1)
         fused = nn.with_logical_constraint(fused, ("batch", "length", "embed"))
         return self.t5.encode(fused, mask, train), mask
 

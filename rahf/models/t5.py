@@ -69,11 +69,12 @@ class RMSNorm(nn.Module):
     """T5's layer norm: no mean, no bias; statistics in float32."""
 
     dtype: DTypeLike
+    axis: str = "embed"
     epsilon: float = 1e-6
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        init = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
+        init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
         scale = self.param("scale", init, x.shape[-1:], jnp.float32)
         x = x.astype(jnp.float32)
         x = (x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)).astype(self.dtype)
@@ -330,6 +331,7 @@ class TokenEmbedder(nn.Module):
 
     def __call__(self, ids: Array) -> Array:
         """int[..., L] -> [..., L, D]. An id outside the vocabulary gives NaN, which no loss hides."""
+        ids = ids.astype(jnp.uint32)  # a negative one would count from the end
         return jnp.take(self.embedding, ids, axis=0, mode="fill").astype(self.dtype)
 
     def logits(self, x: Array) -> Array:

@@ -33,11 +33,15 @@ class ViTConfig:
     class_token: bool = False
     stem_patch: int = 0  # pixels; 0 = no stem
     stem_width: int = 64
+    gelu: str = "tanh"  # big_vision's approximation; "erf" is Hugging Face's exact one
+    epsilon: float = 1e-6  # of the layer norms; 1e-12 in Hugging Face's
     remat: bool = False  # recompute each block in the backward pass
 
     def __post_init__(self):
         if self.width % self.num_heads:
             raise ValueError(f"vit.width: got {self.width}, expected a multiple of vit.num_heads = {self.num_heads}")
+        if self.gelu not in ("tanh", "erf"):
+            raise ValueError(f"vit.gelu: got {self.gelu!r}, expected 'tanh' or 'erf'")
         if self.stem_patch and self.patch_size % self.stem_patch:
             raise ValueError(f"vit.stem_patch: got {self.stem_patch}, expected a divisor of patch_size = {self.patch_size}")
 
@@ -94,6 +98,7 @@ class MlpBlock(nn.Module):
 
     mlp_dim: int
     dropout: float
+    approximate: bool  # the GELU by tanh
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -107,7 +112,7 @@ class MlpBlock(nn.Module):
             )
 
         width = x.shape[-1]
-        x = nn.gelu(dense(self.mlp_dim, ("embed", "mlp"))(x))  # [B, N, M]
+        x = nn.gelu(dense(self.mlp_dim, ("embed", "mlp"))(x), self.approximate)  # [B, N, M]
         x = nn.with_logical_constraint(x, ("batch", "length", "mlp"))
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
         return dense(width, ("mlp", "embed"))(x)  # [B, N, D]
@@ -142,10 +147,11 @@ class Block(nn.Module):
     def __call__(self, x: Array, train: bool) -> Array:
         config = self.config
         drop = nn.Dropout(config.dropout, deterministic=not train)
-        y = LayerNorm(self.dtype, name="LayerNorm_0")(x)
+        y = LayerNorm(self.dtype, epsilon=config.epsilon, name="LayerNorm_0")(x)
         x = x + drop(Attention(config.num_heads, self.dtype, name="MultiHeadDotProductAttention_0")(y))
-        y = LayerNorm(self.dtype, name="LayerNorm_1")(x)
-        x = x + drop(MlpBlock(config.mlp_dim, config.dropout, self.dtype, name="MlpBlock_0")(y, train))
+        y = LayerNorm(self.dtype, epsilon=config.epsilon, name="LayerNorm_1")(x)
+        mlp = MlpBlock(config.mlp_dim, config.dropout, config.gelu == "tanh", self.dtype, name="MlpBlock_0")
+        x = x + drop(mlp(y, train))
         return nn.with_logical_constraint(x, ("batch", "length", "embed"))
 
 
@@ -160,7 +166,7 @@ class Transformer(nn.Module):
         block = nn.remat(Block, static_argnums=(2,)) if self.config.remat else Block
         for i in range(self.config.depth):
             x = block(self.config, self.dtype, name=f"encoderblock_{i}")(x, train)
-        return LayerNorm(self.dtype, name="encoder_norm")(x)
+        return LayerNorm(self.dtype, epsilon=self.config.epsilon, name="encoder_norm")(x)
 
 
 class PatchEmbedding(nn.Module):
