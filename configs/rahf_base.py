@@ -19,7 +19,21 @@ def get_config():
         variant="multi_head",
         image_size=224,  # pixels; not in the paper
         dtype="bfloat16",  # of the computation; parameters, losses and softmax are float32
-        vit=dict(patch_size=16, width=768, depth=12, num_heads=12, mlp_dim=3072, dropout=0.0, remat=False, stem_patch=0),
+        decoder_attends="fused",
+        mask_padding=True,
+        vit=dict(
+            patch_size=16,
+            width=768,
+            depth=12,
+            num_heads=12,
+            mlp_dim=3072,
+            dropout=0.0,
+            remat=False,
+            class_token=False,
+            gelu="tanh",  # "erf" in Hugging Face's
+            epsilon=1e-6,  # 1e-12 in Hugging Face's
+            stem_patch=0,
+        ),
         t5=dict(
             vocab_size=32128,
             emb_dim=768,
@@ -34,7 +48,7 @@ def get_config():
             remat=False,
         ),
         score_head=dict(filters=(768, 384, 128, 64), kernel_size=2, padding="VALID", dense=(2048, 1024)),
-        heatmap_head=dict(filters=(768, 384), deconv_filters=(768, 384, 384, 192), output_hidden=192, residual=False),
+        heatmap_head=dict(filters=(768, 384), deconv_filters=(768, 384, 384, 192), output_hidden=192),
     )
     config.data = dict(
         source="seqio",  # or "stream": RichHF-Synth drawn endlessly, no files, no TensorFlow
@@ -57,12 +71,16 @@ def get_config():
         b2=0.999,
         clip_norm=1.0,  # not in the paper
         ema_decay=0.0,  # 0 = no moving average
+        freeze=(),  # ("vit",) or ("t5/encoder", "t5/token_embedder"): parameters that stay as they are
+        learning_rate_multipliers=dict(vit=1.0, t5=1.0, heads=1.0),
     )
+    config.init = dict(vit="", t5="", rahf="")  # folders that rahf.convert wrote, to start from
     config.train = dict(
         batch_size=256,
         num_steps=20_000,
         accumulation_steps=1,  # microbatches that one step adds up
         loss_weights=dict(score=1.0, heatmap=1.0, keyword=1.0),  # not in the paper
+        count_padding=False,  # True: the keywords' padding is a target too, as in the first author's PyTorch release
     )
     config.eval = dict(every=1000, batch_size=64, num_examples=995)
     config.mesh = dict(data=-1, model=1)  # -1: all devices that model leaves

@@ -8,6 +8,7 @@
 
 import json
 import pathlib
+from collections.abc import Mapping
 
 import jax
 import ml_collections
@@ -95,6 +96,14 @@ def restore(checkpoints: ocp.CheckpointManager, step: int, abstract_state):
     saved = checkpoints.item_metadata(step)["state"]
     found = {_key(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(saved.tree)}
     wanted = {_key(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_state)}
+    check_shapes(found, wanted, where)
+    return checkpoints.restore(
+        step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+    )["state"]
+
+
+def check_shapes(found: Mapping[str, tuple], wanted: Mapping[str, tuple], where) -> None:
+    """Refuses parameters that are not the config's model's: ValueError with the first names and both sides' shapes."""
     mismatches = [
         f"  {key}: the checkpoint has {found.get(key, 'nothing')}, the config's model {wanted.get(key, 'nothing')}"
         for key in sorted(found.keys() | wanted.keys())
@@ -105,9 +114,6 @@ def restore(checkpoints: ocp.CheckpointManager, step: int, abstract_state):
         raise ValueError(
             f"checkpoint: {where} is of another architecture than the config:\n" + "\n".join(mismatches[:5]) + more
         )
-    return checkpoints.restore(
-        step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
-    )["state"]
 
 
 def restore_params(workdir, abstract_params):

@@ -1,6 +1,7 @@
 """Learning-rate schedules and the optimiser, from the config's `optimizer` section."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -45,8 +46,11 @@ def make_optimizer(config, num_steps: int) -> optax.GradientTransformation:
     scales and embeddings to Adam with Nesterov momentum (kellerjordan.github.io/posts/muon). Its updates are scaled
     to the size of AdamW's (arXiv 2502.16982). From scratch on RichHF-Synth it needs a fraction of AdamW's examples.
 
+    `learning_rate_multipliers` scales the updates of a part (`part_of`); parameters under `freeze` keep every bit, have
+    no moments, and count for no norm.
+
     Raises:
-      ValueError: another `kind`, or a schedule that `make_schedule` refuses.
+      ValueError: another `kind` or part, or a schedule that `make_schedule` refuses.
     """
     schedule = make_schedule(config, num_steps)
     if config.kind == "adamw":
@@ -64,7 +68,59 @@ def make_optimizer(config, num_steps: int) -> optax.GradientTransformation:
         )
     else:
         raise ValueError(f"optimizer.kind: got {config.kind!r}, expected 'adamw' or 'muon'")
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    steps = [optax.clip_by_global_norm(config.clip_norm), optimizer]
+    multipliers = dict(config.learning_rate_multipliers)
+    if set(multipliers) != set(PARTS):
+        raise ValueError(f"optimizer.learning_rate_multipliers: got {sorted(multipliers)}, expected {sorted(PARTS)}")
+    if any(multiplier != 1.0 for multiplier in multipliers.values()):
+        steps.append(_scaled_by_part(multipliers))
+    optimizer = optax.chain(*steps)
+    if config.freeze:
+        optimizer = optax.multi_transform(
+            {False: optimizer, True: _unchanged()}, _by_path(lambda path, param: is_frozen(path, config.freeze))
+        )
+    return optimizer
+
+
+PARTS = ("vit", "t5", "heads")
+
+
+def part_of(path) -> str:
+    """Which of `PARTS` a parameter belongs to: `heads` is all besides the ViT and T5."""
+    return path[0].key if path[0].key in PARTS else "heads"
+
+
+def is_frozen(path, freeze: Sequence[str]) -> bool:
+    """Whether a parameter lies under one of the names of `optimizer.freeze`, such as `vit` or `t5/encoder`."""
+    name = "/".join(key.key for key in path) + "/"
+    return any(name.startswith(prefix.rstrip("/") + "/") for prefix in freeze)
+
+
+def stop_frozen(params, freeze: Sequence[str]):
+    """The parameters, without a gradient through those that are frozen: what only they need is not computed."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, param: jax.lax.stop_gradient(param) if is_frozen(path, freeze) else param, params
+    )
+
+
+def check_freeze(params, freeze: Sequence[str]) -> None:
+    """Refuses a name under which no parameter lies."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for prefix in freeze:
+        if not any(is_frozen(path, (prefix,)) for path in paths):
+            raise ValueError(f"optimizer.freeze: nothing lies under {prefix!r}, expected one of {sorted(params)} or deeper")
+
+
+def _scaled_by_part(multipliers) -> optax.GradientTransformation:
+    def scale(updates, params):
+        return jax.tree_util.tree_map_with_path(lambda path, update: multipliers[part_of(path)] * update, updates)
+
+    return optax.stateless(scale)
+
+
+def _unchanged() -> optax.GradientTransformation:
+    # -0.0 is the one number whose addition changes no bit of any other, -0.0 and 0.0 included.
+    return optax.stateless(lambda updates, params: jax.tree.map(lambda x: jnp.full_like(x, -0.0), updates))
 
 
 def _by_path(function):

@@ -18,6 +18,7 @@ import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 
 import cv2
+import flax.traverse_util
 import jax
 import numpy as np
 import PIL.Image
@@ -25,7 +26,7 @@ from absl import app, flags, logging
 from flax import linen as nn
 from tqdm.auto import tqdm
 
-from rahf import checkpoints, partitioning, report
+from rahf import checkpoints, partitioning, report, weights
 from rahf.models import rahf as rahf_model
 from richhf_data import keywords, metrics, schema
 from richhf_data import vocabulary as vocabularies
@@ -153,7 +154,7 @@ def _feedback(rows: Sequence[dict], prompts: Sequence[str]) -> Feedback:
 
 
 def load(workdir) -> Model:
-    """The model of a workdir, as its best evaluation so far found it.
+    """The model of a workdir, as its best evaluation so far found it; or of a folder that rahf.convert wrote.
 
     Raises:
       ValueError: the folder holds no run, or no checkpoint, or one of another architecture.
@@ -167,8 +168,20 @@ def load(workdir) -> Model:
     boxed = jax.eval_shape(lambda key: module.init(key, *inputs)["params"], jax.random.key(0))
     shardings = partitioning.param_shardings(model.mesh, boxed)
     targets = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), shardings)
-    model.params = checkpoints.restore_params(workdir, targets)
+    if (file := workdir / "weights.safetensors").is_file():
+        model.params = _read_params(file, targets)
+    else:
+        model.params = checkpoints.restore_params(workdir, targets)
     return model
+
+
+def _read_params(file, targets):
+    """Parameters of a safetensors file with our names, placed as `targets` says, one tensor at a time."""
+    tensors, targets = weights.open_safetensors(file), flax.traverse_util.flatten_dict(targets, sep="/")
+    shapes = ({name: tuple(value.shape) for name, value in side.items()} for side in (tensors, targets))
+    checkpoints.check_shapes(*shapes, file)
+    params = {name: jax.device_put(array, targets[name].sharding) for name, array in weights.read_all(tensors)}
+    return flax.traverse_util.unflatten_dict(params, sep="/")
 
 
 def check_vocabulary(model_config: rahf_model.RAHFConfig, vocabulary: vocabularies.Vocabulary) -> None:

@@ -4,7 +4,6 @@
 """
 
 import pathlib
-import shutil
 from collections.abc import Iterator
 
 import numpy as np
@@ -27,10 +26,7 @@ def install_vocabulary(config, workdir) -> vocabularies.Vocabulary:
     if not path.exists():
         if config.data.vocabulary or config.data.source == "seqio":
             source = config.data.vocabulary or pathlib.Path(config.data.data_dir) / "vocabulary.model"
-            vocabularies.Vocabulary(source)
-            partial = path.with_name("vocabulary.partial")
-            shutil.copyfile(source, partial)
-            partial.replace(path)
+            vocabularies.Vocabulary(source).copy(path)
         else:
             prompts = synthetic.train_prompts(VOCABULARY_PROMPTS, seed=config.seed)
             vocabularies.train(prompts, path, config.model.t5.vocab_size)

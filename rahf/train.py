@@ -18,7 +18,7 @@ from flax import linen as nn
 from ml_collections import config_flags
 from tqdm.auto import tqdm
 
-from rahf import checkpoints, evaluate, losses, optimizers, partitioning, predict, sources
+from rahf import checkpoints, convert, evaluate, losses, optimizers, partitioning, predict, sources
 from rahf.models import rahf as rahf_model
 
 
@@ -42,22 +42,22 @@ def make_train_step(model: rahf_model.RAHF, optimizer, schedule, config, mesh):
     changes the mathematics.
     """
     microbatches = config.train.accumulation_steps
-    loss_weights = config.train.loss_weights.to_dict()
+    loss_weights, count_padding = config.train.loss_weights.to_dict(), config.train.count_padding
 
     def train_step(state, batch, key):
         key = jax.random.fold_in(key, state["step"])
-        normalisers = losses.loss_normalisers(batch)
+        normalisers = losses.loss_normalisers(batch, count_padding)
 
         def loss_fn(params, rows, index):
             outputs = model.apply(
-                {"params": params},
+                {"params": optimizers.stop_frozen(params, config.optimizer.freeze)},
                 rows["image"],
                 rows["text_ids"],
                 rows["keyword_ids"],
                 train=True,
                 rngs={"dropout": jax.random.fold_in(key, index)},
             )
-            return losses.rahf_loss(outputs, rows, normalisers, loss_weights)
+            return losses.rahf_loss(outputs, rows, normalisers, loss_weights, count_padding)
 
         gradient = jax.value_and_grad(loss_fn, has_aux=True)
         if microbatches == 1:
@@ -82,7 +82,7 @@ def make_train_step(model: rahf_model.RAHF, optimizer, schedule, config, mesh):
         new = {"step": state["step"] + 1, "params": params, "opt_state": opt_state}
         if "ema" in state:
             decay = config.optimizer.ema_decay
-            new["ema"] = jax.tree.map(lambda old, now: decay * old + (1 - decay) * now, state["ema"], params)
+            new["ema"] = jax.tree.map(lambda old, now: old + (1 - decay) * (now - old), state["ema"], params)
         return new, metrics
 
     return train_step
@@ -132,6 +132,7 @@ def train(config, workdir) -> dict[str, float]:
     # ---- State, sharded ---------------------------------------------------------------------------------------------
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
     abstract, shardings = state_shardings(model, optimizer, config, mesh, init_key)
+    optimizers.check_freeze(abstract["params"], config.optimizer.freeze)
     num_params = sum(leaf.size for leaf in jax.tree.leaves(abstract["params"]))
     print(f"{num_params:,} parameters, mesh data={mesh.shape['data']} model={mesh.shape['model']}", flush=True)
 
@@ -141,6 +142,9 @@ def train(config, workdir) -> dict[str, float]:
         if step is None:
             init = jax.jit(lambda key: nn.unbox(initial_state(model, optimizer, config, key)), out_shardings=shardings)
             state, step = init(init_key), 0
+            state["params"] = convert.initialise(state["params"], config.init, model_config)
+            if "ema" in state:
+                state["ema"] = jax.tree.map(jnp.copy, state["params"])
         else:
             targets = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
             state = checkpoints.restore(latest, step, targets)

@@ -2,6 +2,7 @@
 
 import io
 import pathlib
+import shutil
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -11,11 +12,18 @@ from richhf_data import keywords, schema
 
 
 class Vocabulary:
-    """Text to ids and back. Ids: 0 = padding, 1 = end of sequence, 2 = unknown, as in T5's vocabulary."""
+    """Text to ids and back. Ids: 0 = padding, 1 = end of sequence, 2 = unknown, as in T5's vocabulary.
+
+    Args:
+      path: a SentencePiece model, or a Hugging Face tokenizer folder that holds one as spiece.model.
+    """
 
     def __init__(self, path):
+        path = pathlib.Path(path)
+        if path.is_dir():
+            path /= "spiece.model"
         self.path = str(path)
-        if not pathlib.Path(path).is_file():
+        if not path.is_file():
             raise ValueError(f"vocabulary: no file {path}; expected a SentencePiece model (*.model)")
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_file=self.path)
@@ -24,6 +32,12 @@ class Vocabulary:
         ids = self._processor.pad_id(), self._processor.eos_id(), self._processor.unk_id()
         if ids != (schema.PAD_ID, schema.EOS_ID, schema.UNK_ID):
             raise ValueError(f"vocabulary: {path} has (pad, eos, unk) = {ids}, expected (0, 1, 2) as T5's has")
+
+    def copy(self, path) -> None:
+        """Writes the SentencePiece model to `path`, whole or not at all."""
+        partial = pathlib.Path(path).with_name("vocabulary.partial")
+        shutil.copyfile(self.path, partial)
+        partial.replace(path)
 
     @property
     def size(self) -> int:

@@ -13,7 +13,9 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import functools
 import pathlib
+import zipfile
 
 import jax
 import pytest
@@ -26,6 +28,20 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 def data_dir() -> pathlib.Path:
     """The folder of committed test data."""
     return pathlib.Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="session")
+def unpacked(data_dir, tmp_path_factory):
+    """name -> folder with the files of data/<name>.zip, as the code that wrote them left them."""
+
+    @functools.cache
+    def unpack(name) -> pathlib.Path:
+        folder = tmp_path_factory.mktemp(name)
+        with zipfile.ZipFile(data_dir / f"{name}.zip") as archive:
+            archive.extractall(folder)
+        return folder
+
+    return unpack
 
 
 @pytest.fixture(scope="module")

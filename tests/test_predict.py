@@ -3,12 +3,14 @@
 import json
 
 import cv2
+import jax
 import numpy as np
 import pytest
+import tiny_model
 
 import rahf
 from configs import rahf_ci
-from rahf import checkpoints, predict, train
+from rahf import checkpoints, convert, predict, train
 from richhf_data import schema
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -44,6 +46,13 @@ def test_predict_gives_every_kind_of_feedback(workdir, images):
         assert maps.shape == (3, 16, 16)
         assert ((maps >= 0) & (maps <= 1)).all()
     assert len(feedback.labelled_prompts) == len(feedback.keywords) == 3
+
+
+def test_a_converted_workdir_is_read_anywhere(workdir, tmp_path):
+    convert.convert("workdir", workdir, tmp_path)
+    assert not (tmp_path / "best").exists()
+    jax.tree.map(np.testing.assert_array_equal, rahf.load(workdir).params, rahf.load(tmp_path).params)
+    tiny_model.check_stablehlo(tmp_path)
 
 
 def test_an_image_alone_is_predicted_as_in_company(workdir, images):

@@ -6,35 +6,23 @@ import jax
 import numpy as np
 import pytest
 
+from rahf import convert, weights
 from rahf.models import t5
 
-TINY = {
-    "vocab_size": 96,
-    "emb_dim": 32,
-    "num_heads": 4,
-    "head_dim": 8,
-    "num_encoder_layers": 2,
-    "num_decoder_layers": 3,
-    "mlp_dim": 48,
-}
-VERSIONS = {
-    "t5x_v1_1_tiny": t5.T5Config(**TINY),
-    "t5x_v1_0_tiny": t5.T5Config(**TINY, mlp_activations=("relu",), logits_via_embedding=True),
-}
+VERSIONS = ("t5x_v1_1_tiny", "t5x_v1_0_tiny")
 
 
-def load(data_dir, name):
-    """(parameters, golden arrays) of a fixture: a T5X checkpoint's `target` tree and what T5X computed with it."""
-    file = np.load(data_dir / f"{name}.npz", allow_pickle=False)
-    flat = {key.removeprefix("params/"): file[key] for key in file if key.startswith("params/")}
-    golden = {key.removeprefix("golden/"): file[key] for key in file if key.startswith("golden/")}
-    return flax.traverse_util.unflatten_dict(flat, sep="/"), golden
+def load(unpacked, name):
+    """(config, parameters, golden arrays) of a fixture: a T5X checkpoint and what T5X computed with it."""
+    converted = convert.t5_t5x(unpacked(name) / "checkpoint_0")
+    params = flax.traverse_util.unflatten_dict(dict(weights.read_all(converted.tensors)), sep="/")
+    return t5.T5Config(**converted.config["t5"]), params, dict(np.load(unpacked(name) / "golden.npz"))
 
 
 @pytest.mark.parametrize("name", VERSIONS)
-def test_t5_equals_t5x(data_dir, name):
-    params, golden = load(data_dir, name)
-    module = t5.T5(VERSIONS[name])
+def test_t5_equals_t5x(unpacked, name):
+    config, params, golden = load(unpacked, name)
+    module = t5.T5(config)
     ids, targets = golden["encoder_input_tokens"], golden["decoder_target_tokens"]
     made = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), ids, targets))["params"]
     assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, made)
@@ -54,9 +42,9 @@ def test_t5_equals_t5x(data_dir, name):
 
 
 @pytest.mark.parametrize("name", VERSIONS)
-def test_greedy_decode_equals_recomputing_the_prefix(data_dir, name):
-    params, golden = load(data_dir, name)
-    module = t5.T5(VERSIONS[name])
+def test_greedy_decode_equals_recomputing_the_prefix(unpacked, name):
+    config, params, golden = load(unpacked, name)
+    module = t5.T5(config)
     ids = np.concatenate([golden["encoder_input_tokens"], np.arange(2, 35).reshape(3, 11)]).astype(np.int32)
     mask, length = ids != 0, 12
     encoded = jax.jit(nn.apply(lambda module: module.encode(module.embed(ids), mask), module))({"params": params})
@@ -74,9 +62,9 @@ def test_greedy_decode_equals_recomputing_the_prefix(data_dir, name):
     assert len(np.unique(expected)) > 2  # not a constant
 
 
-def test_greedy_decode_ends_rows_and_the_loop(data_dir):
-    params, golden = load(data_dir, "t5x_v1_1_tiny")
-    module = t5.T5(VERSIONS["t5x_v1_1_tiny"])
+def test_greedy_decode_ends_rows_and_the_loop(unpacked):
+    config, params, golden = load(unpacked, "t5x_v1_1_tiny")
+    module = t5.T5(config)
     encoded, mask = golden["encoded"], golden["encoder_input_tokens"] != 0
     decode = jax.jit(lambda params: module.apply({"params": params}, encoded, mask, 6, method="greedy_decode"))
     free = np.asarray(decode(params))
@@ -89,9 +77,9 @@ def test_greedy_decode_ends_rows_and_the_loop(data_dir):
     assert ended[0].tolist() == [t5.EOS_ID, 0, 0, 0, 0, 0]
 
 
-def test_longer_padding_changes_nothing(data_dir):
-    params, golden = load(data_dir, "t5x_v1_1_tiny")
-    module = t5.T5(VERSIONS["t5x_v1_1_tiny"])
+def test_longer_padding_changes_nothing(unpacked):
+    config, params, golden = load(unpacked, "t5x_v1_1_tiny")
+    module = t5.T5(config)
     apply = jax.jit(module.apply)
     ids, inputs = golden["encoder_input_tokens"], golden["decoder_input_tokens"]
     logits = apply({"params": params}, ids, inputs)
@@ -114,10 +102,11 @@ def test_shift_right():
     np.testing.assert_array_equal(t5.shift_right(np.array([[7, 8, 1, 0], [5, 1, 0, 0]])), [[0, 7, 8, 1], [0, 5, 1, 0]])
 
 
-def test_an_id_outside_the_vocabulary_is_not_silent(data_dir):
-    params, _ = load(data_dir, "t5x_v1_1_tiny")
-    module = t5.T5(VERSIONS["t5x_v1_1_tiny"])
-    assert np.isnan(module.apply({"params": params}, np.array([[96]], np.int32), method="embed")).all()
+def test_an_id_outside_the_vocabulary_is_not_silent(unpacked):
+    config, params, _ = load(unpacked, "t5x_v1_1_tiny")
+    for wrong in (96, -1):
+        ids = np.array([[wrong]], np.int32)
+        assert np.isnan(t5.T5(config).apply({"params": params}, ids, method="embed")).all()
 
 
 def test_t5_base_has_the_published_number_of_parameters():

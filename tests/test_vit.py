@@ -1,4 +1,4 @@
-"""ViT: parity with big_vision and with AugReg files, options, errors. The data: see tests/data."""
+"""ViT: parity with big_vision and with AugReg files, options, errors."""
 
 import flax.linen as nn
 import flax.traverse_util
@@ -6,54 +6,33 @@ import jax
 import numpy as np
 import pytest
 
+from rahf import convert, weights
 from rahf.models.vit import ViT, ViTConfig
 
 TINY = {"patch_size": 8, "width": 24, "depth": 2, "num_heads": 4, "mlp_dim": 40}
 
 
-def load(path, rename=lambda name: name):
-    """(parameters without the classifier, golden image and output) of a fixture."""
-    file = np.load(path, allow_pickle=False)
-    flat = {rename(name.removeprefix("weights/")): file[name] for name in file if name.startswith("weights/")}
-    flat = {name.removeprefix("params/"): value for name, value in flat.items() if "head/" not in name}
-    return flax.traverse_util.unflatten_dict(flat, sep="/"), file["golden/image"], file["golden/encoded"]
+def load(unpacked, name):
+    """(config, parameters, golden image and output) of a fixture."""
+    converted = convert.vit_npz(unpacked(name) / "vit_tiny_p8.npz")
+    params = flax.traverse_util.unflatten_dict(dict(weights.read_all(converted.tensors)), sep="/")
+    golden = np.load(unpacked(name) / "golden.npz")
+    return ViTConfig(**converted.config["vit"]), params, golden["image"], golden["encoded"]
 
 
-def augreg_name(name):
-    for old, new in (
-        ("MultiHeadDotProductAttention_1", "MultiHeadDotProductAttention_0"),
-        ("LayerNorm_2", "LayerNorm_1"),
-        ("MlpBlock_3", "MlpBlock_0"),
-        ("Transformer/posembed_input/", ""),
-    ):
-        name = name.replace(old, new)
-    return name
-
-
-def same_tree(params, module, image):
-    """Raises AssertionError unless `params` has exactly the names and shapes that the module makes."""
-    made = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), image))["params"]
+@pytest.mark.parametrize("name", ["vit_bigvision_tiny", "vit_bigvision_scan_tiny", "vit_augreg_tiny"])
+def test_vit_equals_the_original(unpacked, name):
+    config, params, image, encoded = load(unpacked, name)
+    assert config == ViTConfig(**TINY, class_token=name == "vit_augreg_tiny")
+    made = nn.unbox(jax.eval_shape(ViT(config).init, jax.random.key(0), image))["params"]
     assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, made)
-
-
-def test_vit_equals_big_vision(data_dir):
-    params, image, encoded = load(data_dir / "vit_bigvision_tiny.npz")
-    module = ViT(ViTConfig(**TINY))
-    same_tree(params, module, image)
-    np.testing.assert_allclose(jax.jit(module.apply)({"params": params}, image), encoded, atol=1e-5, rtol=0)
-
-
-def test_vit_with_class_token_equals_augreg(data_dir):
-    params, image, encoded = load(data_dir / "vit_augreg_tiny.npz", augreg_name)
-    module = ViT(ViTConfig(**TINY, class_token=True))
-    same_tree(params, module, image)
-    tokens = jax.jit(module.apply)({"params": params}, image)  # [B, 1 + P, D]
-    assert tokens.shape == (2, 17, 24)
+    tokens = jax.jit(ViT(config).apply)({"params": params}, image)  # [B, P (+ 1), D]
+    assert tokens.shape == (2, 16 + config.class_token, 24)
     np.testing.assert_allclose(tokens, encoded, atol=1e-5, rtol=0)
 
 
-def test_vit_remat_changes_no_gradient(data_dir):
-    params, image, _ = load(data_dir / "vit_bigvision_tiny.npz")
+def test_vit_remat_changes_no_gradient(unpacked):
+    _, params, image, _ = load(unpacked, "vit_bigvision_tiny")
 
     def gradient(remat):
         module = ViT(ViTConfig(**TINY, remat=remat))
@@ -63,8 +42,8 @@ def test_vit_remat_changes_no_gradient(data_dir):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-4), gradient(True), gradient(False))
 
 
-def test_vit_dropout_acts_in_training_alone(data_dir):
-    params, image, encoded = load(data_dir / "vit_bigvision_tiny.npz")
+def test_vit_dropout_acts_in_training_alone(unpacked):
+    _, params, image, encoded = load(unpacked, "vit_bigvision_tiny")
     module = ViT(ViTConfig(**TINY, dropout=0.5))
     np.testing.assert_allclose(jax.jit(module.apply)({"params": params}, image), encoded, atol=1e-5, rtol=0)
     rngs = {"dropout": jax.random.key(0)}

@@ -5,8 +5,10 @@ import functools
 import flax.linen as nn
 import jax
 import numpy as np
+import safetensors.numpy
 
 from rahf.models import rahf
+from rahf.predict import load
 from richhf_data import schema
 
 VOCAB = 40
@@ -91,3 +93,18 @@ def forward(model, params, rows) -> rahf.Outputs:
 def predict(model, params, image, text_ids):
     """(scores, heatmaps, keyword ids) with at most 5 ids."""
     return model.apply(params, image, text_ids, 5, method="predict")
+
+
+def check_stablehlo(folder):
+    """A converted folder predicts, and its exported function gives the same without our code, for any batch."""
+    model = load(folder)
+    size = model.model_config.image_size
+    images = np.random.default_rng(0).integers(0, 256, (3, size, size, 3), np.uint8)
+    rows = [model.prepare(image, "a red cat") for image in images]
+    exported = jax.export.deserialize((folder / "predict.stablehlo").read_bytes())
+    held = safetensors.numpy.load_file(folder / "weights.safetensors")
+    scores, heatmaps, ids = exported.call(held, images, np.stack([row["text_ids"] for row in rows]))
+    for i, expected in enumerate(model.predict_rows(rows, 3)):
+        np.testing.assert_allclose(scores[i], expected["scores"], atol=1e-5)
+        np.testing.assert_allclose(heatmaps[i], expected["heatmaps"], atol=1e-5)
+        np.testing.assert_array_equal(ids[i], expected["keyword_ids"])

@@ -1,0 +1,131 @@
+"""Our ViT, T5 and CLIP against transformers at full size with random weights; and RAHF in bfloat16 against float32.
+
+    python benchmarks/parity.py          (needs torch: pip install -e '.[parity]'; some minutes and 10 GB)
+"""
+
+import dataclasses
+import gc
+import json
+import tempfile
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import numpy as np
+import tabulate
+import torch
+import transformers
+from absl import app
+
+from rahf import convert, weights
+from rahf.models import clip, t5
+from rahf.models.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from rahf.models.rahf import RAHF, RAHFConfig, dummy_inputs
+from rahf.models.vit import ViT, ViTConfig
+
+T5_BASE = {"d_model": 768, "num_heads": 12, "d_kv": 64, "num_layers": 12, "vocab_size": 32128}
+V1_0 = T5_BASE | {"d_ff": 3072}
+V1_1 = T5_BASE | {"d_ff": 2048, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+CLIP_L14 = {
+    "text_config": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_attention_heads": 12,
+        "projection_dim": 768,
+    },
+    "vision_config": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "patch_size": 14,
+        "projection_dim": 768,
+    },
+    "projection_dim": 768,
+}
+
+
+def converted(model, reader):
+    """(configuration, parameters) of a model that transformers wrote to a folder and we read."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        found = reader(folder)
+        config = json.loads(json.dumps(found.config))
+        return config, flax.traverse_util.unflatten_dict(dict(weights.read_all(found.tensors)), sep="/")
+
+
+def row(name, output, ours, theirs):
+    theirs = np.asarray(theirs)
+    return name, output, f"{np.abs(np.asarray(ours, np.float32) - theirs).max():.1e}", f"{np.abs(theirs).max():.2f}"
+
+
+def vit_rows():
+    theirs = transformers.ViTModel(transformers.ViTConfig()).eval()
+    config, params = converted(theirs, convert.vit_hugging_face)
+    image = np.random.default_rng(0).uniform(-1, 1, (1, 224, 224, 3)).astype(np.float32)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(image.transpose(0, 3, 1, 2).copy())).last_hidden_state.numpy()
+    yield row("ViT-B/16", "tokens", ViT(ViTConfig(**config["vit"])).apply({"params": params}, image), expected)
+
+
+def t5_rows(name, options):
+    theirs = transformers.T5ForConditionalGeneration(transformers.T5Config(dropout_rate=0.0, **options)).eval()
+    config, params = converted(theirs, convert.t5_hugging_face)
+    config["t5"]["mlp_activations"] = tuple(config["t5"]["mlp_activations"])
+    module, rng = t5.T5(t5.T5Config(**config["t5"])), np.random.default_rng(0)
+    ids, targets = rng.integers(2, 32000, (2, 20)).astype(np.int32), rng.integers(2, 32000, (2, 12)).astype(np.int32)
+    inputs = np.array(t5.shift_right(targets))
+    with torch.no_grad():
+        expected = theirs(input_ids=torch.from_numpy(ids).long(), decoder_input_ids=torch.from_numpy(inputs).long())
+
+    def forward(module, ids, inputs):
+        encoded = module.encode(module.embed(ids), ids != 0)
+        return encoded, module.decode(encoded, ids != 0, inputs)
+
+    encoded, logits = jax.jit(lambda *args: module.apply({"params": params}, *args, method=forward))(ids, inputs)
+    yield row(name, "encoder", encoded, expected.encoder_last_hidden_state.numpy())
+    yield row(name, "logits", logits, expected.logits.numpy())
+
+
+def clip_rows():
+    theirs = transformers.CLIPModel(transformers.CLIPConfig(**CLIP_L14)).eval()
+    config, params = converted(theirs, convert.clip_hugging_face)
+    sizes = config["clip"] | {"vision": CLIPVisionConfig(**config["clip"]["vision"])}
+    module = CLIP(CLIPConfig(**sizes | {"text": CLIPTextConfig(**config["clip"]["text"])}))
+    image = np.random.default_rng(0).uniform(-1, 1, (1, 224, 224, 3)).astype(np.float32)
+    ids = np.array([[49406, 320, 2368, 49407]], np.int32)
+    pixels = (((image + 1) / 2 - clip.MEAN) / clip.STD).transpose(0, 3, 1, 2).copy()
+    with torch.no_grad():
+        expected = theirs(input_ids=torch.from_numpy(ids).long(), pixel_values=torch.from_numpy(pixels))
+    ours = module.apply({"params": params}, image, ids)
+    yield row("CLIP L/14", "logits", ours, expected.logits_per_image.numpy())
+
+
+def bfloat16_rows():
+    config = RAHFConfig()
+    inputs = dummy_inputs(config, 64)
+    params = jax.jit(RAHF(config).init)(jax.random.key(0), *inputs)["params"]
+    params = nn.unbox(params)
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, inputs[0].shape).astype(np.uint8)
+    text, keywords = (rng.integers(2, 32000, x.shape).astype(np.int32) for x in inputs[1:])
+    outputs = [
+        jax.jit(RAHF(dataclasses.replace(config, dtype=dtype)).apply)({"params": params}, image, text, keywords)
+        for dtype in ("float32", "bfloat16")
+    ]
+    for name, exact, rounded in zip(outputs[0]._fields, *outputs, strict=True):
+        yield row("RAHF base, bfloat16", name, rounded, exact)
+
+
+def main(argv):
+    del argv
+    torch.manual_seed(0)
+    rows = []
+    for part in (vit_rows(), t5_rows("T5 v1.0 base", V1_0), t5_rows("T5 v1.1 base", V1_1), clip_rows(), bfloat16_rows()):
+        rows += part
+        gc.collect()
+    print(tabulate.tabulate(rows, headers=("model", "output", "largest difference", "largest value"), tablefmt="github"))
+
+
+if __name__ == "__main__":
+    app.run(main)

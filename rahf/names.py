@@ -1,0 +1,201 @@
+"""What other people call our parameters, and how they lay them out.
+
+A table maps each of our names, joined by "/", to the name of their tensor and its layout: the function that makes ours
+of it by views alone (transposing, reshaping, indexing), so that it tells a shape without the values.
+"""
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+
+from rahf.models.clip import CLIPConfig
+from rahf.models.rahf import RAHFConfig
+from rahf.models.t5 import T5Config
+from rahf.models.vit import ViTConfig
+
+Layout = Callable[[np.ndarray], np.ndarray]
+Table = dict[str, tuple[str, Layout]]
+
+
+def same(x):
+    return x
+
+
+def transposed(x):
+    return x.T
+
+
+def _norm(ours: str, theirs: str) -> Table:
+    return {f"{ours}/scale": (f"{theirs}.weight", same), f"{ours}/bias": (f"{theirs}.bias", same)}
+
+
+def dense(ours: str, theirs: str) -> Table:
+    """A dense layer -> torch's `Linear`."""
+    return {f"{ours}/kernel": (f"{theirs}.weight", transposed), f"{ours}/bias": (f"{theirs}.bias", same)}
+
+
+def big_vision_name(name: str) -> str:
+    """The name in today's big_vision of a parameter of an AugReg file."""
+    for old, new in (
+        ("MultiHeadDotProductAttention_1", "MultiHeadDotProductAttention_0"),
+        ("LayerNorm_2", "LayerNorm_1"),
+        ("MlpBlock_3", "MlpBlock_0"),
+        ("Transformer/posembed_input/", ""),
+    ):
+        name = name.replace(old, new)
+    return name
+
+
+def hugging_face_vit_name(name: str) -> str:
+    """The name in today's transformers of a ViT's tensor that an older version wrote."""
+    name = name.removeprefix("vit.")
+    for old, new in (
+        (r"^encoder\.layer\.", "layers."),
+        (r"\.attention\.attention\.(query|key|value)\.", lambda m: f".attention.{m[1][0]}_proj."),
+        (r"\.attention\.output\.dense\.", ".attention.o_proj."),
+        (r"\.intermediate\.dense\.", ".mlp.fc1."),
+        (r"(layers\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
+    ):
+        name = re.sub(old, new, name)
+    return name
+
+
+def vit_from_hugging_face(config: ViTConfig, prefix: str = "") -> Table:
+    """Our parameters of a ViT -> Hugging Face's tensors, in the names of `hugging_face_vit_name`."""
+    heads, head_dim = config.num_heads, config.width // config.num_heads
+    table = {
+        "cls": ("embeddings.cls_token", same),
+        "pos_embedding": ("embeddings.position_embeddings", same),
+        "embedding/kernel": ("embeddings.patch_embeddings.projection.weight", lambda x: x.transpose(2, 3, 1, 0)),
+        "embedding/bias": ("embeddings.patch_embeddings.projection.bias", same),
+    } | _norm("Transformer/encoder_norm", "layernorm")
+    for i in range(config.depth):
+        block, layer = f"Transformer/encoderblock_{i}", f"layers.{i}"
+        table |= _norm(f"{block}/LayerNorm_0", f"{layer}.layernorm_before")
+        table |= _norm(f"{block}/LayerNorm_1", f"{layer}.layernorm_after")
+        table |= dense(f"{block}/MlpBlock_0/Dense_0", f"{layer}.mlp.fc1")
+        table |= dense(f"{block}/MlpBlock_0/Dense_1", f"{layer}.mlp.fc2")
+        attention = f"{block}/MultiHeadDotProductAttention_0"
+        for name in ("query", "key", "value"):
+            theirs = f"{layer}.attention.{name[0]}_proj"
+            table[f"{attention}/{name}/kernel"] = (f"{theirs}.weight", lambda x: x.T.reshape(-1, heads, head_dim))
+            table[f"{attention}/{name}/bias"] = (f"{theirs}.bias", lambda x: x.reshape(heads, head_dim))
+        table[f"{attention}/out/kernel"] = (
+            f"{layer}.attention.o_proj.weight",
+            lambda x: x.T.reshape(heads, head_dim, -1),
+        )
+        table[f"{attention}/out/bias"] = (f"{layer}.attention.o_proj.bias", same)
+    return {name: (prefix + theirs, layout) for name, (theirs, layout) in table.items()}
+
+
+# Copies of the shared embedding, and a table that the first T5 files have and no model reads.
+T5_UNUSED = r"(encoder|decoder)\.embed_tokens\.weight|lm_head\.weight|.*\.EncDecAttention\.relative_attention_bias\.weight"
+
+
+def t5_from_hugging_face(config: T5Config, prefix: str = "") -> Table:
+    """Our parameters of a T5 -> Hugging Face's tensors."""
+    table = {"token_embedder/embedding": ("shared.weight", same)}
+    if not config.logits_via_embedding:
+        table["decoder/logits_dense/kernel"] = ("lm_head.weight", transposed)
+    for stack, depth, attentions in (
+        ("encoder", config.num_encoder_layers, {"attention": "SelfAttention"}),
+        (
+            "decoder",
+            config.num_decoder_layers,
+            {"self_attention": "SelfAttention", "encoder_decoder_attention": "EncDecAttention"},
+        ),
+    ):
+        table[f"{stack}/{stack}_norm/scale"] = (f"{stack}.final_layer_norm.weight", same)
+        table[f"{stack}/relpos_bias/rel_embedding"] = (
+            f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+            transposed,
+        )
+        for i in range(depth):
+            layer = f"{stack}/layers_{i}"
+            for part, (name, theirs) in enumerate(attentions.items()):
+                norm = "pre_" + {"encoder_decoder_attention": "cross_attention"}.get(name, name) + "_layer_norm"
+                table[f"{layer}/{norm}/scale"] = (f"{stack}.block.{i}.layer.{part}.layer_norm.weight", same)
+                for ours in ("query", "key", "value", "out"):
+                    table[f"{layer}/{name}/{ours}/kernel"] = (
+                        f"{stack}.block.{i}.layer.{part}.{theirs}.{ours[0]}.weight",
+                        transposed,
+                    )
+            mlp = f"{stack}.block.{i}.layer.{len(attentions)}"
+            table[f"{layer}/pre_mlp_layer_norm/scale"] = (f"{mlp}.layer_norm.weight", same)
+            for ours in ("wi", "wo") if len(config.mlp_activations) == 1 else ("wi_0", "wi_1", "wo"):
+                table[f"{layer}/mlp/{ours}/kernel"] = (f"{mlp}.DenseReluDense.{ours}.weight", transposed)
+    return {name: (prefix + theirs, layout) for name, (theirs, layout) in table.items()}
+
+
+def clip_from_hugging_face(config: CLIPConfig) -> Table:
+    """Our parameters of CLIP -> the tensors of Hugging Face's `CLIPModel`."""
+
+    def patches(x):  # [D, 3, patch, patch] -> [patch * patch * 3, D]
+        return x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0])
+
+    table = {
+        "cls": ("vision_model.embeddings.class_embedding", lambda x: x.reshape(1, 1, -1)),
+        "patch_embedding/kernel": ("vision_model.embeddings.patch_embedding.weight", patches),
+        "token_embedding": ("text_model.embeddings.token_embedding.weight", same),
+        "image_projection/kernel": ("visual_projection.weight", transposed),
+        "text_projection/kernel": ("text_projection.weight", transposed),
+        "logit_scale": ("logit_scale", same),
+    }
+    table |= _norm("vision/pre_norm", "vision_model.pre_layrnorm")
+    table |= _norm("vision/final_norm", "vision_model.post_layernorm")
+    table |= _norm("text/final_norm", "text_model.final_layer_norm")
+    for tower, depth in (("vision", config.vision.depth), ("text", config.text.depth)):
+        table[f"{tower}/pos_embedding"] = (f"{tower}_model.embeddings.position_embedding.weight", lambda x: x[None])
+        for i in range(depth):
+            ours, theirs = f"{tower}/block_{i}", f"{tower}_model.encoder.layers.{i}"
+            table |= _norm(f"{ours}/attention_norm", f"{theirs}.layer_norm1")
+            table |= _norm(f"{ours}/mlp_norm", f"{theirs}.layer_norm2")
+            table |= dense(f"{ours}/wi", f"{theirs}.mlp.fc1") | dense(f"{ours}/wo", f"{theirs}.mlp.fc2")
+            for part, name in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"), ("out", "out_proj")):
+                table |= dense(f"{ours}/{part}", f"{theirs}.self_attn.{name}")
+    return table
+
+
+def _conv(ours: str, theirs: str, norm: str = "") -> Table:
+    """A convolution, and its RMS norm if `norm` names one, in which case ours is a `ConvNorm`."""
+    conv = f"{ours}/conv" if norm else ours
+    table = {
+        f"{conv}/kernel": (f"{theirs}.weight", lambda x: x.transpose(2, 3, 1, 0)),
+        f"{conv}/bias": (f"{theirs}.bias", same),
+    }
+    return table | ({f"{ours}/norm/scale": (f"{norm}.scale", lambda x: x[:, 0, 0])} if norm else {})
+
+
+def score_head_from_release(config: RAHFConfig, ours: str, theirs: str) -> Table:
+    """A score head -> that of the first author's PyTorch release, a `ScorePredictor`."""
+    grid, channels, table = config.grid, config.score_head.filters[-1], {}
+    for i in range(len(config.score_head.filters)):
+        table |= _conv(f"{ours}/conv_{i}", f"{theirs}.conv_layers.{3 * i}", f"{theirs}.conv_layers.{3 * i + 1}")
+    for i in range(len(config.score_head.dense)):
+        table |= dense(f"{ours}/dense_{i}", f"{theirs}.linear_layers.{2 * i}")
+    table |= dense(f"{ours}/output", f"{theirs}.linear_layers.{2 * len(config.score_head.dense)}")
+    # They flatten [C, h, w], we flatten [h, w, C].
+    table[f"{ours}/dense_0/kernel"] = (
+        f"{theirs}.linear_layers.0.weight",
+        lambda x: x.reshape(-1, channels, grid, grid).transpose(2, 3, 1, 0).reshape(grid * grid * channels, -1),
+    )
+    return table
+
+
+def heatmap_head_from_release(config: RAHFConfig, ours: str, theirs: str) -> Table:
+    """A heatmap head -> that of the first author's PyTorch release, a `HeatmapPredictor`."""
+    table = _conv(f"{ours}/output_0", f"{theirs}.last_conv1") | _conv(f"{ours}/output_1", f"{theirs}.last_conv2")
+    for i in range(len(config.heatmap_head.filters)):
+        table |= _conv(f"{ours}/conv_{i}", f"{theirs}.conv_layers.{3 * i}", f"{theirs}.conv_layers.{3 * i + 2}")
+    for i in range(len(config.heatmap_head.deconv_filters)):
+        up, deconv, readout = f"{ours}/up_{i}", f"{theirs}.deconv_layers.{i}", f"{theirs}.conv_layers2.{i}"
+        table |= _conv(f"{up}/deconv", f"{deconv}.0", f"{deconv}.1")
+        table |= _conv(f"{up}/readout_0", f"{readout}.0", f"{readout}.1")
+        table |= _conv(f"{up}/readout_1", f"{readout}.3", f"{readout}.4")
+        # ConvTranspose2d holds [in, out, h, w], and scatters where we gather.
+        table[f"{up}/deconv/conv/kernel"] = (
+            f"{deconv}.0.weight",
+            lambda x: x.transpose(2, 3, 0, 1)[::-1, ::-1],
+        )
+    return table

@@ -1,0 +1,215 @@
+"""Named tensors in other people's files, read one at a time, and our own safetensors files, written one at a time.
+
+Nothing here runs code from a file: npz without pickles, safetensors, torch files with `weights_only`, T5X's tensorstore
+layout. `open_*` read shapes alone; `Tensor.read` loads one tensor, so that a conversion needs the memory of the largest.
+"""
+
+import collections
+import dataclasses
+import json
+import pathlib
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+
+import ml_dtypes  # noqa: F401  (numpy's bfloat16, in which safetensors gives such tensors)
+import numpy as np
+import safetensors
+
+NPY_HEADERS = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+INDEX = ".safetensors.index.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """shape; read() -> np.ndarray of that shape, in the file's dtype."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+Tensors = dict[str, Tensor]
+
+
+def unreadable(path, error) -> ValueError:
+    return ValueError(f"weights: {path} cannot be read, it is damaged or of another format ({error}); fetch it again")
+
+
+def open_npz(path) -> Tensors:
+    """The arrays of an .npz file.
+
+    Raises:
+      ValueError: no file, a damaged one, or one with pickled objects.
+    """
+    path, tensors = _existing(path), {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.namelist():
+                with archive.open(member) as file:
+                    version = np.lib.format.read_magic(file)
+                    shape, _, dtype = NPY_HEADERS[version[0]](file)
+                if dtype.hasobject:
+                    raise ValueError(f"weights: {path} has the pickled object {member}, expected plain arrays")
+                tensors[member.removesuffix(".npy")] = Tensor(shape, _npz_reader(path, member))
+    except (zipfile.BadZipFile, KeyError, EOFError) as error:
+        raise unreadable(path, error) from error
+    return tensors
+
+
+def _npz_reader(path, member):
+    def read():
+        with zipfile.ZipFile(path) as archive, archive.open(member) as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
+
+    return read
+
+
+def open_safetensors(path) -> Tensors:
+    """The tensors of a .safetensors file, of an index of several, or of a folder that holds one or the other.
+
+    Raises:
+      ValueError: no such file, a truncated one, or a part that the index names and that is missing.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        found = sorted(path.glob(f"*{INDEX}")) or sorted(path.glob("*.safetensors"))
+        if len(found) != 1:
+            raise ValueError(f"weights: {path} has {len(found)} safetensors files or indexes, expected one; name the file")
+        path = found[0]
+    if not path.name.endswith(INDEX):
+        return _open_safetensors_file(_existing(path))
+    parts = collections.defaultdict(list)
+    for name, part in json.loads(_existing(path).read_text())["weight_map"].items():
+        if pathlib.PurePath(part).name != part:
+            raise ValueError(f"weights: {path} names the part {part!r}, expected a file name without a folder")
+        parts[part].append(name)
+    tensors = {}
+    for part, names in parts.items():
+        held = _open_safetensors_file(_existing(path.parent / part))
+        if missing := [name for name in names if name not in held]:
+            raise ValueError(f"weights: {path.parent / part} lacks {missing[:5]}, which {path.name} says it has")
+        tensors |= held
+    return tensors
+
+
+def _open_safetensors_file(path) -> Tensors:
+    try:
+        file = safetensors.safe_open(path, framework="np")
+    except safetensors.SafetensorError as error:
+        raise unreadable(path, error) from error
+    return {
+        name: Tensor(tuple(file.get_slice(name).get_shape()), lambda name=name: file.get_tensor(name))
+        for name in file.keys()  # noqa: SIM118  (a safetensors file is not a mapping)
+    }
+
+
+def open_torch(path) -> Tensors:
+    """The tensors of a torch file (a `state_dict`, perhaps under the key `state_dict` or `model`), mapped into memory.
+
+    Raises:
+      ValueError: no such file, torch is not installed, a damaged file, or one that holds more than plain tensors.
+    """
+    path = _existing(path)
+    try:
+        import torch
+    except ImportError as error:
+        raise ValueError(f"weights: {path} needs torch to be read; pip install 'rahf[parity]'") from error
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"weights: {path} is a pickle with more than plain tensors; it could run code when loaded and is refused. "
+            "Save its state_dict alone, or as safetensors"
+        ) from error
+    except (RuntimeError, EOFError) as error:
+        raise unreadable(path, str(error).partition(".")[0]) from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    other = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
+    if other:
+        raise ValueError(f"weights: {path} has entries that are no tensors: {other[:5]}; expected a state_dict")
+
+    def reader(tensor):
+        return lambda: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+    return {name: Tensor(tuple(tensor.shape), reader(tensor)) for name, tensor in state.items()}
+
+
+def open_t5x(path) -> Tensors:
+    """The `target` tree of a T5X checkpoint, local or gs://, its names joined by "/"; the optimiser's state is not read.
+
+    Raises:
+      ValueError: the folder holds no T5X checkpoint, or its index names an array that is not there.
+    """
+    import flax.serialization
+    import flax.traverse_util
+    import tensorstore
+
+    folder = str(path).rstrip("/")
+    url = folder if "://" in folder else pathlib.Path(folder).absolute().as_uri()
+    store = tensorstore.KvStore.open(url + "/").result()
+    index = store.read("checkpoint").result()
+    if index.state != "value":
+        raise ValueError(f"weights: {folder} has no file `checkpoint`, expected a T5X folder such as checkpoint_1000000")
+    try:
+        tree = flax.serialization.msgpack_restore(index.value)
+        target = flax.traverse_util.flatten_dict(tree["optimizer"]["target"], is_leaf=_is_t5x_leaf, sep="/")
+    except (ValueError, KeyError, TypeError) as error:
+        raise unreadable(folder, error) from error
+    tensors = {}
+    for name, leaf in target.items():
+        if isinstance(leaf, np.ndarray):  # small ones lie in the index
+            tensors[name] = Tensor(leaf.shape, lambda leaf=leaf: leaf)
+            continue
+        array = f"target.{name.replace('/', '.')}"
+        header = store.read(f"{array}/.zarray").result()
+        if header.state != "value":
+            raise ValueError(f"weights: {folder} lacks the array {array}, which its index names; fetch it again")
+        spec = {"driver": "zarr", "kvstore": f"{url}/{array}/"}
+        shape = tuple(json.loads(header.value)["shape"])
+        tensors[name] = Tensor(shape, lambda spec=spec: tensorstore.open(spec).result().read().result())
+    return tensors
+
+
+def _is_t5x_leaf(path, value) -> bool:
+    return not isinstance(value, dict) or "driver" in value
+
+
+def write_safetensors(path, tensors: Mapping[str, Tensor], progress: Callable = iter) -> None:
+    """Writes float32 tensors whole or not at all, reading one after the other.
+
+    Args:
+      progress: wraps the iterator over the names, `tqdm` for instance.
+    """
+    header, offset = {}, 0
+    for name, tensor in tensors.items():
+        size = 4 * int(np.prod(tensor.shape))
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name in progress(tensors):
+            array = np.asarray(tensors[name].read(), np.float32, order="C")
+            if array.shape != tensors[name].shape:
+                raise ValueError(f"weights: {name} has shape {array.shape} when read, expected {tensors[name].shape}")
+            file.write(array.data)
+    partial.replace(path)
+
+
+def read_all(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, float32 array) of each tensor."""
+    for name, tensor in tensors.items():
+        yield name, np.asarray(tensor.read(), np.float32)
+
+
+def _existing(path) -> pathlib.Path:
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ValueError(f"weights: no file {path}")
+    return path
