@@ -149,8 +149,8 @@ def resample_positions(positions: np.ndarray, patches: int, class_token: bool) -
 
 
 def vit_hugging_face(path) -> Converted:
-    """A ViT of a Hugging Face folder (config.json and safetensors): `ViTModel`, or the ViT of a `ViTFor...` model."""
-    theirs = {names.hugging_face_vit_name(name): tensor for name, tensor in weights.open_safetensors(path).items()}
+    """A ViT of a Hugging Face folder (config.json and the weights): `ViTModel`, or the ViT of a `ViTFor...` model."""
+    theirs = {names.hugging_face_vit_name(name): tensor for name, tensor in weights.open_hugging_face(path).items()}
     config = vit_config_from_hugging_face(_hugging_face_config(path, "vit"))
     what = f"ViT {path}"
     _require(theirs, ("embeddings.position_embeddings",), what)
@@ -208,7 +208,7 @@ def t5_t5x(path) -> Converted:
 def t5_hugging_face(path) -> Converted:
     """A T5 of a Hugging Face folder: `t5-*`, `t5-v1_1-*`, `flan-t5-*`."""
     config = t5_config_from_hugging_face(_hugging_face_config(path, "t5"))
-    theirs, table = weights.open_safetensors(path), names.t5_from_hugging_face(config)
+    theirs, table = weights.open_hugging_face(path), names.t5_from_hugging_face(config)
     if not config.logits_via_embedding and "lm_head.weight" not in theirs:  # one matrix, without T5 v1.0's scale
         table["decoder/logits_dense/kernel"] = ("shared.weight", names.transposed)
     return _t5(config, matched(theirs, table, _t5_shapes(config), names.T5_UNUSED, f"T5 {path}"))
@@ -252,7 +252,7 @@ def clip_hugging_face(path) -> Converted:
     image = jax.ShapeDtypeStruct((1, config.vision.image_size, config.vision.image_size, 3), np.float32)
     ours = shapes(CLIP(config), image, jax.ShapeDtypeStruct((1, config.text.length), np.int32))
     table = names.clip_from_hugging_face(config)
-    tensors = matched(weights.open_safetensors(path), table, ours, r".*\.position_ids", f"CLIP {path}")
+    tensors = matched(weights.open_hugging_face(path), table, ours, r".*\.position_ids", f"CLIP {path}")
     return Converted("clip", {"clip": dataclasses.asdict(config)}, tensors)
 
 

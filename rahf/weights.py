@@ -17,7 +17,7 @@ import numpy as np
 import safetensors
 
 NPY_HEADERS = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
-INDEX = ".safetensors.index.json"
+INDEX = ".index.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,20 +64,23 @@ def _npz_reader(path, member):
     return read
 
 
-def open_safetensors(path) -> Tensors:
-    """The tensors of a .safetensors file, of an index of several, or of a folder that holds one or the other.
+def open_hugging_face(path) -> Tensors:
+    """The tensors of a folder, or of one of its files: safetensors or torch, in one file or in the parts of an index.
 
     Raises:
       ValueError: no such file, a truncated one, or a part that the index names and that is missing.
     """
     path = pathlib.Path(path)
     if path.is_dir():
-        found = sorted(path.glob(f"*{INDEX}")) or sorted(path.glob("*.safetensors"))
+        for ending in (f".safetensors{INDEX}", ".safetensors", f".bin{INDEX}", ".bin"):
+            if found := sorted(path.glob(f"*{ending}")):
+                break
         if len(found) != 1:
-            raise ValueError(f"weights: {path} has {len(found)} safetensors files or indexes, expected one; name the file")
+            names = [file.name for file in found]
+            raise ValueError(f"weights: {path} has the files {names}, expected one *.safetensors or *.bin, or an index")
         path = found[0]
     if not path.name.endswith(INDEX):
-        return _open_safetensors_file(_existing(path))
+        return open_safetensors(path) if path.suffix == ".safetensors" else open_torch(path)
     parts = collections.defaultdict(list)
     for name, part in json.loads(_existing(path).read_text())["weight_map"].items():
         if pathlib.PurePath(part).name != part:
@@ -85,14 +88,20 @@ def open_safetensors(path) -> Tensors:
         parts[part].append(name)
     tensors = {}
     for part, names in parts.items():
-        held = _open_safetensors_file(_existing(path.parent / part))
+        held = open_hugging_face(path.parent / part)
         if missing := [name for name in names if name not in held]:
             raise ValueError(f"weights: {path.parent / part} lacks {missing[:5]}, which {path.name} says it has")
         tensors |= held
     return tensors
 
 
-def _open_safetensors_file(path) -> Tensors:
+def open_safetensors(path) -> Tensors:
+    """The tensors of a .safetensors file.
+
+    Raises:
+      ValueError: no such file, or a truncated one.
+    """
+    path = _existing(path)
     try:
         file = safetensors.safe_open(path, framework="np")
     except safetensors.SafetensorError as error:

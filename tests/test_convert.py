@@ -351,13 +351,24 @@ def test_an_index_may_not_leave_its_folder_nor_miss_a_part(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "../a.safetensors"}}))
     with pytest.raises(ValueError, match="expected a file name without a folder"):
-        weights.open_safetensors(tmp_path)
+        weights.open_hugging_face(tmp_path)
     index.write_text(json.dumps({"weight_map": {"a": "a.safetensors"}}))
     with pytest.raises(ValueError, match=r"no file .*a.safetensors"):
-        weights.open_safetensors(tmp_path)
+        weights.open_hugging_face(tmp_path)
     safetensors.numpy.save_file({"b": np.zeros(2)}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=r"lacks \['a'\], which model.safetensors.index.json says it has"):
-        weights.open_safetensors(tmp_path)
+        weights.open_hugging_face(tmp_path)
+
+
+def test_torch_parts_of_an_index_are_read(torch, tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model-1.bin")
+    torch.save({"b": torch.zeros(3)}, tmp_path / "pytorch_model-2.bin")
+    parts = {"weight_map": {"a": "pytorch_model-1.bin", "b": "pytorch_model-2.bin"}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(parts))
+    found = weights.open_hugging_face(tmp_path)
+    assert {name: tensor.read().tolist() for name, tensor in found.items()} == {"a": [1, 1], "b": [0, 0, 0]}
+    with pytest.raises(ValueError, match=r"has the files \[\], expected one"):
+        weights.open_hugging_face(tmp_path / "..")
 
 
 def test_npz_pickles_and_damage_are_refused(unpacked, tmp_path):
