@@ -1,6 +1,6 @@
 """Draws the README's pictures.
 
-    python docs/figures.py --workdir=demo/run --data_dir=demo/data
+    python docs/figures.py --workdir=RUN --data_dir=demo/data      RUN: of configs/rahf_synth_small.py
 """
 
 import itertools
@@ -45,7 +45,7 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", "demo/run", "The demo's training run.")
+    flags.DEFINE_string("workdir", "demo/run", "A training run.")
     flags.DEFINE_string("data_dir", "demo/data", "The demo's dataset.")
-    flags.DEFINE_list("indices", ["0", "1", "2"], "Which test examples to show.")
+    flags.DEFINE_list("indices", ["2", "6", "7"], "Which test examples to show.")
     app.run(main)
