@@ -6,9 +6,10 @@
   hardware   the release's: batch 8, 30 epochs of RichHF-18K
   result     the release reports PLCC .739 / .565 / .629 / .642; not measured here
 
-The architecture and the optimiser are the release's (github.com/youweiliang/RichHF); its weights are for non-commercial
-use. It attends to the prompt's padding and counts it in the loss: `model.mask_padding` and `train.count_padding` imitate
-that, and are left at what is right.
+The architecture, learning rates, weight decay and batch are the release's (github.com/youweiliang/RichHF), whose weights
+are for non-commercial use; warm-up, clipping and augmentation are those of rahf_base.py. The release attends to the
+prompt's padding and counts it in the loss: `model.mask_padding` and `train.count_padding` imitate that, and are left at
+what is right.
 """
 
 from configs import rahf_base

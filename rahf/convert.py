@@ -177,7 +177,7 @@ def vit_config_from_hugging_face(config: Mapping) -> ViTConfig:
 
 # ---- T5 -------------------------------------------------------------------------------------------------------------
 def t5_t5x(path) -> Converted:
-    """A T5 of a T5X checkpoint, its layers one by one or scanned."""
+    """A T5 of a T5X checkpoint (`examples/t5`, its layers one by one)."""
     theirs, what = weights.open_t5x(path), f"T5 {path}"
     for stack in ("encoder", "decoder"):
         # Scanned layers hold a table of relative positions each, where ours share one.
@@ -270,7 +270,8 @@ def clip_config_from_hugging_face(config: Mapping) -> CLIPConfig:
         }
         return {ours: values.get(name, getattr(defaults, ours)) for ours, name in theirs.items()}
 
-    vocab_size, eos_id = text.get("vocab_size", text_defaults.vocab_size), text.get("eos_token_id", 2)
+    vocab_size = text.get("vocab_size", text_defaults.vocab_size)
+    eos_id = text.get("eos_token_id", text_defaults.eos_id)
     return CLIPConfig(
         vision=CLIPVisionConfig(
             image_size=vision.get("image_size", vision_defaults.image_size),
@@ -280,7 +281,8 @@ def clip_config_from_hugging_face(config: Mapping) -> CLIPConfig:
         text=CLIPTextConfig(
             vocab_size=vocab_size,
             length=text.get("max_position_embeddings", text_defaults.length),
-            eos_id=vocab_size - 1 if eos_id == 2 else eos_id,  # 2 stands for the highest id
+            # 2 stands for the highest id of CLIP's own vocabulary.
+            eos_id=min(text_defaults.eos_id, vocab_size - 1) if eos_id == 2 else eos_id,
             **sizes(text, text_defaults),
         ),
         projection_dim=config.get("projection_dim", 512),
@@ -470,14 +472,15 @@ def initialise(params, init: Mapping[str, str], config: RAHFConfig):
         converted, prefix = read(init[kind], kind), "" if kind == "rahf" else f"{kind}/"
         what = f"init.{kind}: {init[kind]}"
         _check_same_function(converted, config, what)
-        tensors = _fitted({prefix + name: tensor for name, tensor in converted.tensors.items()}, flat, what)
+        tensors = {prefix + name: tensor for name, tensor in converted.tensors.items()}
+        tensors = _fitted(tensors, flat, prefix, what)
         for name, array in weights.read_all(tensors):
             flat[name] = jax.device_put(array, flat[name].sharding)
     return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
 # What a configuration may choose whatever the weights are of; for a ViT alone also its class token.
-FREE = {"image_size", "dtype", "dropout", "remat", "variant", "mask_padding"}
+FREE = {"image_size", "dtype", "dropout", "remat", "mask_padding"}
 
 
 def _check_same_function(converted: Converted, config: RAHFConfig, what: str) -> None:
@@ -495,14 +498,13 @@ def _check_same_function(converted: Converted, config: RAHFConfig, what: str) ->
         raise ValueError(f"{what} is for another model:\n  " + "\n  ".join(differ[:MAX_NAMED]) + "\nset --config.KEY=VALUE")
 
 
-def _fitted(tensors: Tensors, ours: Mapping, what: str) -> Tensors:
+def _fitted(tensors: Tensors, ours: Mapping, prefix: str, what: str) -> Tensors:
     """The tensors at our shapes: position embeddings resampled, a class token dropped where ours has none."""
-    parts = {name.partition("/")[0] for name in tensors}
-    wanted = {name: leaf.shape for name, leaf in ours.items() if name.partition("/")[0] in parts}
+    wanted = {name: leaf.shape for name, leaf in ours.items() if name.startswith(prefix)}
     table = {name: (name, names.same) for name in wanted}
     had, has = "vit/cls" in tensors, "vit/cls" in wanted
     if (name := "vit/pos_embedding") in wanted:
-        table[name] = (name, lambda x: resample_positions(x[:, had - has :], wanted[name][1] - has, has))
+        table[name] = (name, lambda x: resample_positions(x[:, max(had - has, 0) :], wanted[name][1] - has, has))
     return matched(tensors, table, wanted, "" if has else "vit/cls", what)
 
 
@@ -516,22 +518,20 @@ def rahf_workdir(path) -> Converted:
     return Converted("rahf", {"model": dataclasses.asdict(model.model_config), "data": lengths}, tensors)
 
 
-def export_stablehlo(folder) -> None:
-    """Writes predict.stablehlo beside a RAHF's weights: the predict function for CPU, GPU and TPU, for any batch.
+def export_stablehlo(converted: Converted, path: pathlib.Path) -> None:
+    """Writes a RAHF's predict function as StableHLO for CPU, GPU and TPU and any batch, without its weights.
 
     `jax.export.deserialize(bytes).call(weights, image, text_ids)` gives scores, heatmaps and keyword_ids without our code:
     `weights` is the dictionary that safetensors reads, image uint8[B, H, W, 3], text_ids int32[B, L], or int32[B, 7, L] in
     the augmented-prompt variant.
     """
-    folder = pathlib.Path(folder)
-    config = checkpoints.read_config(folder)
-    model_config = RAHFConfig.from_dict(config.model.to_dict())
-    module = RAHF(model_config)
-    inputs = dummy_inputs(model_config, config.data.text_length)
+    model_config = RAHFConfig.from_dict(converted.config["model"])
+    module, lengths = RAHF(model_config), converted.config["data"]
+    inputs = dummy_inputs(model_config, lengths["text_length"])
 
     def predict_function(params, image, text_ids):
         params = flax.traverse_util.unflatten_dict(params, sep="/")
-        return module.apply({"params": params}, image, text_ids, config.data.keyword_length, method=module.predict)
+        return module.apply({"params": params}, image, text_ids, lengths["keyword_length"], method=module.predict)
 
     (batch,) = jax.export.symbolic_shape("B")
     arguments = (
@@ -539,9 +539,9 @@ def export_stablehlo(folder) -> None:
         *(jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in inputs[:2]),
     )
     exported = jax.export.export(jax.jit(predict_function), platforms=("cpu", "cuda", "tpu"))(*arguments)
-    partial = folder / "predict.stablehlo.partial"
+    partial = path.with_name(path.name + ".partial")
     partial.write_bytes(exported.serialize())
-    partial.replace(folder / "predict.stablehlo")
+    partial.replace(path)
 
 
 READERS = {
@@ -561,7 +561,11 @@ def convert(source: str, path, output, vocabulary=None) -> Converted:
     Raises:
       ValueError: an input that `source` does not describe; a RAHF without a vocabulary, or with too large a one.
     """
-    converted = READERS[source](path)
+    converted, output = READERS[source](path), pathlib.Path(output)
+    held = output / "config.json"
+    if held.is_file() and "kind" not in json.loads(held.read_text()):
+        raise ValueError(f"output: {output} holds a config.json that rahf.convert did not write; choose another folder")
+    held.unlink(missing_ok=True)
     if converted.kind == "rahf":
         if source == "workdir":
             vocabulary = pathlib.Path(path) / "vocabulary.model"
@@ -569,11 +573,10 @@ def convert(source: str, path, output, vocabulary=None) -> Converted:
             raise ValueError(f"vocabulary: got none, {path} needs the SentencePiece model of its T5; pass --vocabulary=PATH")
         vocabulary = vocabularies.Vocabulary(vocabulary)
         predict.check_vocabulary(RAHFConfig.from_dict(converted.config["model"]), vocabulary)
-        pathlib.Path(output).mkdir(parents=True, exist_ok=True)
-        vocabulary.copy(pathlib.Path(output) / "vocabulary.model")
+        output.mkdir(parents=True, exist_ok=True)
+        vocabulary.copy(output / "vocabulary.model")
+        export_stablehlo(converted, output / "predict.stablehlo")
     write(converted, output)
-    if converted.kind == "rahf":
-        export_stablehlo(output)
     return converted
 
 

@@ -82,7 +82,7 @@ def make_train_step(model: rahf_model.RAHF, optimizer, schedule, config, mesh):
         new = {"step": state["step"] + 1, "params": params, "opt_state": opt_state}
         if "ema" in state:
             decay = config.optimizer.ema_decay
-            new["ema"] = jax.tree.map(lambda old, now: old + (1 - decay) * (now - old), state["ema"], params)
+            new["ema"] = jax.tree.map(lambda old, now: old - (1 - decay) * (old - now), state["ema"], params)
         return new, metrics
 
     return train_step

@@ -12,7 +12,7 @@ import pickle
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 
-import ml_dtypes  # noqa: F401  (numpy's bfloat16, in which safetensors gives such tensors)
+import ml_dtypes  # also makes numpy's bfloat16 known, in which safetensors gives such tensors
 import numpy as np
 import safetensors
 
@@ -59,7 +59,8 @@ def open_npz(path) -> Tensors:
 def _npz_reader(path, member):
     def read():
         with zipfile.ZipFile(path) as archive, archive.open(member) as file:
-            return np.lib.format.read_array(file, allow_pickle=False)
+            array = np.lib.format.read_array(file, allow_pickle=False)
+            return array.view(ml_dtypes.bfloat16) if array.dtype == "V2" else array  # numpy's file has no such name
 
     return read
 
@@ -80,7 +81,7 @@ def open_hugging_face(path) -> Tensors:
             raise ValueError(f"weights: {path} has the files {names}, expected one *.safetensors or *.bin, or an index")
         path = found[0]
     if not path.name.endswith(INDEX):
-        return open_safetensors(path) if path.suffix == ".safetensors" else open_torch(path)
+        return _open_file(path)
     parts = collections.defaultdict(list)
     for name, part in json.loads(_existing(path).read_text())["weight_map"].items():
         if pathlib.PurePath(part).name != part:
@@ -88,11 +89,15 @@ def open_hugging_face(path) -> Tensors:
         parts[part].append(name)
     tensors = {}
     for part, names in parts.items():
-        held = open_hugging_face(path.parent / part)
+        held = _open_file(path.parent / part)
         if missing := [name for name in names if name not in held]:
             raise ValueError(f"weights: {path.parent / part} lacks {missing[:5]}, which {path.name} says it has")
         tensors |= held
     return tensors
+
+
+def _open_file(path) -> Tensors:
+    return open_safetensors(path) if path.suffix == ".safetensors" else open_torch(path)
 
 
 def open_safetensors(path) -> Tensors:
@@ -175,7 +180,8 @@ def open_t5x(path) -> Tensors:
         header = store.read(f"{array}/.zarray").result()
         if header.state != "value":
             raise ValueError(f"weights: {folder} lacks the array {array}, which its index names; fetch it again")
-        spec = {"driver": "zarr", "kvstore": f"{url}/{array}/"}
+        # A chunk that an interrupted download left out would read as zeros.
+        spec = {"driver": "zarr", "kvstore": f"{url}/{array}/", "fill_missing_data_reads": False}
         shape = tuple(json.loads(header.value)["shape"])
         tensors[name] = Tensor(shape, lambda spec=spec: tensorstore.open(spec).result().read().result())
     return tensors

@@ -7,6 +7,7 @@ import re
 import flax.serialization
 import flax.traverse_util
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -349,9 +350,14 @@ def test_a_truncated_safetensors_file_is_refused_before_anything_is_written(tmp_
 
 def test_an_index_may_not_leave_its_folder_nor_miss_a_part(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"a": "../a.safetensors"}}))
-    with pytest.raises(ValueError, match="expected a file name without a folder"):
-        weights.open_hugging_face(tmp_path)
+    for outside in ("../a.safetensors", "/a.safetensors"):
+        index.write_text(json.dumps({"weight_map": {"a": outside}}))
+        with pytest.raises(ValueError, match="expected a file name without a folder"):
+            weights.open_hugging_face(tmp_path)
+    for no_file in ("..", index.name):
+        index.write_text(json.dumps({"weight_map": {"a": no_file}}))
+        with pytest.raises(ValueError, match="weights: "):
+            weights.open_hugging_face(tmp_path)
     index.write_text(json.dumps({"weight_map": {"a": "a.safetensors"}}))
     with pytest.raises(ValueError, match=r"no file .*a.safetensors"):
         weights.open_hugging_face(tmp_path)
@@ -369,6 +375,20 @@ def test_torch_parts_of_an_index_are_read(torch, tmp_path):
     assert {name: tensor.read().tolist() for name, tensor in found.items()} == {"a": [1, 1], "b": [0, 0, 0]}
     with pytest.raises(ValueError, match=r"has the files \[\], expected one"):
         weights.open_hugging_face(tmp_path / "..")
+
+
+def test_bfloat16_in_an_npz_is_read(tmp_path):
+    values = np.array([1.5, -2.0], ml_dtypes.bfloat16)
+    np.savez(tmp_path / "b.npz", a=values)
+    np.testing.assert_array_equal(np.asarray(weights.open_npz(tmp_path / "b.npz")["a"].read(), np.float32), [1.5, -2.0])
+
+
+def test_an_output_that_holds_something_else_is_not_overwritten(tmp_path):
+    folder = hugging_face_vit(tmp_path / "in")
+    before = (folder / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=r"output: .* holds a config.json that rahf.convert did not write"):
+        convert.convert("vit-hf", folder, folder)
+    assert (folder / "config.json").read_bytes() == before
 
 
 def test_npz_pickles_and_damage_are_refused(unpacked, tmp_path):

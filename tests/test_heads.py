@@ -58,7 +58,6 @@ def test_heads_shapes_and_ranges():
     assert heatmap.shape == (2, 16, 16) and heatmap.dtype == jnp.float32
     for output in (score, heatmap):
         assert 0 <= output.min() < output.max() <= 1
-    # With the residual: the same parameters, another output.
 
 
 def test_paper_heads_have_the_expected_number_of_parameters():

@@ -23,6 +23,8 @@ def section(**changes):
         "b1": 0.9,
         "b2": 0.999,
         "clip_norm": 1.0,
+        "freeze": (),
+        "learning_rate_multipliers": {"vit": 1.0, "t5": 1.0, "heads": 1.0},
     }
     return ml_collections.ConfigDict(values | changes)
 

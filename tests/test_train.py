@@ -142,7 +142,7 @@ def test_another_config_in_the_workdir_is_refused_key_by_key(tmp_path):
     checkpoints.open_workdir(tmp_path, config)
     checkpoints.open_workdir(tmp_path, config)
     config.optimizer.learning_rate = 0.5
-    with pytest.raises(ValueError, match=r"optimizer.learning_rate: the workdir has 0.001, this run 0.5"):
+    with pytest.raises(ValueError, match=r"optimizer.learning_rate: the workdir has 0.002, this run 0.5"):
         checkpoints.open_workdir(tmp_path, config)
 
 
