@@ -207,9 +207,11 @@ def t5_t5x(path) -> Converted:
 
 def t5_hugging_face(path) -> Converted:
     """A T5 of a Hugging Face folder: `t5-*`, `t5-v1_1-*`, `flan-t5-*`."""
-    config = t5_config_from_hugging_face(_hugging_face_config(path, "t5"))
+    settings = _hugging_face_config(path, "t5")
+    config = t5_config_from_hugging_face(settings)
     theirs, table = weights.open_hugging_face(path), names.t5_from_hugging_face(config)
-    if not config.logits_via_embedding and "lm_head.weight" not in theirs:  # one matrix, without T5 v1.0's scale
+    # transformers 5 writes one matrix where logits and embedding are equal, also without T5 v1.0's scale.
+    if not config.logits_via_embedding and "scale_decoder_outputs" in settings and "lm_head.weight" not in theirs:
         table["decoder/logits_dense/kernel"] = ("shared.weight", names.transposed)
     return _t5(config, matched(theirs, table, _t5_shapes(config), names.T5_UNUSED, f"T5 {path}"))
 

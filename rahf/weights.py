@@ -227,4 +227,10 @@ def _existing(path) -> pathlib.Path:
     path = pathlib.Path(path)
     if not path.is_file():
         raise ValueError(f"weights: no file {path}")
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(f"weights: {path} is a Git LFS pointer, not the file; run `git lfs pull` where it came from")
+    if start.lstrip().startswith(b"<"):
+        raise ValueError(f"weights: {path} is a web page, not weights; open it to see why the download failed")
     return path

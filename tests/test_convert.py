@@ -377,6 +377,21 @@ def test_torch_parts_of_an_index_are_read(torch, tmp_path):
         weights.open_hugging_face(tmp_path / "..")
 
 
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a Git LFS pointer, not the file"),
+        (b"\n<!DOCTYPE html><html>", "is a web page, not weights"),
+    ],
+)
+def test_what_a_failed_download_leaves_is_named(start, message, tmp_path):
+    for name in ("a.npz", "a.safetensors", "a.bin"):
+        (tmp_path / name).write_bytes(start)
+        opener = weights.open_npz if name == "a.npz" else weights.open_hugging_face
+        with pytest.raises(ValueError, match=message):
+            opener(tmp_path / name)
+
+
 def test_bfloat16_in_an_npz_is_read(tmp_path):
     values = np.array([1.5, -2.0], ml_dtypes.bfloat16)
     np.savez(tmp_path / "b.npz", a=values)
