@@ -1,8 +1,8 @@
 """The serious run on RichHF-Synth, augmented prompt: one head of each kind, the task named in the text.
 
   command    python -m rahf.train --config=configs/rahf_synth_small_augmented.py --workdir=DIR
-  hardware   2 CPU cores, two hours by the step's speed in benchmarks/README.md
-  result     not yet measured to its end
+  hardware   2 CPU cores, 75 minutes (2026-11-22, by the 33 minutes that its last 2,400 steps took)
+  result     mean PLCC .700 on test, .723 on test_novel: 77 % and 79 % of the ceiling; tables in README.md
 """
 
 from configs import rahf_synth_small
