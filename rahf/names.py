@@ -19,10 +19,12 @@ Table = dict[str, tuple[str, Layout]]
 
 
 def same(x):
+    """The layout of a tensor that is ours as it stands."""
     return x
 
 
 def transposed(x):
+    """The layout of torch's `Linear`, which holds [out, in]."""
     return x.T
 
 

@@ -32,6 +32,7 @@ Tensors = dict[str, Tensor]
 
 
 def unreadable(path, error) -> ValueError:
+    """What to raise for a file that its own format's reader gave up on."""
     return ValueError(f"weights: {path} cannot be read, it is damaged or of another format ({error}); fetch it again")
 
 

@@ -26,6 +26,7 @@ def ci_config(variant="multi_head", batch_size=16, **train_section):
     config.model.variant = variant
     config.data.source = "stream"
     config.train.update(batch_size=batch_size, **train_section)
+    config.model.vit.stem_patch = 0  # its norm amplifies the rounding that another order of sums brings
     return config
 
 
@@ -60,11 +61,11 @@ def gradient_step(config, batch, devices):
 
 def assert_same_step(a, b):
     for name in a[0]:
-        np.testing.assert_allclose(a[0][name], b[0][name], rtol=5e-5, err_msg=name)
+        np.testing.assert_allclose(a[0][name], b[0][name], rtol=1e-5, err_msg=name)
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a[1]), jax.tree.leaves(b[1]), strict=True):
         scale = np.abs(x).max() + 1e-4 * a[0]["gradient_norm"]
         # Sums in another order, and layer norms over 4 channels that amplify. A wrong normaliser would show as 0.1 or more.
-        np.testing.assert_allclose(x / scale, y / scale, atol=5e-4, err_msg=jax.tree_util.keystr(path))
+        np.testing.assert_allclose(x / scale, y / scale, atol=1e-4, err_msg=jax.tree_util.keystr(path))
 
 
 @pytest.mark.parametrize("variant", schema.VARIANTS)
