@@ -6,6 +6,7 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
 from rahf.models.t5 import RMSNorm
@@ -68,10 +69,9 @@ def deconv2x(x: Array, kernel: Array, style: str = "paper") -> Array:
     "paper" is `jax.lax.conv_transpose(x, kernel, (2, 2), "SAME")`. "pytorch" is `ConvTranspose2d` with padding 1 and output
     padding 1, its kernel turned by 180 degrees; the inputs lie one output pixel earlier there.
 
-    XLA's TPU compiler skips the zeros between the spread-out inputs; its estimates for the paper's sizes favour the
-    plain form. The CPU backend does not skip them in the gradients: there `deconv2x_by_parity` trains 10 to 30 times
-    faster (forward and backward, 14x14x384 to 28x28x768 inputs, float32). Same parameter, same result. GPUs, not
-    measured, get the plain form.
+    A convolution over spread-out inputs multiplies mostly by zeros, which neither the CPU backend (in the gradients) nor
+    the TPU's instruction scheduler skips: `deconv2x_by_rows` is quicker there (benchmarks/README.md). Same parameter, same
+    result. GPUs, not measured, get the plain form.
 
     Args:
       x: dtype[B, h, w, C]. kernel: dtype[3, 3, C, F].
@@ -83,41 +83,57 @@ def deconv2x(x: Array, kernel: Array, style: str = "paper") -> Array:
     def dilated(x, kernel):
         return jax.lax.conv_transpose(x, kernel, (2, 2), "SAME" if style == "paper" else ((1, 2), (1, 2)))
 
-    by_parity = functools.partial(deconv2x_by_parity, style=style)
-    return jax.lax.platform_dependent(x, kernel, cpu=by_parity, default=dilated)
+    by_rows = functools.partial(deconv2x_by_rows, style=style)
+    return jax.lax.platform_dependent(x, kernel, cpu=by_rows, tpu=by_rows, default=dilated)
 
 
-def deconv2x_by_parity(x: Array, kernel: Array, style: str = "paper") -> Array:
-    """`deconv2x` as four small convolutions of stride 1, one for each parity of the output's row and column.
+def deconv2x_by_rows(x: Array, kernel: Array, style: str = "paper") -> Array:
+    """`deconv2x` as two convolutions of stride 1, for the even and the odd output rows, that give columns by pairs.
 
     In one dimension, output 2i is `kernel[0] * x[i - 1] + kernel[2] * x[i]` and output 2i + 1 is `kernel[1] * x[i]`; in the
     style "pytorch" output 2i is `kernel[1] * x[i]` and output 2i + 1 is `kernel[0] * x[i] + kernel[2] * x[i + 1]`. Of the 36
-    multiplications per input pixel of a convolution over spread-out inputs, 9 are not with a zero.
+    multiplications per input pixel of a convolution over spread-out inputs 9 are not with a zero; here it is 12.
     """
-    batch, h, w, _ = x.shape
-    before = int(style == "paper")
-    padding = before, 1 - before
-    x = jnp.pad(x, ((0, 0), padding, padding, (0, 0)))  # [B, 1 + h, 1 + w, C]
+    (batch, h, w, _), features = x.shape, kernel.shape[-1]
+    paper = style == "paper"
+    x = jnp.pad(x, ((0, 0), *[(1, 0) if paper else (0, 1)] * 2, (0, 0)))  # [B, 1 + h, 1 + w, C]
+    one, two = kernel[:, 1], (kernel[:, 0], kernel[:, 2])  # the column that has one tap, and the one that has two
+    zero = jnp.zeros_like(one)
+    pairs = ((two[0], zero), (two[1], one)) if paper else ((one, two[0]), (zero, two[1]))
+    pairs = jnp.stack([jnp.concatenate(pair, axis=-1) for pair in pairs], axis=1)  # [3, 2, C, 2F]
 
-    def taps_and_inputs(parity, size):  # two taps over all inputs, or the middle one over those that are no padding
-        return (slice(0, None, 2), slice(None)) if parity != before else (slice(1, 2), slice(before, before + size))
+    def convolve(x, kernel):  # [B, h, w, 2F]
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=CONV_DIMENSIONS)
 
-    def of_parity(row, column):  # [B, h, w, F]
-        (row_taps, rows), (column_taps, columns) = taps_and_inputs(row, h), taps_and_inputs(column, w)
-        part = kernel[row_taps, column_taps]
-        return jax.lax.conv_general_dilated(x[:, rows, columns], part, (1, 1), "VALID", dimension_numbers=CONV_DIMENSIONS)
+    rows = [convolve(x, pairs[0::2]), convolve(x[:, 1:] if paper else x[:, :h], pairs[1:2])]
+    rows = row_major(jnp.stack(rows if paper else rows[::-1], axis=2))  # [B, h, 2, w, 2F]
+    return rows.reshape(batch, 2 * h, 2 * w, features)
 
-    x = jnp.stack([jnp.stack([of_parity(row, column) for column in (0, 1)], axis=3) for row in (0, 1)], axis=2)
-    return x.reshape(batch, 2 * h, 2 * w, kernel.shape[-1])  # from [B, h, 2, w, 2, F]
+
+def row_major(x: Array) -> Array:
+    """The same array, on a TPU laid out in memory in the order of its axes.
+
+    Between convolutions of few images XLA would lay the batch beside the channels, and fill it up to a tile of 4 or 128.
+    """
+
+    def constrained(x):
+        return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+
+    return jax.lax.platform_dependent(x, tpu=constrained, default=lambda x: x)
 
 
 class Conv(nn.Module):
-    """Stride 1, or the stride-2 deconvolution `deconv2x`; the same parameters."""
+    """Stride 1, or the stride-2 deconvolution `deconv2x`; the same parameters.
+
+    `centred` takes the mean over the output channels from kernel and bias, and so from the result: the first half of a
+    layer norm, at the cost of the parameters instead of the image.
+    """
 
     features: int
     kernel_size: int
     padding: str = "SAME"
     deconv: bool = False
+    centred: bool = False
     style: str = "paper"
     dtype: DTypeLike = jnp.float32
 
@@ -127,9 +143,11 @@ class Conv(nn.Module):
         init = nn.initializers.he_normal()
         if self.deconv:  # an output pixel meets 2.25 of the 9 taps on average
             init = nn.initializers.variance_scaling(2.0 * 4.0, "fan_in", "truncated_normal")
-        kernel = self.param("kernel", partitioned(init, KERNEL_AXES), shape, jnp.float32).astype(self.dtype)
+        kernel = self.param("kernel", partitioned(init, KERNEL_AXES), shape, jnp.float32)
         bias = self.param("bias", partitioned(nn.initializers.zeros, ("conv_out",)), shape[-1:], jnp.float32)
-        x = x.astype(self.dtype)
+        if self.centred:
+            kernel, bias = (x - jnp.mean(x, axis=-1, keepdims=True) for x in (kernel, bias))
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         if self.deconv:
             x = deconv2x(x, kernel, self.style)
         else:
@@ -150,14 +168,37 @@ class ConvNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = Conv(self.features, self.kernel_size, self.padding, self.deconv, self.style, self.dtype, name="conv")(x)
+        paper = self.style == "paper"
+        conv = Conv(self.features, self.kernel_size, self.padding, self.deconv, paper, self.style, self.dtype, name="conv")
+        x = conv(x)
         if self.relu_first:
             x = nn.relu(x)
-        if self.style == "paper":
-            x = LayerNorm(self.dtype, axis="conv_out", name="norm")(x)
+        if paper:
+            x = LayerNorm(self.dtype, axis="conv_out", centred=True, name="norm")(x)
         else:
             x = RMSNorm(self.dtype, axis="conv_out", epsilon=1e-8, name="norm")(x)
+        x = row_major(x)
         return nn.with_logical_constraint(x, ("batch", "height", "width", "conv_out"))
+
+
+class ConvToOne(nn.Module):
+    """A 3x3 convolution with one output channel: a product for each tap, and the sum of the shifted products.
+
+    As a convolution it would fill one of a TPU's 128 lanes.
+    """
+
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """dtype[B, H, W, C] -> float32[B, H, W]."""
+        axes = (*KERNEL_AXES[:3], None)
+        kernel = self.param("kernel", partitioned(nn.initializers.he_normal(), axes), (3, 3, x.shape[-1], 1), jnp.float32)
+        bias = self.param("bias", partitioned(nn.initializers.zeros, (None,)), (1,), jnp.float32)
+        x, kernel, (h, w) = x.astype(self.dtype), kernel[..., 0].astype(self.dtype), x.shape[1:3]
+        taps = jnp.einsum("bhwc,ijc->ijbhw", x, kernel, preferred_element_type=jnp.float32)
+        taps = jnp.pad(taps, ((0, 0), (0, 0), (0, 0), (1, 1), (1, 1)))
+        return bias + sum(taps[i, j, :, i : i + h, j : j + w] for i in range(3) for j in range(3))
 
 
 class ScoreHead(nn.Module):
@@ -232,5 +273,4 @@ class HeatmapHead(nn.Module):
             x = stage(features, config.style, self.dtype, name=f"up_{i}")(x)
         output = ConvNorm if paper else Conv
         x = nn.relu(output(config.output_hidden, 3, dtype=self.dtype, name="output_0")(x))
-        x = Conv(1, 3, dtype=self.dtype, name="output_1")(x)  # [B, H, W, 1]
-        return nn.sigmoid(x[..., 0].astype(jnp.float32))
+        return nn.sigmoid(ConvToOne(self.dtype, name="output_1")(x))

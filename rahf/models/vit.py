@@ -124,6 +124,7 @@ class LayerNorm(nn.Module):
     dtype: DTypeLike
     axis: str = "embed"
     epsilon: float = 1e-6
+    centred: bool = False  # the mean is 0 already
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -131,7 +132,8 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", partitioned(nn.initializers.ones, (self.axis,)), shape, jnp.float32)
         bias = self.param("bias", partitioned(nn.initializers.zeros, (self.axis,)), shape, jnp.float32)
         x = x.astype(jnp.float32)
-        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        if not self.centred:
+            x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
         broadcast = (1,) * (x.ndim - 1) + shape
         return (x * scale.reshape(broadcast) + bias.reshape(broadcast)).astype(self.dtype)
