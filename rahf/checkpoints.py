@@ -14,7 +14,6 @@ as another number. So each checkpoint's metadata has a digest of every array's v
 import contextlib
 import json
 import math
-import pathlib
 import sys
 import zlib
 from collections.abc import Iterator, Mapping
@@ -23,7 +22,10 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
+from etils import epath
+
+from rahf import hosts
+from richhf_data import paths
 
 # What may differ between the config of a workdir and the one a run is resumed with: nothing that changes its result.
 RESUMABLE = (
@@ -39,21 +41,25 @@ RESUMABLE = (
 
 def is_new(workdir) -> bool:
     """Whether no run has begun there."""
-    return not (pathlib.Path(workdir) / "config.json").exists()
+    return not (epath.Path(workdir) / "config.json").exists()
 
 
-def open_workdir(workdir, config: ml_collections.ConfigDict) -> pathlib.Path:
-    """Makes the folder and writes its config, or checks that it holds this very config.
+def open_workdir(workdir, config: ml_collections.ConfigDict) -> epath.Path:
+    """Makes the folder and writes its config, or checks that it holds this very config. Process 0 does it for all.
 
     Raises:
-      ValueError: the folder holds another config; names each key that differs.
+      ValueError: the folder holds another config; names each key that differs. Or the processes do not share the folder.
     """
-    workdir = pathlib.Path(workdir).absolute()
-    workdir.mkdir(parents=True, exist_ok=True)
+    workdir = paths.absolute(workdir)
     path = workdir / "config.json"
-    if not path.exists():
+    if jax.process_index() == 0 and is_new(workdir):
         write_json(path, config.to_dict())
-        return workdir
+    hosts.wait("workdir")
+    if is_new(workdir):
+        raise ValueError(
+            f"workdir: process {jax.process_index()} finds no {path}, which process 0 has; expected one folder that all "
+            "machines share: gs://BUCKET/FOLDER, or on a file system that all have mounted"
+        )
     old, new = _flatten(read_json(path)), _flatten(json.loads(json.dumps(config.to_dict())))
     differences = [
         f"  {key}: the workdir has {old.get(key, '(nothing)')!r}, this run {new.get(key, '(nothing)')!r}"
@@ -75,7 +81,7 @@ def read_config(workdir) -> ml_collections.ConfigDict:
     Raises:
       ValueError: the folder is not a workdir.
     """
-    path = pathlib.Path(workdir) / "config.json"
+    path = epath.Path(workdir) / "config.json"
     if not path.is_file():
         raise ValueError(f"workdir: {workdir} has no config.json; expected a folder written by `python -m rahf.train`")
     config = read_json(path)
@@ -91,7 +97,7 @@ def read_json(path) -> dict:
       ValueError: the file is not JSON, or another value than an object.
     """
     try:
-        value = json.loads(pathlib.Path(path).read_text())
+        value = json.loads(epath.Path(path).read_text())
     except ValueError as error:
         raise ValueError(f"{path}: damaged, expected JSON ({error}); write or fetch it again") from error
     if not isinstance(value, dict):
@@ -101,20 +107,11 @@ def read_json(path) -> dict:
 
 def write_json(path, value) -> None:
     """Writes a JSON file whole or not at all. Not-a-number becomes null."""
-    write_text(path, json.dumps(_without_nan(value), indent=2, sort_keys=True) + "\n")
+    paths.replace(path, (json.dumps(_without_nan(value), indent=2, sort_keys=True) + "\n").encode())
 
 
-def write_text(path, text: str) -> None:
-    """Writes a text file whole or not at all."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
-
-
-class SaveError(ValueError):
-    """A checkpoint did not reach the disk."""
+class SaveError(hosts.EndNow):
+    """A checkpoint did not reach the disk. Orbax's threads would wait ten minutes for it."""
 
 
 @contextlib.contextmanager
@@ -127,7 +124,7 @@ def manager(workdir, kind: str) -> Iterator[ocp.CheckpointManager]:
     keep = {"checkpoints": 2, "best": 1}[kind]
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
     handlers = {"state": ocp.StandardCheckpointHandler(), "metadata": ocp.JsonCheckpointHandler()}
-    folder = pathlib.Path(workdir).absolute() / kind
+    folder = paths.absolute(workdir) / kind
     checkpoints = ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
     try:
         yield checkpoints
@@ -286,7 +283,7 @@ def _remove_half_written(checkpoints) -> None:
             path.rmtree()
 
 
-def _set_aside(checkpoints, step) -> pathlib.Path:
+def _set_aside(checkpoints, step) -> epath.Path:
     """Moves a step out of Orbax's sight, so that it can be saved again."""
     source, folder = checkpoints.directory / str(step), checkpoints.directory.parent / "damaged"
     place = folder / f"{checkpoints.directory.name}-{step}"
@@ -295,13 +292,14 @@ def _set_aside(checkpoints, step) -> pathlib.Path:
         if place.exists():
             place.rmtree()
         source.rename(place)
-    multihost_utils.sync_global_devices(f"set aside {place}")
+    hosts.wait(f"set aside {place}")
     checkpoints.reload()
     return place
 
 
 def _warn(message) -> None:
-    print(f"\nWARNING: {message}\n", file=sys.stderr, flush=True)
+    if jax.process_index() == 0:
+        print(f"\nWARNING: {message}\n", file=sys.stderr, flush=True)
 
 
 def check_shapes(found: Mapping[str, tuple], wanted: Mapping[str, tuple], where) -> None:

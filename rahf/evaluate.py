@@ -7,16 +7,16 @@ writes into DIR/eval: <split>.json (one flat object), <split>.references.json (a
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Iterable
 
+import jax
 import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 from tqdm.auto import tqdm
 
-from rahf import checkpoints, predict, sources
-from richhf_data import metrics, schema
+from rahf import checkpoints, hosts, predict, sources
+from richhf_data import metrics, paths, schema
 
 CONSTANT_EXAMPLES = 500  # of the stream's training split, for the constant predictor's means
 
@@ -100,7 +100,8 @@ def _from_stream(config, vocabulary, split, num_examples):
 
 def _predict_all(model, examples: Iterable[dict], count: int, batch_size: int) -> list[dict]:
     rows = model.predict_rows(examples, batch_size)
-    return list(tqdm(rows, total=count, desc="evaluate", unit="example", leave=False))
+    silent = jax.process_index() > 0
+    return list(tqdm(rows, total=count, desc="evaluate", unit="example", leave=False, disable=silent))
 
 
 def selection(results: dict[str, float]) -> float:
@@ -140,16 +141,21 @@ def summary(results: dict[str, float]) -> str:
 
 
 def evaluate(config, workdir, split: str, num_examples: int | None = None) -> dict[str, float]:
-    """Evaluates a workdir's best checkpoint, writes the files of eval/, prints the tables, returns the metrics."""
+    """Evaluates a workdir's best checkpoint, writes the files of eval/, prints the tables, returns the metrics.
+
+    On several hosts each has every example and predicts its share of each batch; all return the same, one writes.
+    """
     model = predict.load(workdir)
     evaluation = prepare(config, model.vocabulary, split, num_examples)
     results = evaluation.run(model)
+    if jax.process_index() > 0:
+        return results
     references = evaluation.references()
     table = metrics.table({"this model": results} | references)
-    folder = pathlib.Path(workdir) / "eval"
+    folder = paths.absolute(workdir) / "eval"
     checkpoints.write_json(folder / f"{split}.json", results)
     checkpoints.write_json(folder / f"{split}.references.json", references)
-    checkpoints.write_text(folder / f"{split}.md", table + "\n")
+    paths.replace(folder / f"{split}.md", f"{table}\n".encode())
     print(f"\n{split}: {results['num_examples']:.0f} examples, {workdir}\n\n{table}\n\nwritten to {folder / split}.json")
     return results
 
@@ -160,10 +166,8 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     args = flags.FLAGS
-    try:
+    with hosts.joined():
         evaluate(args.config, args.workdir, args.split, args.num_examples)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":
@@ -171,5 +175,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "The training run.")
     flags.DEFINE_string("split", "test", "Which split of the dataset.")
     flags.DEFINE_integer("num_examples", None, "The first so many only; all by default.", lower_bound=1)
+    hosts.define_flags()
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main)

@@ -102,8 +102,7 @@ def training_batches(
     start_step: int = 0,
     *,
     split: str = "train",
-    num_shards: int = 1,
-    shard_index: int = 0,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Endless batches of schema.py: each epoch is once over the split in an order of its own, with no example left out.
 
@@ -111,46 +110,30 @@ def training_batches(
     evenly over the stream.
 
     The batch of a step, with its augmentation, depends on the task, `batch_size`, `seed` and the step alone. So a run
-    that goes on at `start_step` sees what it would have seen uninterrupted; what comes before is not read. The global
-    batch does not depend on `num_shards`: each shard gets its `batch_size // num_shards` rows of it.
+    that goes on at `start_step` sees what it would have seen uninterrupted; what comes before is not read.
 
     Args:
       task_name: of a task or a mixture.
       batch_size: rows of the global batch.
       start_step: the step of the first batch that is yielded.
+      rows: which rows of each global batch are read and yielded, in this order; all by default.
 
     Raises:
-      ValueError: no such task or split, or `num_shards` does not divide `batch_size`, or a rate is below 1 / 10,000.
+      ValueError: no such task or split, or `rows` are not of the batch, or a rate is below 1 / 10,000.
     """
-    if batch_size < 1 or batch_size % num_shards:
-        raise ValueError(f"batch_size: got {batch_size}, expected a multiple of the {num_shards} shards; change it")
-    if not 0 <= shard_index < num_shards:
-        raise ValueError(f"shard_index: got {shard_index}, expected 0 to {num_shards - 1}")
+    rows = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
+    if not len(rows) or rows.min() < 0 or rows.max() >= batch_size:
+        raise ValueError(f"rows: got {rows.tolist()} of a batch of {batch_size}, expected some of 0 to {batch_size - 1}")
     names, rates = zip(*tasks.components(task_name), strict=True)
     mixed = [_task(name) for name in names]
     for task in mixed:
         _check_split(task, split)
-    rows = _Rows(batch_size, num_shards, shard_index)
-    dataset = _shuffled_examples(mixed, _Pattern.of(rates), split, seed, start_step, rows)
+    dataset = _shuffled_examples(mixed, _Pattern.of(rates), split, seed, start_step, batch_size, rows)
     # The tasks of a mixture differ in their data alone (tasks.register_mixture): the first one's steps are all of theirs.
     dataset = mixed[0].preprocess_postcache(dataset, sequence_length=None, seed=seed)
     dataset = _converter(mixed[0])(dataset, _lengths(names[0]))
-    dataset = dataset.batch(batch_size // num_shards, drop_remainder=True).prefetch(2)
+    dataset = dataset.batch(len(rows), drop_remainder=True).prefetch(2)
     return dataset.as_numpy_iterator()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rows:
-    """Which rows of each global batch a shard reads."""
-
-    batch_size: int
-    num_shards: int
-    shard_index: int
-
-    def position(self, row):
-        """Place in the global stream of the shard's n-th row; integers or tensors."""
-        rows = self.batch_size // self.num_shards
-        return row // rows * self.batch_size + self.shard_index * rows + row % rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +170,13 @@ class _Pattern:
 
 
 def _shuffled_examples(
-    mixed: Sequence[seqio.Task], pattern: _Pattern, split: str, seed: int, start_step: int, rows: _Rows
+    mixed: Sequence[seqio.Task],
+    pattern: _Pattern,
+    split: str,
+    seed: int,
+    start_step: int,
+    batch_size: int,
+    rows: np.ndarray,
 ) -> tf.data.Dataset:
     """The tasks' stored examples, over and over, from a step on, each with its `seed`.
 
@@ -201,8 +190,8 @@ def _shuffled_examples(
     starts = np.cumsum(sizes) - sizes
     base = tf.constant([seed & 0x7FFFFFFF, seed >> 31], tf.int64)
 
-    def load(row):
-        position = rows.position(row)
+    def load(number):
+        position = number // len(rows) * batch_size + tf.gather(rows, number % len(rows))  # in the global stream
         dataset, place = pattern.place(position)
         size = tf.gather(sizes, dataset)
         order = tf.cast(_fold(_fold(base, 2 * dataset), place // size), tf.int32)  # of the dataset's epoch
@@ -210,8 +199,8 @@ def _shuffled_examples(
         example = infos[0].features.deserialize_example(stored[index])
         return example | {"seed": tf.cast(_fold(_fold(base, 1), position), tf.int32)}
 
-    first = start_step * (rows.batch_size // rows.num_shards)
-    return tf.data.Dataset.range(first, np.iinfo(np.int64).max).map(load, num_parallel_calls=tf.data.AUTOTUNE)
+    numbers = tf.data.Dataset.range(start_step * len(rows), np.iinfo(np.int64).max)
+    return numbers.map(load, num_parallel_calls=tf.data.AUTOTUNE)
 
 
 def _fold(seed: tf.Tensor, number) -> tf.Tensor:

@@ -117,6 +117,20 @@ def _over_data(mesh, shape, spec):
     return PartitionSpec(*axes)
 
 
+def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """A global array from one that every process has whole; nothing is sent between them."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
+    """int64[b], ascending: which rows of a global batch this process's devices hold. All of them where it is alone.
+
+    Processes that one `model` axis spans hold the same rows.
+    """
+    blocks = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[block] for block in blocks]))
+
+
 def shard_batch(batch, sharding: NamedSharding):
-    """Puts this process's rows of a batch on the devices as one global array."""
+    """Puts this process's rows of a batch (`local_rows`) on the devices as one global array."""
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}

@@ -9,6 +9,7 @@ writes predictions.jsonl, heatmaps/*.png and report.html into the output folder.
     feedback = model.predict(images, prompts)
 """
 
+import collections
 import dataclasses
 import functools
 import glob
@@ -26,9 +27,9 @@ from absl import app, flags, logging
 from flax import linen as nn
 from tqdm.auto import tqdm
 
-from rahf import checkpoints, partitioning, report, weights
+from rahf import checkpoints, hosts, partitioning, report, weights
 from rahf.models import rahf as rahf_model
-from richhf_data import keywords, metrics, schema
+from richhf_data import keywords, metrics, paths, schema
 from richhf_data import vocabulary as vocabularies
 
 
@@ -61,7 +62,7 @@ class Model:
         self._sharding = partitioning.batch_sharding(self.mesh)
         module = rahf_model.RAHF(self.model_config)
 
-        @functools.partial(jax.jit, out_shardings=self._sharding)
+        @functools.partial(jax.jit, out_shardings=partitioning.replicated(self.mesh))  # every process has every row
         def forward(params, image, text_ids):
             length = config.data.keyword_length
             return module.apply({"params": params}, image, text_ids, length, method=module.predict)
@@ -74,7 +75,7 @@ class Model:
 
         Args:
           batch: `image` uint8[B, H, W, 3] at the model's size and `text_ids`, as schema.py describes. Any B: rows are
-            added up to a multiple of the devices and taken off again.
+            added up to a multiple of the devices and taken off again. On several hosts each is given the same rows.
         """
         rows = len(batch["image"])
         padding = -rows % self.mesh.shape["data"]
@@ -82,7 +83,8 @@ class Model:
             name: np.pad(batch[name], [(0, padding)] + [(0, 0)] * (batch[name].ndim - 1))
             for name in ("image", "text_ids")
         }
-        inputs = partitioning.shard_batch(inputs, self._sharding)
+        local = partitioning.local_rows(self._sharding, rows + padding)
+        inputs = partitioning.shard_batch({name: array[local] for name, array in inputs.items()}, self._sharding)
         with partitioning.activate(self.mesh):
             outputs = self.forward(self.params, inputs["image"], inputs["text_ids"])
         scores, heatmaps, keyword_ids = (np.asarray(array)[:rows] for array in outputs)
@@ -159,7 +161,7 @@ def load(workdir) -> Model:
     Raises:
       ValueError: the folder holds no run, or no checkpoint, or one of another architecture.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = paths.absolute(workdir)
     config = checkpoints.read_config(workdir)
     vocabulary = vocabularies.Vocabulary(workdir / "vocabulary.model")
     model = Model(config, None, vocabulary)
@@ -169,6 +171,8 @@ def load(workdir) -> Model:
     shardings = partitioning.param_shardings(model.mesh, boxed)
     targets = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), shardings)
     if (file := workdir / "weights.safetensors").is_file():
+        if "://" in str(workdir):
+            raise ValueError(f"workdir: {workdir} holds weights of rahf.convert, expected them on a disk; copy the folder")
         model.params = _read_params(file, targets)
     else:
         model.params = checkpoints.restore_params(workdir, targets)
@@ -180,7 +184,7 @@ def _read_params(file, targets):
     tensors, targets = weights.open_safetensors(file), flax.traverse_util.flatten_dict(targets, sep="/")
     shapes = ({name: tuple(value.shape) for name, value in side.items()} for side in (tensors, targets))
     checkpoints.check_shapes(*shapes, file)
-    params = {name: jax.device_put(array, targets[name].sharding) for name, array in weights.read_all(tensors)}
+    params = {name: partitioning.place(array, targets[name].sharding) for name, array in weights.read_all(tensors)}
     return flax.traverse_util.unflatten_dict(params, sep="/")
 
 
@@ -257,7 +261,7 @@ def write(output, items: Iterable[dict], count: int, tables: Sequence[Sequence[S
       items: dictionaries as rahf/report.py describes, with `name`.
       tables: what `evaluation_tables` gives, for the top of the report.
     """
-    output = pathlib.Path(output)
+    output = paths.absolute(output)
     (output / "heatmaps").mkdir(parents=True, exist_ok=True)
     shown = []
     partial = output / "predictions.jsonl.partial"
@@ -265,7 +269,8 @@ def write(output, items: Iterable[dict], count: int, tables: Sequence[Sequence[S
         for index, item in enumerate(tqdm(items, total=count, desc="predict", unit="image")):
             files = {name: f"heatmaps/{index:05d}_{name}.png" for name in item["heatmaps"]}
             for name, file in files.items():
-                cv2.imwrite(str(output / file), np.round(item["heatmaps"][name] * 255).astype(np.uint8))
+                image = np.round(item["heatmaps"][name] * 255).astype(np.uint8)
+                (output / file).write_bytes(cv2.imencode(".png", image)[1].tobytes())
             tokens = keywords.tokenize(item["prompt"])
             row = {
                 "image": item["name"],
@@ -327,7 +332,7 @@ def dataset_examples(data_dir, split: str, limit: int | None) -> tuple[Iterator[
 
 def evaluation_tables(workdir, split: str) -> list[list[list[str]]]:
     """The papers' tables of what `rahf.evaluate` found on this split; none when it was not run."""
-    folder = pathlib.Path(workdir) / "eval"
+    folder = paths.absolute(workdir) / "eval"
     if not (folder / f"{split}.references.json").is_file():
         return []
     results, references = (json.loads((folder / f"{split}{end}.json").read_text()) for end in ("", ".references"))
@@ -340,7 +345,7 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]} (quote a glob: --images='photos/*.jpg')")
     args = flags.FLAGS
-    try:
+    with hosts.joined():
         if (args.images is None) == (args.data_dir is None):
             raise ValueError("pass either --images=GLOB|JSONL or --data_dir=DIR")
         model = load(args.workdir)
@@ -352,9 +357,11 @@ def main(argv):
             inputs = read_inputs(args.images, args.prompt)[: args.limit]
             count = len(inputs)
             examples = ({"name": path, "image": read_image(path), "prompt": prompt} for path, prompt in inputs)
-        write(args.output, predict_items(model, examples, min(args.batch_size, count)), count, tables)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
+        items = predict_items(model, examples, min(args.batch_size, count))
+        if jax.process_index() == 0:
+            write(args.output, items, count, tables)
+        else:
+            collections.deque(items, maxlen=0)  # its devices compute their share
 
 
 if __name__ == "__main__":
@@ -366,5 +373,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("limit", None, "Predict the first so many only.", lower_bound=1)
     flags.DEFINE_string("output", None, "The folder to write to.")
     flags.DEFINE_integer("batch_size", 32, "Images at a time.", lower_bound=1)
+    hosts.define_flags()
     flags.mark_flags_as_required(["workdir", "output"])
     app.run(main)

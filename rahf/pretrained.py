@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
-from rahf import checkpoints, names, weights
+from rahf import checkpoints, names, partitioning, weights
 from rahf.models.rahf import RAHFConfig
 from rahf.weights import Tensor, Tensors
 
@@ -123,7 +123,7 @@ def initialise(params, tensors: Tensors):
     """The parameters with those replaced that `starting_tensors` gave; each stays where it was placed."""
     flat = flax.traverse_util.flatten_dict(params, sep="/")
     for name, array in weights.read_all(tensors):
-        flat[name] = jax.device_put(array, flat[name].sharding)
+        flat[name] = partitioning.place(array, flat[name].sharding)
     return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 

@@ -24,7 +24,7 @@ import matplotlib.backends.backend_agg
 import matplotlib.figure
 import numpy as np
 
-from richhf_data import keywords, pictures
+from richhf_data import keywords, paths, pictures
 
 INLINED_SIDE = 384  # pixels: longer sides are shrunk before they go into the page
 _WORD_COLORS = {"": "#222222", "misaligned": "#c81e1e", "missing": "#999999"}
@@ -54,7 +54,7 @@ def write(
         tables=tables,
         items=[_view(i, item) for i, item in enumerate(items)],
     )
-    pictures.replace(path, page.encode())
+    paths.replace(path, page.encode())
 
 
 def figure(items: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
@@ -104,7 +104,7 @@ def figure(items: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
             axes.set_xlabel("scores, 0 to 1" + "\nbar: model, tick: annotators" * (len(sources) > 1), fontsize=8)
     png = io.BytesIO()
     drawing.savefig(png, format="png", facecolor="white")
-    pictures.replace(path, png.getvalue())
+    paths.replace(path, png.getvalue())
 
 
 # ------------------------------------------------------------------------------------------------------ one item

@@ -4,13 +4,15 @@
 `data.mixture` at their rates. "stream" needs no files and no TensorFlow.
 """
 
-import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import jax
 import numpy as np
+from etils import epath
 
+from rahf import hosts
 from rahf.models.rahf import RAHFConfig
-from richhf_data import schema, synthetic
+from richhf_data import paths, schema, synthetic
 from richhf_data import vocabulary as vocabularies
 from richhf_data.synthetic import stream
 
@@ -23,19 +25,25 @@ def install_vocabulary(config, workdir) -> vocabularies.Vocabulary:
     Raises:
       ValueError: `data.vocabulary`, or the dataset's own, is missing.
     """
-    path = pathlib.Path(workdir) / "vocabulary.model"
-    if not path.exists():
+    path = paths.absolute(workdir) / "vocabulary.model"
+    if jax.process_index() == 0 and not path.exists():
         if config.data.vocabulary or config.data.source == "seqio":
-            source = config.data.vocabulary or pathlib.Path(evaluation_dir(config)) / "vocabulary.model"
+            source = config.data.vocabulary or epath.Path(evaluation_dir(config)) / "vocabulary.model"
             vocabularies.Vocabulary(source).copy(path)
         else:
             prompts = synthetic.train_prompts(VOCABULARY_PROMPTS, seed=config.seed)
             vocabularies.train(prompts, path, config.model.t5.vocab_size)
+    hosts.wait("vocabulary")
     return vocabularies.Vocabulary(path)
 
 
-def training_batches(config, vocabulary: vocabularies.Vocabulary, start: int) -> Iterator[dict[str, np.ndarray]]:
+def training_batches(
+    config, vocabulary: vocabularies.Vocabulary, start: int, rows: Sequence[int] | None = None
+) -> Iterator[dict[str, np.ndarray]]:
     """Endless batches (schema.py) from step `start` on; the batch of a step depends on the seed and the step alone.
+
+    Args:
+      rows: which rows of each global batch this process reads; all by default.
 
     Raises:
       ValueError: an unknown `data.source`.
@@ -44,7 +52,7 @@ def training_batches(config, vocabulary: vocabularies.Vocabulary, start: int) ->
         from rahf import features
 
         task = _register_training(config, vocabulary)
-        batches = features.training_batches(task, config.train.batch_size, seed=config.seed, start_step=start)
+        batches = features.training_batches(task, config.train.batch_size, seed=config.seed, start_step=start, rows=rows)
         return (batch for batch in batches)  # a generator, as the stream's is: it can be closed
     if config.data.source == "stream":
         return stream.batches(
@@ -53,6 +61,7 @@ def training_batches(config, vocabulary: vocabularies.Vocabulary, start: int) ->
             vocabulary=vocabulary,
             start=start,
             workers=config.data.num_workers,
+            rows=rows,
             **image_arguments(config),
             **text_arguments(config),
         )
@@ -134,7 +143,7 @@ def _mixture(config) -> dict[str, float]:
                 f"data.mixture: got {pair!r}, expected pairs of a folder that richhf_data.build wrote and a rate: "
                 "--config.data.mixture=\"(('data/a', 0.8), ('data/b', 0.2))\""
             )
-    if len({pathlib.Path(folder).resolve() for folder, _ in pairs}) < len(pairs):
+    if len({paths.absolute(folder) for folder, _ in pairs}) < len(pairs):
         raise ValueError(f"data.mixture: got {config.data.mixture}, expected each folder once; add up its rates")
     return dict(pairs)
 

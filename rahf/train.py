@@ -7,10 +7,10 @@ the random numbers of a step are functions of the seed and the step alone. SIGTE
 """
 
 import contextlib
+import functools
+import io
 import os
-import pathlib
 import signal
-import sys
 import time
 
 import jax
@@ -18,14 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tensorboardX
+import tensorboardX.record_writer
 from absl import app, flags, logging
+from etils import epath
 from flax import linen as nn
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 from tqdm.auto import tqdm
 
-from rahf import checkpoints, evaluate, losses, optimizers, partitioning, predict, pretrained, sources
+from rahf import checkpoints, evaluate, hosts, losses, optimizers, partitioning, predict, pretrained, sources
 from rahf.models import rahf as rahf_model
+from richhf_data import paths
 
 
 def initial_state(model: rahf_model.RAHF, optimizer, config, key) -> dict:
@@ -140,7 +143,7 @@ class SkippedSteps:
       total, in_a_row: how many steps were skipped, and how many of them up to the last step that was looked at.
     """
 
-    def __init__(self, folder: pathlib.Path, limit: int, total: int, in_a_row: int):
+    def __init__(self, folder: epath.Path, limit: int, total: int, in_a_row: int):
         self.total, self.in_a_row = total, in_a_row
         self._folder, self._limit, self._waiting = folder, limit, None
 
@@ -162,11 +165,9 @@ class SkippedSteps:
             self.in_a_row = 0
             return
         self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
-        self._folder.mkdir(exist_ok=True)
-        path = self._folder / f"step_{step:08d}_host_{jax.process_index()}.npz"
-        with open(path.with_suffix(".partial"), "wb") as file:
-            np.savez_compressed(file, step=step, **batch)
-        path.with_suffix(".partial").replace(path)
+        file = io.BytesIO()
+        np.savez_compressed(file, step=step, **batch)
+        paths.replace(self._folder / f"step_{step:08d}_host_{jax.process_index()}.npz", file.getvalue())
         for old in sorted(self._folder.glob(f"*_host_{jax.process_index()}.npz"))[: -self._limit]:
             old.unlink()
         if self.in_a_row >= self._limit:
@@ -210,6 +211,27 @@ def stop_signals():
             signal.signal(number, handler)
 
 
+class BucketFile:
+    """An event file of TensorBoard in a bucket, where nothing can be appended: written whole at each flush."""
+
+    def __init__(self, path: str):
+        self._path, self._buffer = epath.Path(path), io.BytesIO()
+
+    def write(self, data: bytes) -> None:
+        self._buffer.write(data)
+
+    def flush(self) -> None:
+        self._path.write_bytes(self._buffer.getvalue())
+
+    close = flush
+
+    # What tensorboardX asks of the kind of file that a prefix stands for.
+    open = classmethod(lambda cls, path: cls(path))
+    directory_check = staticmethod(lambda path: None)
+
+
+tensorboardX.record_writer.register_writer_factory("gs", BucketFile)
+
 EXIT_CODES = {signal.SIGTERM: os.EX_TEMPFAIL, signal.SIGINT: 128 + signal.SIGINT}  # "start me again", "the user's wish"
 
 
@@ -234,14 +256,16 @@ def train(config, workdir) -> dict[str, float]:
     num_params = sum(leaf.size for leaf in jax.tree.leaves(abstract["params"]))
 
     # ---- Workdir, vocabulary ----------------------------------------------------------------------------------------
-    if checkpoints.is_new(workdir):  # nothing is written for a config whose weights or data are not there
+    first = jax.process_index() == 0  # of the processes: the one that writes and tells
+    if first and checkpoints.is_new(workdir):  # nothing is written for a config whose weights or data are not there
         pretrained.starting_tensors(config.init, abstract["params"], model_config)
         sources.check_splits(config)
     workdir = checkpoints.open_workdir(workdir, config)
     vocabulary = sources.install_vocabulary(config, workdir)
     predict.check_vocabulary(model_config, vocabulary)
-    print(f"workdir {workdir}: {jax.device_count()} {jax.devices()[0].platform} devices", flush=True)
-    print(f"{num_params:,} parameters, mesh data={mesh.shape['data']} model={mesh.shape['model']}", flush=True)
+    say = functools.partial(print, flush=True) if first else lambda text: None
+    say(f"workdir {workdir}: {jax.device_count()} {jax.devices()[0].platform} devices of {jax.process_count()} processes")
+    say(f"{num_params:,} parameters, mesh data={mesh.shape['data']} model={mesh.shape['model']}")
 
     # ---- Checkpoint or a fresh start --------------------------------------------------------------------------------
     with checkpoints.manager(workdir, "checkpoints") as latest, checkpoints.manager(workdir, "best") as best:
@@ -256,15 +280,16 @@ def train(config, workdir) -> dict[str, float]:
             if "ema" in state:
                 state["ema"] = jax.tree.map(jnp.copy, state["params"])
         else:
-            print(f"resumed from step {saved['step']}", flush=True)
+            say(f"resumed from step {saved['step']}")
         step, bad_batches = saved["step"], workdir / "bad_batches"
         skips = SkippedSteps(bad_batches, config.train.max_bad_steps, saved["skipped"], saved["skipped_in_a_row"])
         best_value = checkpoints.best_value(best)
 
         # ---- Data, update step, evaluation --------------------------------------------------------------------------
         num_steps, batch_size = config.train.num_steps, config.train.batch_size
-        batches = sources.training_batches(config, vocabulary, start=step)
         batch_sharding = partitioning.batch_sharding(mesh)
+        own_rows = partitioning.local_rows(batch_sharding, batch_size)
+        batches = sources.training_batches(config, vocabulary, start=step, rows=own_rows)
         train_step = jit_train_step(model, optimizer, schedule, config, mesh, shardings)
         predictor = predict.Model(config, None, vocabulary, mesh)
         evaluation = evaluate.prepare(config, vocabulary, "dev", config.eval.num_examples)
@@ -273,8 +298,8 @@ def train(config, workdir) -> dict[str, float]:
         # ---- Loop ---------------------------------------------------------------------------------------------------
         with (
             contextlib.closing(batches),
-            tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step or None) as writer,
-            tqdm(total=num_steps, initial=step, desc="train", unit="step", dynamic_ncols=True, mininterval=1.0) as bar,
+            tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step or None, write_to_disk=first) as writer,
+            tqdm(desc="train", total=num_steps, initial=step, unit="step", dynamic_ncols=True, disable=not first) as bar,
             stop_signals() as stop,
         ):
             logged_at, logged_step, stopped_by = time.monotonic(), step, None
@@ -283,11 +308,12 @@ def train(config, workdir) -> dict[str, float]:
                 if step and (step % config.eval.every == 0 or step == num_steps):
                     predictor.params = state.get("ema", state["params"])
                     results = evaluation.run(predictor)
-                    value = evaluate.selection(results)
+                    value = float(multihost_utils.broadcast_one_to_all(np.float64(evaluate.selection(results))))
                     for name, entry in results.items():
                         if entry == entry:  # nan: nothing in the split to measure it on
                             writer.add_scalar(f"dev/{name}", entry, step)
-                    bar.write(f"step {step}: dev {evaluate.summary(results)}")
+                    if first:
+                        bar.write(f"step {step}: dev {evaluate.summary(results)}")
                     if best_value is None or value > best_value:
                         best_value = value
                         checkpoints.save(best, step, predictor.params, {"value": value})
@@ -320,7 +346,7 @@ def train(config, workdir) -> dict[str, float]:
                     checkpoints.save(latest, step, state, counts)
     if stopped_by:
         name = signal.Signals(stopped_by).name
-        print(f"{name}: saved step {step} in {workdir / 'checkpoints'}; the same command goes on from there", flush=True)
+        say(f"{name}: saved step {step} in {workdir / 'checkpoints'}; the same command goes on from there")
         raise SystemExit(EXIT_CODES[stopped_by])
     return results
 
@@ -331,19 +357,13 @@ def main(argv):
     logging.get_absl_logger().addFilter(lambda record: not record.exc_info)  # and log the tracebacks of what they raise
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    try:
+    with hosts.joined(preemptible=True):
         train(flags.FLAGS.config, flags.FLAGS.workdir)
-    except OSError as error:
-        raise SystemExit(f"error: {error.filename or flags.FLAGS.workdir}: {error.strerror or error}") from error
-    except checkpoints.SaveError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(1)  # Orbax's threads would wait ten minutes for the save that failed
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "The experiment: a file of configs/.")
     flags.DEFINE_string("workdir", None, "For checkpoints, logs, evaluations; a killed run resumes from it.")
+    hosts.define_flags()
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main)

@@ -26,7 +26,7 @@ import numpy as np
 from absl import app, flags, logging
 from tqdm.auto import tqdm
 
-from richhf_data import keywords, pictures, schema
+from richhf_data import keywords, paths, pictures, schema
 
 AREAS = tuple(f"{name}_area" for name in schema.HEATMAPS)
 FIELDS = (*schema.SCORES, *AREAS, "words", "misaligned_words")
@@ -121,7 +121,7 @@ def write(path, cards: Sequence[dict], statistics: "Statistics", *, title: str, 
     page = _TEMPLATES.get_template("browse.html.jinja").render(
         title=title, subtitle=subtitle, cards=cards, plots=statistics.plots(), scores=schema.SCORES, fields=FIELDS
     )
-    pictures.replace(path, page.encode())
+    paths.replace(path, page.encode())
 
 
 def _card(example, found, thumbnail) -> dict[str, Any]:

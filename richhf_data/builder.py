@@ -30,6 +30,7 @@ from collections.abc import Iterator
 import cv2
 import numpy as np
 import tabulate
+from etils import epath
 
 from richhf_data import keywords, records, scan, schema, tables
 from richhf_data.tensorflow_cpu import tf, tfds
@@ -43,9 +44,9 @@ TWELFTHS = 12  # steps of a score: the mean of three annotators' five Likert poi
 _NAMED = 5  # how many uids a report or an error names
 
 
-def dataset_dir(data_dir) -> pathlib.Path:
+def dataset_dir(data_dir) -> epath.Path:
     """The folder of the built dataset under `data_dir`."""
-    return pathlib.Path(data_dir) / NAME / VERSION
+    return epath.Path(data_dir) / NAME / VERSION
 
 
 class Richhf(tfds.core.GeneratorBasedBuilder):

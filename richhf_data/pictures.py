@@ -8,7 +8,6 @@ A page is a template beside its Python file that extends `page.html.jinja`; it h
 """
 
 import base64
-import os
 import pathlib
 from collections.abc import Sequence
 
@@ -95,18 +94,6 @@ def templates(folder: pathlib.Path) -> jinja2.Environment:
     environment.globals["gradient"] = ", ".join(matplotlib.colors.to_hex(COLORMAP(x)) for x in np.linspace(0, 1, 9))
     environment.globals["ticks"] = [(value, 100 * value**0.5) for value in _SCALE_TICKS]
     return environment
-
-
-def replace(path: str | os.PathLike, data: bytes) -> None:
-    """Writes beside the file, then renames: whoever reads has the old one or the new one. Makes the folder."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_image(name: str, image: np.ndarray) -> None:

@@ -11,14 +11,14 @@ Beside them go uid, prompt, labels, labels_valid and labelled_prompt, which the 
 import functools
 import json
 import math
-import pathlib
 import zlib
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 from absl import logging
+from etils import epath
 
-from richhf_data import builder, metrics, preprocessors, schema, vocabulary
+from richhf_data import builder, metrics, paths, preprocessors, schema, vocabulary
 from richhf_data.tensorflow_cpu import seqio, tf, tfds
 
 _registered: dict[str, dict] = {}  # task name -> the arguments it was registered with
@@ -54,10 +54,10 @@ def register(
       ValueError: no dataset or vocabulary there; an unknown variant; a text that is too long; or `name` is registered
         with other arguments.
     """
-    data_dir = pathlib.Path(data_dir).resolve()
+    data_dir = paths.absolute(data_dir)
     schema.task_prompts("", variant)  # refuses an unknown variant
     folder = _built(data_dir)
-    path = pathlib.Path(vocabulary_path or data_dir / "vocabulary.model").resolve()
+    path = paths.absolute(vocabulary_path or data_dir / "vocabulary.model")
     arguments = {
         "data_dir": str(data_dir),
         "variant": variant,
@@ -260,7 +260,7 @@ def hash_of(arguments: dict) -> str:
     return f"{zlib.crc32(json.dumps(arguments, sort_keys=True).encode()):08x}"
 
 
-def _built(data_dir) -> pathlib.Path:
+def _built(data_dir) -> epath.Path:
     folder = builder.dataset_dir(data_dir)
     if not (folder / "report.json").is_file():
         raise ValueError(

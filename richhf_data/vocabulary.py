@@ -1,14 +1,13 @@
 """SentencePiece vocabularies: T5's own from a file, or a small one trained on prompts. Imports no TensorFlow."""
 
 import io
-import pathlib
-import shutil
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import sentencepiece
+from etils import epath
 
-from richhf_data import keywords, schema
+from richhf_data import keywords, paths, schema
 
 
 class Vocabulary:
@@ -19,14 +18,15 @@ class Vocabulary:
     """
 
     def __init__(self, path):
-        path = pathlib.Path(path)
+        path = epath.Path(path)
         if path.is_dir():
             path /= "spiece.model"
         self.path = str(path)
         if not path.is_file():
             raise ValueError(f"vocabulary: no file {path}; expected a SentencePiece model (*.model)")
+        self._processor = sentencepiece.SentencePieceProcessor()
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_file=self.path)
+            self._processor.LoadFromSerializedProto(path.read_bytes())
         except RuntimeError as error:
             raise ValueError(f"vocabulary: {path} is not a SentencePiece model ({error})") from error
         ids = self._processor.pad_id(), self._processor.eos_id(), self._processor.unk_id()
@@ -35,9 +35,7 @@ class Vocabulary:
 
     def copy(self, path) -> None:
         """Writes the SentencePiece model to `path`, whole or not at all."""
-        partial = pathlib.Path(path).with_name("vocabulary.partial")
-        shutil.copyfile(self.path, partial)
-        partial.replace(path)
+        paths.replace(path, epath.Path(self.path).read_bytes())
 
     @property
     def size(self) -> int:
@@ -107,9 +105,5 @@ def train(prompts: Iterable[str], path, size: int = 512) -> Vocabulary:
         )
     except RuntimeError as error:
         raise ValueError(f"vocabulary: {size} pieces cannot be trained on these prompts ({error}); allow more") from error
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(model.getvalue())
-    partial.replace(path)
+    paths.replace(path, model.getvalue())
     return Vocabulary(path)

@@ -33,6 +33,7 @@ def batches(
     start: int = 0,
     workers: int | None = None,
     split: str = "train",
+    rows: Sequence[int] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Endless batches as `schema` describes them, in order, from number `start` on.
 
@@ -40,6 +41,7 @@ def batches(
     alone, whatever the number of workers.
 
     Args:
+      rows: which rows of each batch are drawn and yielded, in this order; all by default.
       workers: processes that draw; None = one a core, 0 = draw in this process. They end with the generator (`close`),
         with this process, and on a worker's error, which is raised here.
 
@@ -49,9 +51,10 @@ def batches(
     draw = functools.partial(
         _batch,
         batch_size=batch_size,
+        rows=range(batch_size) if rows is None else [int(row) for row in rows],
         seed=seed,
         split=split,
-        vocabulary_path=vocabulary.path,
+        vocabulary=vocabulary,
         sizes=(image_size, heatmap_size),
         variant=variant,
         text_length=text_length,
@@ -65,12 +68,14 @@ def _drawn(draw, start, workers):
         for number in itertools.count(start):
             yield draw(number)
     context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
+    pool = concurrent.futures.ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_start_drawing, initargs=(draw,)
+    )
     try:
-        pending = collections.deque(pool.submit(draw, start + k) for k in range(AHEAD * workers))
+        pending = collections.deque(pool.submit(_draw, start + k) for k in range(AHEAD * workers))
         for number in itertools.count(start + AHEAD * workers):
             yield pending.popleft().result()
-            pending.append(pool.submit(draw, number))
+            pending.append(pool.submit(_draw, number))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -88,15 +93,19 @@ def start_worker() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-@functools.cache
-def _vocabulary(path):
-    return Vocabulary(path)
+def _start_drawing(draw) -> None:
+    global _draw_batch
+    start_worker()
+    _draw_batch = draw
 
 
-def _batch(number, *, batch_size, seed, split, vocabulary_path, sizes, **arguments):
-    indices = range(number * batch_size, (number + 1) * batch_size)
-    drawn = [example.draw(seed, index, split, *sizes).decoded() for index in indices]
-    return make_batch(drawn, vocabulary=_vocabulary(vocabulary_path), **arguments)
+def _draw(number):
+    return _draw_batch(number)
+
+
+def _batch(number, *, batch_size, rows, seed, split, sizes, **arguments):
+    drawn = [example.draw(seed, number * batch_size + row, split, *sizes).decoded() for row in rows]
+    return make_batch(drawn, **arguments)
 
 
 def make_batch(

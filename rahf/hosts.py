@@ -1,0 +1,152 @@
+"""The processes of a run: how they find each other, wait for each other, and end together.
+
+One machine needs nothing. On a TPU pod, and under Slurm or Open MPI, JAX finds the others by itself. Elsewhere the same
+command is given on every machine, with a number of its own:
+
+    python -m rahf.train ... --coordinator=HOST:PORT --num_processes=2 --process_id=0       HOST is process 0's machine
+    python -m rahf.train ... --coordinator=HOST:PORT --num_processes=2 --process_id=1
+"""
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import traceback
+
+import jax
+from absl import flags
+from orbax.checkpoint import multihost
+
+JOIN_SECONDS = 300  # that the processes may start apart
+HEARTBEAT_SECONDS = 100  # after which a process that says nothing counts as dead
+LOST = (
+    "If the log of another process says why that one ended, mend this. Then give the same command again on all machines: "
+    "training goes on from its last checkpoint."
+)
+
+
+class EndNow(ValueError):
+    """An error after which the process ends at once, since threads of libraries would keep it."""
+
+
+def define_flags() -> None:
+    """The flags of every command that computes."""
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where JAX does not find it by itself.")
+    flags.DEFINE_integer("num_processes", None, "How many there are, one a machine; 1 = this one alone.", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "Which one this is, from 0 on.", lower_bound=0)
+
+
+@contextlib.contextmanager
+def joined(preemptible: bool = False):
+    """Runs a command's work as one process of its run, and turns its errors into a message and an exit code.
+
+    On several hosts an error ends the process at once: JAX's orderly end would wait for the others, and they for this one.
+
+    Args:
+      preemptible: on several hosts SIGTERM is a notice that the work itself looks for (train.py); else it ends the process.
+    """
+    jax.config.update("jax_enable_preemption_service", preemptible)
+    args = flags.FLAGS
+    try:
+        several = _join(args.coordinator, args.num_processes, args.process_id)
+    except ValueError as error:
+        _end(error)
+    if not several:
+        try:
+            yield
+        except EndNow as error:
+            _end(error)
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"error: {_message(error)}") from error
+        return
+    who = f"process {jax.process_index()} of {jax.process_count()}"
+    with _last_words(f"error: {who}: killed, or ended by JAX because another process died. {LOST}") as silent:
+        try:
+            yield
+            jax.distributed.shutdown()  # waits for the others
+        except SystemExit:
+            raise
+        except BaseException as error:
+            if not isinstance(error, OSError | ValueError | jax.errors.JaxRuntimeError):
+                traceback.print_exc()
+            silent()
+            lost = f"\n{LOST}" if isinstance(error, jax.errors.JaxRuntimeError) else ""
+            _end(f"{who}: {_message(error)}{lost}")
+
+
+def _message(error) -> str:
+    if isinstance(error, OSError):
+        return f"{error.filename or flags.FLAGS.workdir}: {error.strerror or error}"
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return str(error).strip().partition("\n")[0][:400]
+    return str(error)
+
+
+def _end(message) -> None:
+    """Ends this process at once, without waiting for threads or for other processes."""
+    sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def _last_words(message: str):
+    """Has a child say `message` if this process ends inside without a word: JAX's client ends it from C++, by SIGABRT.
+
+    Yields the function that keeps the child silent.
+    """
+    child = subprocess.Popen(
+        ["sh", "-c", 'read line || echo "$0" >&2', message], stdin=subprocess.PIPE, start_new_session=True
+    )
+
+    def silent():
+        with contextlib.suppress(BrokenPipeError, ValueError):
+            child.communicate(b"\n")
+
+    try:
+        yield silent
+    finally:
+        silent()
+
+
+def _join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> bool:
+    """Joins the run's other processes; returns when all are there: whether there are any. For before JAX looks for devices.
+
+    Raises:
+      ValueError: arguments that do not fit together; or the others do not answer.
+    """
+    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    if num_processes == 1 and not process_id:
+        return False
+    asked = {"initialization_timeout": JOIN_SECONDS, "heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
+    who = "the coordinator that JAX found (--num_processes=1 goes alone)"
+    if any(value is not None for value in given.values()):
+        if missing := [f"--{name}" for name, value in given.items() if value is None]:
+            raise ValueError(f"{', '.join(missing)}: got nothing, expected --coordinator, --num_processes and --process_id")
+        if process_id >= num_processes:
+            raise ValueError(f"--process_id: got {process_id}, expected 0 to {num_processes - 1}, below --num_processes")
+        if not re.fullmatch(r".+:\d+", coordinator):
+            raise ValueError(f"--coordinator: got {coordinator!r}, expected HOST:PORT of process 0, such as 10.0.0.1:8476")
+        asked |= {"coordinator_address": coordinator, "cluster_detection_method": "deactivate"} | {
+            name: given[name] for name in ("num_processes", "process_id")
+        }
+        who = f"--coordinator={coordinator}"
+    problem = (
+        f"{who}: not all processes came together in {JOIN_SECONDS} s; expected the same command on every machine, each with "
+        "its own --process_id, and process 0's port open to the others"
+    )
+    with _last_words(f"error: {problem}"):
+        try:
+            jax.distributed.initialize(**asked)
+        except Exception as error:  # XLA raises several kinds
+            if "coordinator_address should be defined" in str(error):
+                return False  # no cluster that JAX knows: one machine
+            reason, *_ = str(error).partition("\n")
+            raise ValueError(f"{problem} ({reason[:200]})") from error
+    return jax.process_count() > 1
+
+
+def wait(what: str) -> None:
+    """Returns when every process has come here. Each `what` is waited for once in a run."""
+    multihost.sync_global_processes(what, processes=set(range(jax.process_count())))
