@@ -47,6 +47,7 @@ setup(
         "cuda": ["jax[cuda12]>=0.5"],
         "launch": ["xmanager>=0.5"],  # asks for protobuf below 7: in an environment without constraints.txt
         "test": [
+            "gcsfs>=2024.2",
             "pytest>=8",
             "pytest-xdist>=3.5",
             "ruff>=0.6",
