@@ -21,7 +21,7 @@ def main(argv):
     del argv
     config, steps = flags.FLAGS.config, flags.FLAGS.steps
     config.data.source, config.data.num_workers = "stream", 0
-    mesh = partitioning.make_mesh(config.mesh.data, config.mesh.model)
+    mesh = partitioning.mesh_of(config.mesh)
     model = RAHF(RAHFConfig.from_dict(config.model.to_dict()))
     optimizer = optimizers.make_optimizer(config.optimizer, config.train.num_steps)
     schedule = optimizers.make_schedule(config.optimizer, config.train.num_steps)

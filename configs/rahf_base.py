@@ -29,6 +29,7 @@ def get_config():
             mlp_dim=3072,
             dropout=0.0,
             remat=False,
+            scan=False,  # loop over the layers: quicker to compile
             class_token=False,
             gelu="tanh",  # "erf" in Hugging Face's
             epsilon=1e-6,  # 1e-12 in Hugging Face's
@@ -47,6 +48,7 @@ def get_config():
             relpos_bias_per_layer=False,  # True in UMT5
             dropout=0.1,
             remat=False,
+            scan=False,
         ),
         score_head=dict(filters=(768, 384, 128, 64), kernel_size=2, padding="VALID", dense=(2048, 1024)),
         heatmap_head=dict(filters=(768, 384), deconv_filters=(768, 384, 384, 192), output_hidden=192),
@@ -86,5 +88,10 @@ def get_config():
         count_padding=False,  # True: the keywords' padding is a target too, as in the first author's PyTorch release
     )
     config.eval = dict(every=1000, batch_size=64, num_examples=995)
-    config.mesh = dict(data=-1, model=1)  # -1: all devices that model leaves
+    config.mesh = dict(
+        data=-1,  # devices that the batch is divided over; -1: all that model leaves
+        model=1,  # devices that a layer is divided over
+        rules="fully_sharded",  # or "optimizer_sharded", "data_parallel": what of the training state is divided too
+        shard_group=16,  # over how many devices of data at most; each group holds one copy
+    )
     return config

@@ -76,7 +76,7 @@ def devices_of(topology: str) -> list:
 
 
 def lowered(config, step: str, mesh, batch_size: int):
-    """One of `STEPS` of a config, lowered from abstract shapes, and the number of parameters."""
+    """One of `STEPS` of a config, lowered from abstract shapes, and its parameters: (shapes, shardings)."""
     model_config = RAHFConfig.from_dict(config.model.to_dict())
     model = RAHF(model_config)
     batch_sharding = partitioning.batch_sharding(mesh)
@@ -86,27 +86,29 @@ def lowered(config, step: str, mesh, batch_size: int):
     }
     optimizer = optimizers.make_optimizer(config.optimizer, config.train.num_steps)
     state, shardings = train.state_shardings(model, optimizer, config, mesh, jax.random.key(0))
-    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
-    num_params = sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
+    params = state["params"], shardings["params"]
     if step == "train":
         train.check_batch(config, mesh)
         schedule = optimizers.make_schedule(config.optimizer, config.train.num_steps)
         jitted = train.jit_train_step(model, optimizer, schedule, config, mesh, shardings)
         key = jax.eval_shape(jax.random.key, 0)
-        with partitioning.activate(mesh):
-            return jitted.lower(state, batch, key), num_params
+        with partitioning.activate(mesh, config.mesh.rules):
+            return jitted.lower(state, batch, key), params
     forward = predict.Model(config, None, None, mesh).forward
+    params = state["params"], partitioning.gathered(shardings["params"])
+    placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), *params)
     with partitioning.activate(mesh):
-        return forward.lower(state["params"], batch["image"], batch["text_ids"]), num_params
+        return forward.lower(placed, batch["image"], batch["text_ids"]), params
 
 
 def measure(config, topology: str, step: str, devices, batch_size: int) -> dict:
     """Compiles a step, and what the compiler says of it: the JSON object of this command."""
-    mesh = partitioning.make_mesh(config.mesh.data, config.mesh.model, devices)
+    mesh = partitioning.mesh_of(config.mesh, devices)
     start = time.monotonic()
-    low, num_params = lowered(config, step, mesh, batch_size)
+    low, params = lowered(config, step, mesh, batch_size)
     compiled = low.compile()
     seconds = time.monotonic() - start
+    hlo = compiled.as_text()
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
     chip = CHIPS.get(devices[0].device_kind)
     kinds = {
@@ -122,9 +124,11 @@ def measure(config, topology: str, step: str, devices, batch_size: int) -> dict:
         "step": step,
         "device_kind": devices[0].device_kind,
         "num_devices": len(devices),
-        "mesh": dict(mesh.shape),
+        "mesh": partitioning.sizes(mesh),
         "batch_size": batch_size,
-        "num_params": num_params,
+        "rules": config.mesh.rules,
+        "num_params": sum(leaf.size for leaf in jax.tree.leaves(params[0])),
+        "largest_replicated": dict(partitioning.largest_replicated(*params)),  # bytes on every device
         "hbm_gib_per_core": hbm,
         "hbm_gib_by_kind": {name: size / GIB for name, size in kinds.items()},
         "hbm_capacity_gib": chip and chip.hbm,
@@ -133,9 +137,20 @@ def measure(config, topology: str, step: str, devices, batch_size: int) -> dict:
         "bytes_per_core": cost.get("bytes accessed"),
         "estimated_step_s": cost.get("optimal_seconds") if chip else None,
         "peak_step_s": flops / (chip.tflops * 1e12) if chip and flops else None,
-        "collectives": collectives(compiled.as_text()),
+        "scheduler_cycles": scheduler_cycles(hlo),
+        "collectives": collectives(hlo),
+        "loops": len(re.findall(r" while\(", hlo)),  # their bodies are counted once in FLOPs, bytes and the estimate
         "compile_s": seconds,
     }
+
+
+def scheduler_cycles(hlo: str) -> int | None:
+    """The TPU backend's own estimates of an optimised module's operations, added up; None on other platforms.
+
+    They know of tiles and layouts, of which `estimated_step_s` knows nothing, and count no communication.
+    """
+    entry = hlo[hlo.index("\nENTRY ") :]
+    return sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', entry))) or None
 
 
 _OP = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
@@ -206,6 +221,7 @@ def _table(results: list[dict]) -> str:
                 "TFLOP/core": number((result["flops_per_core"] or 0) / 1e12, ".3f"),
                 "step s": number(estimated, ".4f"),
                 "at peak s": number(peak, ".4f"),
+                "Mcycles": number(result["scheduler_cycles"] and result["scheduler_cycles"] / 1e6, ".0f"),
                 "of peak": number(peak and estimated and peak / estimated, ".0%"),
                 "collectives GiB": number(moved),
                 "fits": "yes" if result["fits"] else "NO",
@@ -238,6 +254,11 @@ def main(argv):
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
     print(_table(results))
+    for result in results[:1]:
+        replicated = ", ".join(f"{name} {size / 2**20:.2f} MiB" for name, size in result["largest_replicated"].items())
+        print(f"largest parameters that every device holds whole: {replicated or 'none'}")
+        if result["loops"]:
+            print(f"{result['loops']} loops: FLOPs, bytes and the estimates count the body of each once")
     best = recommended(results)
     if args.sweep and best:
         print(f"recommended: --config.mesh.model={best['mesh']['model']} and remat={best['remat']}")

@@ -1,28 +1,44 @@
-"""The mesh, and the one table that maps the modules' logical axes to it.
+"""The mesh, and the tables that say where each array lives.
 
-Mesh axes: `data` (the batch, and the optimiser's state) and `model` (tensor parallel). The modules name what an axis of a
-parameter or an activation means ("embed", "mlp", ...); only this file says where it lives.
+A mesh of `data` x `model` devices: the batch is divided over `data`, tensor parallelism over `model`. Arrays that are
+sharded beside that are divided over groups of neighbours of `data`, and each group holds one copy: the axis `data` of the
+config is the two axes `replica` x `shard` here. The modules name what an axis of a parameter or an activation means
+("embed", "mlp", ...); only this file says where it lives.
 """
 
 import contextlib
+import contextvars
+import functools
+import math
 
 import jax
 import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# Logical axis -> mesh axis. An axis that is not listed, or maps to None, is replicated.
+DATA = ("replica", "shard")
+
+# Logical axis -> mesh axes. An axis that is not listed is whole on every device.
 RULES = (
-    ("batch", "data"),
+    ("batch", DATA),
     ("mlp", "model"),
     ("heads", "model"),
     ("joined_kv", "model"),
     ("vocab", "model"),
+    ("conv_out", "model"),
+    ("score_out", "model"),
 )
 
+# `mesh.rules` -> what is divided over `shard` too, and where gradients are summed up to be used.
+RULE_SETS = {
+    "data_parallel": (),  # every device holds the whole training state
+    "optimizer_sharded": ("opt_state", "ema"),  # ZeRO 1: each updates its share, and gathers the parameters
+    "fully_sharded": ("params", "opt_state", "ema"),  # ZeRO 3, FSDP: a layer is gathered when it computes, already cast
+}
 
-def make_mesh(data: int = -1, model: int = 1, devices=None) -> Mesh:
-    """A (data, model) mesh over all devices; `data` = -1 takes what `model` leaves.
+
+def make_mesh(data: int = -1, model: int = 1, shard_group: int = 16, devices=None) -> Mesh:
+    """A mesh over all devices; `data` = -1 takes what `model` leaves, `shard_group` is the largest size of `shard`.
 
     Raises:
       ValueError: the axes do not multiply to the number of devices.
@@ -35,19 +51,65 @@ def make_mesh(data: int = -1, model: int = 1, devices=None) -> Mesh:
             f"mesh: got data={data}, model={model} for {devices.size} devices; their product must be {devices.size} "
             "(--config.mesh.data=-1 takes what model leaves)"
         )
-    return Mesh(devices.reshape(data, model), ("data", "model"))
+    if shard_group < 1:
+        raise ValueError(f"mesh.shard_group: got {shard_group}, expected 1 or more")
+    shard = math.gcd(data, shard_group)
+    return Mesh(devices.reshape(data // shard, shard, model), (*DATA, "model"))
+
+
+def mesh_of(config, devices=None) -> Mesh:
+    """The mesh of a config's `mesh` section. Raises ValueError where the devices cannot be divided so."""
+    return make_mesh(config.data, config.model, config.shard_group, devices)
+
+
+def sizes(mesh: Mesh) -> dict[str, int]:
+    """{"data", "model"}: over how many devices the batch is divided, and over how many a layer."""
+    return {"data": mesh.shape["replica"] * mesh.shape["shard"], "model": mesh.shape["model"]}
+
+
+_rules = contextvars.ContextVar("rules", default=None)
 
 
 @contextlib.contextmanager
-def activate(mesh: Mesh):
-    """What the modules' logical axes mean while a step is traced."""
-    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        yield
+def activate(mesh: Mesh, rules: str = "data_parallel"):
+    """What the modules' logical axes mean while a step is traced, and where its gradients live."""
+    token = _rules.set(rules)
+    try:
+        with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+            yield
+    finally:
+        _rules.reset(token)
+
+
+def compute_copy(param: jax.Array, axes: tuple[str | None, ...], dtype) -> jax.Array:
+    """A parameter as a layer computes with it: cast, then gathered from where it is sharded; its gradient goes back alike.
+
+    Cast first, half of the bytes travel. Without `activate` it is the cast alone.
+    """
+    rules = _rules.get()
+    if rules is None:
+        return param.astype(dtype)
+    mesh = jax.sharding.get_abstract_mesh()
+    whole = _to_mesh(axes)
+    shared = _divided(mesh.shape["shard"], param.shape, whole) if RULE_SETS[rules] else whole
+
+    @jax.custom_vjp
+    def copy(param):
+        return jax.lax.with_sharding_constraint(param.astype(dtype), whole)
+
+    def forward(param):
+        return copy(param), None
+
+    def backward(_, gradient):
+        return (jax.lax.with_sharding_constraint(gradient, shared).astype(param.dtype),)
+
+    copy.defvjp(forward, backward)
+    return copy(param)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Splits the leading axis of a batch's arrays over `data`."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    return NamedSharding(mesh, PartitionSpec(DATA))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -55,8 +117,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def param_shardings(mesh: Mesh, boxed_params):
-    """The sharding of every parameter, from abstract parameters that still carry their logical axis names.
+def param_shardings(mesh: Mesh, boxed_params, sharded: bool = False):
+    """Where every parameter lives, from abstract parameters that still carry their logical axis names.
+
+    Args:
+      sharded: whether they are divided over `shard` beside what the logical axes say.
 
     Raises:
       ValueError: a dimension does not divide by the mesh axis that the table gives it; names the parameter.
@@ -65,27 +130,36 @@ def param_shardings(mesh: Mesh, boxed_params):
     shapes = nn.meta.unbox(boxed_params)
 
     def place(path, logical, shape):
-        axes = [dict(RULES).get(name) for name in logical]
-        for size, axis, name in zip(shape.shape, axes, logical, strict=False):
+        spec = _to_mesh(logical)
+        for size, axis, name in zip(shape.shape, spec, logical, strict=False):
             if axis and size % mesh.shape[axis]:
                 raise ValueError(
                     f"{jax.tree_util.keystr(path)}: axis {name!r} of size {size} does not divide by mesh axis {axis!r} "
                     f"of {mesh.shape[axis]} devices; choose another --config.mesh.{axis}"
                 )
-        return NamedSharding(mesh, PartitionSpec(*axes))
+        return NamedSharding(mesh, _divided(mesh.shape["shard"], shape.shape, spec) if sharded else spec)
 
     return jax.tree_util.tree_map_with_path(
         place, specs, shapes, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
     )
 
 
-def optimizer_shardings(mesh: Mesh, abstract_opt_state, abstract_params, shardings):
-    """Shards each moment as its parameter, and over `data` as well on the first free dimension that divides.
+def gathered(shardings):
+    """The same shardings, not divided over `shard`."""
 
-    A leaf of the optimiser's state belongs to the parameter whose path its own path ends with.
+    def gather(sharding):
+        return NamedSharding(sharding.mesh, PartitionSpec(*[None if axis == "shard" else axis for axis in sharding.spec]))
+
+    return jax.tree.map(gather, shardings)
+
+
+def optimizer_shardings(mesh: Mesh, abstract_opt_state, abstract_params, shardings):
+    """Each leaf of the optimiser's state as its parameter, in `shardings`; what belongs to none is whole everywhere.
+
+    It belongs to the parameter whose path its own path ends with.
     """
     by_path = {
-        _names(path): (leaf.shape, sharding.spec)
+        _names(path): (leaf.shape, sharding)
         for (path, leaf), (_, sharding) in zip(
             jax.tree_util.tree_leaves_with_path(abstract_params),
             jax.tree_util.tree_leaves_with_path(shardings),
@@ -96,24 +170,43 @@ def optimizer_shardings(mesh: Mesh, abstract_opt_state, abstract_params, shardin
     def place(path, leaf):
         names = _names(path)
         for start in range(len(names)):
-            shape, spec = by_path.get(names[start:], (None, None))
+            shape, sharding = by_path.get(names[start:], (None, None))
             if shape == leaf.shape:
-                return NamedSharding(mesh, _over_data(mesh, shape, spec))
+                return sharding
         return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(place, abstract_opt_state)
+
+
+def largest_replicated(abstract, shardings, count: int = 5) -> list[tuple[str, int]]:
+    """[(name, bytes)], largest first: the arrays that every device of the mesh holds whole, where there is more than one."""
+    found = [
+        ("/".join(_names(path)), math.prod(leaf.shape) * leaf.dtype.itemsize)
+        for (path, leaf), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(abstract), jax.tree.leaves(shardings), strict=True
+        )
+        if sharding.is_fully_replicated and sharding.num_devices > 1
+    ]
+    return sorted(found, key=lambda entry: -entry[1])[:count]
 
 
 def _names(path) -> tuple[str, ...]:
     return tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
-def _over_data(mesh, shape, spec):
+@functools.cache
+def _to_mesh(logical) -> PartitionSpec:
+    return PartitionSpec(*[dict(RULES).get(name) for name in logical])
+
+
+def _divided(shard: int, shape, spec: PartitionSpec) -> PartitionSpec:
+    """The spec, with the first dimension that is free and divides given to `shard`; vectors stay as they are."""
     axes = [*spec, *[None] * (len(shape) - len(spec))]
-    for index, (size, axis) in enumerate(zip(shape, axes, strict=True)):
-        if axis is None and size % mesh.shape["data"] == 0 and size >= mesh.shape["data"]:
-            axes[index] = "data"
-            break
+    if len(shape) > 1 and shard > 1:
+        for index, (size, axis) in enumerate(zip(shape, axes, strict=True)):
+            if axis is None and size % shard == 0:
+                axes[index] = "shard"
+                break
     return PartitionSpec(*axes)
 
 

@@ -78,7 +78,7 @@ class Model:
             added up to a multiple of the devices and taken off again. On several hosts each is given the same rows.
         """
         rows = len(batch["image"])
-        padding = -rows % self.mesh.shape["data"]
+        padding = -rows % partitioning.sizes(self.mesh)["data"]
         inputs = {
             name: np.pad(batch[name], [(0, padding)] + [(0, 0)] * (batch[name].ndim - 1))
             for name in ("image", "text_ids")

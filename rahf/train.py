@@ -73,7 +73,7 @@ def make_train_step(model: rahf_model.RAHF, optimizer, schedule, config, mesh):
             (_, metrics), grads = gradient(state["params"], batch, 0)
         else:
             rows = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
-            spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "data"))
+            spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, partitioning.DATA))
             rows = jax.lax.with_sharding_constraint(rows, spread)
 
             def accumulate(total, scanned):
@@ -113,24 +113,29 @@ def state_shardings(model, optimizer, config, mesh, key):
     """The training state as shapes (unboxed), and where each of its arrays lives."""
     boxed = jax.eval_shape(lambda key: initial_state(model, optimizer, config, key), key)
     abstract = nn.unbox(boxed)
-    params = partitioning.param_shardings(mesh, boxed["params"])
-    shardings = {
-        "step": partitioning.replicated(mesh),
-        "params": params,
-        "opt_state": partitioning.optimizer_shardings(mesh, abstract["opt_state"], abstract["params"], params),
+    if config.mesh.rules not in partitioning.RULE_SETS:
+        raise ValueError(f"mesh.rules: got {config.mesh.rules!r}, expected one of {sorted(partitioning.RULE_SETS)}")
+    divided = partitioning.RULE_SETS[config.mesh.rules]
+    like_params = {
+        name: partitioning.param_shardings(mesh, boxed["params"], name in divided) for name in ("params", "ema", "opt_state")
     }
+    shardings = {"step": partitioning.replicated(mesh), "params": like_params["params"]}
+    shardings["opt_state"] = partitioning.optimizer_shardings(
+        mesh, abstract["opt_state"], abstract["params"], like_params["opt_state"]
+    )
     if "ema" in abstract:
-        shardings["ema"] = params
+        shardings["ema"] = like_params["ema"]
     return abstract, shardings
 
 
 def check_batch(config, mesh) -> None:
     """Refuses a batch size that the devices and the accumulation do not divide."""
-    unit = mesh.shape["data"] * config.train.accumulation_steps
+    data = partitioning.sizes(mesh)["data"]
+    unit = data * config.train.accumulation_steps
     if config.train.batch_size % unit:
         raise ValueError(
             f"train.batch_size: got {config.train.batch_size}, expected a multiple of {unit} = "
-            f"{mesh.shape['data']} (mesh.data) x {config.train.accumulation_steps} (train.accumulation_steps)"
+            f"{data} (mesh.data) x {config.train.accumulation_steps} (train.accumulation_steps)"
         )
 
 
@@ -242,7 +247,7 @@ def train(config, workdir) -> dict[str, float]:
       SystemExit: SIGTERM (code 75) or SIGINT (130) came; the state is saved.
     """
     # ---- Mesh, model, optimiser -------------------------------------------------------------------------------------
-    mesh = partitioning.make_mesh(config.mesh.data, config.mesh.model)
+    mesh = partitioning.mesh_of(config.mesh)
     model_config = rahf_model.RAHFConfig.from_dict(config.model.to_dict())
     model = rahf_model.RAHF(model_config)
     schedule = optimizers.make_schedule(config.optimizer, config.train.num_steps)
@@ -265,7 +270,8 @@ def train(config, workdir) -> dict[str, float]:
     predict.check_vocabulary(model_config, vocabulary)
     say = functools.partial(print, flush=True) if first else lambda text: None
     say(f"workdir {workdir}: {jax.device_count()} {jax.devices()[0].platform} devices of {jax.process_count()} processes")
-    say(f"{num_params:,} parameters, mesh data={mesh.shape['data']} model={mesh.shape['model']}")
+    sizes = " x ".join(f"{name} {size}" for name, size in partitioning.sizes(mesh).items())
+    say(f"{num_params:,} parameters, mesh {sizes}, {config.mesh.rules}")
 
     # ---- Checkpoint or a fresh start --------------------------------------------------------------------------------
     with checkpoints.manager(workdir, "checkpoints") as latest, checkpoints.manager(workdir, "best") as best:
@@ -278,7 +284,8 @@ def train(config, workdir) -> dict[str, float]:
             tensors = pretrained.starting_tensors(config.init, abstract["params"], model_config)
             state["params"] = pretrained.initialise(state["params"], tensors)
             if "ema" in state:
-                state["ema"] = jax.tree.map(jnp.copy, state["params"])
+                copied = functools.partial(jax.tree.map, jnp.copy)
+                state["ema"] = jax.jit(copied, out_shardings=shardings["ema"])(state["params"])
         else:
             say(f"resumed from step {saved['step']}")
         step, bad_batches = saved["step"], workdir / "bad_batches"
@@ -291,6 +298,7 @@ def train(config, workdir) -> dict[str, float]:
         own_rows = partitioning.local_rows(batch_sharding, batch_size)
         batches = sources.training_batches(config, vocabulary, start=step, rows=own_rows)
         train_step = jit_train_step(model, optimizer, schedule, config, mesh, shardings)
+        whole = jax.jit(lambda params: params, out_shardings=partitioning.gathered(shardings["params"]))
         predictor = predict.Model(config, None, vocabulary, mesh)
         evaluation = evaluate.prepare(config, vocabulary, "dev", config.eval.num_examples)
         results = {}
@@ -306,8 +314,10 @@ def train(config, workdir) -> dict[str, float]:
             while stopped_by is None:
                 # What a run resumes with was saved before its evaluation, which may have been cut short: done again.
                 if step and (step % config.eval.every == 0 or step == num_steps):
-                    predictor.params = state.get("ema", state["params"])
+                    trained = state.get("ema", state["params"])
+                    predictor.params = whole(trained)
                     results = evaluation.run(predictor)
+                    predictor.params = None
                     value = float(multihost_utils.broadcast_one_to_all(np.float64(evaluate.selection(results))))
                     for name, entry in results.items():
                         if entry == entry:  # nan: nothing in the split to measure it on
@@ -316,14 +326,14 @@ def train(config, workdir) -> dict[str, float]:
                         bar.write(f"step {step}: dev {evaluate.summary(results)}")
                     if best_value is None or value > best_value:
                         best_value = value
-                        checkpoints.save(best, step, predictor.params, {"value": value})
+                        checkpoints.save(best, step, trained, {"value": value})
                     logged_at, logged_step = time.monotonic(), step
                 if step == num_steps:
                     break
 
                 rows = next(batches)
                 batch = partitioning.shard_batch(rows, batch_sharding)
-                with partitioning.activate(mesh):
+                with partitioning.activate(mesh, config.mesh.rules):
                     state, metrics = train_step(state, batch, step_key)
                 step += 1
                 skips.add(step, rows, metrics.pop("skipped"))

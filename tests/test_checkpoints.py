@@ -133,7 +133,7 @@ def test_digest_is_the_same_on_every_mesh_and_another_for_other_bits():
     values = np.random.default_rng(0).normal(size=(16, 24)).astype(np.float32)
     digest = checkpoints.digests({"x": values})["x"]
     mesh = partitioning.make_mesh(4, 2)
-    for spec in (PartitionSpec("data", "model"), PartitionSpec(None, "data"), PartitionSpec()):
+    for spec in (PartitionSpec("shard", "model"), PartitionSpec(None, "shard"), PartitionSpec()):
         assert checkpoints.digests({"x": jax.device_put(values, NamedSharding(mesh, spec))})["x"] == digest
     negated = values.copy()
     negated[[3, 4], 5] *= -1

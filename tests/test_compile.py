@@ -51,7 +51,10 @@ def test_a_train_step_over_8_devices_adds_its_gradients_up():
     gradients = 4 * result["num_params"]
     assert sum(entry["bytes"] for entry in result["collectives"].values()) >= gradients
     arguments = result["hbm_gib_by_kind"]["arguments"] * compiling.GIB
-    assert gradients < arguments < 4 * gradients  # parameters, and moments that are sharded
+    assert gradients / 8 < arguments < gradients  # parameters and moments, sharded
+    config.mesh.rules = "data_parallel"
+    whole = compiling.measure(config, "cpu", "train", jax.devices(), config.train.batch_size)
+    assert whole["hbm_gib_by_kind"]["arguments"] * compiling.GIB > 3 * gradients
 
 
 def test_collectives_are_counted_with_the_bytes_of_their_results():
@@ -64,6 +67,21 @@ def test_collectives_are_counted_with_the_bytes_of_their_results():
 """
     expected = {"all-reduce": {"count": 1, "bytes": 4 * 768 + 2 * 6}, "all-gather": {"count": 2, "bytes": 4 * 256 + 5}}
     assert compiling.collectives(hlo) == expected
+
+
+def test_scheduler_cycles_are_those_of_the_entry_computation():
+    hlo = '''
+%body (p: f32[]) -> f32[] {
+  ROOT %a = f32[] add(%p, %p), backend_config={"estimated_cycles":"100"}
+}
+
+ENTRY %main (p: f32[]) -> f32[] {
+  %b = f32[] add(%p, %p), backend_config={"estimated_cycles":"7"}
+  ROOT %c = f32[] add(%b, %p), backend_config={"estimated_cycles":"5"}
+}
+'''
+    assert compiling.scheduler_cycles(hlo) == 12
+    assert compiling.scheduler_cycles(hlo.replace("estimated_cycles", "other")) is None
 
 
 def test_batch_shapes_are_those_of_a_batch(tmp_path):

@@ -18,7 +18,7 @@ def test_config_builds_its_training_state(name):
     config = module.get_config()
     model = RAHF(RAHFConfig.from_dict(config.model.to_dict()))
     optimizer = optimizers.make_optimizer(config.optimizer, config.train.num_steps)
-    mesh = partitioning.make_mesh(config.mesh.data, config.mesh.model)
+    mesh = partitioning.mesh_of(config.mesh)
     abstract, _ = train.state_shardings(model, optimizer, config, mesh, jax.random.key(0))
     assert all(leaf.dtype in ("float32", "int32") for leaf in jax.tree.leaves(abstract))
     for word in ("command", "hardware", "result"):

@@ -45,6 +45,56 @@ def test_deconv2x_trains_without_dilation_on_cpu():
     assert "lhs_dilate" not in compiled(heads.deconv2x) and "rhs_dilate" not in compiled(heads.deconv2x)
 
 
+class PlainHeatmapHead(nn.Module):
+    """The paper's heatmap head, each layer as it is written: convolution, flax's layer norm, ReLU."""
+
+    config: heads.HeatmapHeadConfig
+
+    @nn.compact
+    def __call__(self, x):
+        def conv(x, features, path, deconv=False):
+            own = self.variables["params"]
+            for name in (*path, "conv"):
+                own = own[name]
+            x = transpose(x, own["kernel"]) if deconv else nn.Conv(features, (3, 3)).apply({"params": own}, x)
+            return x + own["bias"].reshape(1, 1, 1, -1) if deconv else x
+
+        def layer(x, features, *path, deconv=False):
+            own = self.variables["params"]
+            for name in (*path, "norm"):
+                own = own[name]
+            return nn.relu(nn.LayerNorm(epsilon=1e-6).apply({"params": own}, conv(x, features, path, deconv)))
+
+        for i, features in enumerate(self.config.filters):
+            x = layer(x, features, f"conv_{i}")
+        for i, features in enumerate(self.config.deconv_filters):
+            x = layer(x, features, f"up_{i}", "deconv", deconv=True)
+            x = layer(x, features, f"up_{i}", "readout_0")
+            x = layer(x, features, f"up_{i}", "readout_1")
+        x = layer(x, self.config.output_hidden, "output_0")
+        x = nn.Conv(1, (3, 3)).apply({"params": self.variables["params"]["output_1"]}, x)
+        return nn.sigmoid(x[..., 0])
+
+
+@pytest.mark.usefixtures("standard_promotion")  # flax's modules promote freely
+def test_heatmap_head_equals_its_layers_written_plainly_in_output_and_gradients():
+    x = np.random.default_rng(0).normal(size=(2, 4, 4, 6)).astype(np.float32)
+    params = tiny_model.random_params(heads.HeatmapHead(SMALL_HEATMAP), x)
+    weights = np.random.default_rng(1).normal(size=(2, 16, 16)).astype(np.float32)
+
+    def value_and_gradients(module):
+        def loss(params, x):
+            output = module.apply({"params": params}, x)
+            return (output * weights).sum(), output
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, x)
+
+    found, wanted = (value_and_gradients(kind(SMALL_HEATMAP)) for kind in (heads.HeatmapHead, PlainHeatmapHead))
+    for (path, ours), theirs in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(wanted), strict=True):
+        scale = max(np.abs(theirs).max(), 1e-2)  # a bias before a norm has next to no gradient
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 * scale, rtol=0, err_msg=jax.tree_util.keystr(path))
+
+
 def test_heads_shapes_and_ranges():
     x = 3 * np.random.default_rng(0).normal(size=(2, 4, 4, 6)).astype(np.float32)
 

@@ -160,6 +160,35 @@ def test_class_token_is_fused_but_not_on_the_map():
     np.testing.assert_array_equal(grid.reshape(3, 16, 16), fused[:, 1:17])
 
 
+def test_scanned_layers_change_no_parameter_output_or_gradient():
+    def made(**scanned):
+        vit = {"patch_size": 4, "width": 12, "depth": 3, "num_heads": 2, "mlp_dim": 16} | scanned
+        layers = {"num_encoder_layers": 3, "num_decoder_layers": 2, "relpos_bias_per_layer": True}
+        sizes = {"vocab_size": tiny_model.VOCAB, "emb_dim": 16, "num_heads": 2, "head_dim": 8, "mlp_dim": 16}
+        return tiny_model.model_and_params(tiny_model.config(vit=vit, t5=sizes | layers | scanned))
+
+    (plain, params), (looped, looped_params) = made(), made(scan=True, remat=True)
+    assert jax.tree.structure(params) == jax.tree.structure(looped_params)
+    batch = tiny_model.batch(plain.config, 3)
+
+    def outputs_and_gradient(model):
+        def total(params):
+            outputs = model.apply(params, *(batch[name] for name in INPUTS))
+            return sum(jnp.sum(x**2) for x in outputs), outputs
+
+        return jax.jit(jax.value_and_grad(total, has_aux=True))(params)
+
+    found, wanted = outputs_and_gradient(looped), outputs_and_gradient(plain)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 * max(np.abs(theirs).max(), 1e-3), rtol=0)
+
+    def trained(key):
+        args = (batch[name] for name in INPUTS)
+        return looped.apply(params, *args, train=True, rngs={"dropout": jax.random.key(key)}).scores
+
+    assert not np.array_equal(trained(0), trained(1))  # dropout runs in the loop
+
+
 def test_equal_widths_need_no_projection():
     vit = {"patch_size": 4, "width": 16, "depth": 1, "num_heads": 2, "mlp_dim": 16}
     _, params = tiny_model.model_and_params(tiny_model.config(vit=vit))

@@ -1,25 +1,37 @@
 """The mesh and where each array lives."""
 
-import jax
-import pytest
-from flax import linen as nn
-from jax.sharding import PartitionSpec
+import functools
+import pathlib
 
-from configs import rahf_ci
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny_model
+from flax import linen as nn
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from configs import rahf_base, rahf_ci
 from rahf import optimizers, partitioning, train
 from rahf.models.rahf import RAHF, RAHFConfig
 
+GOLDEN = pathlib.Path(__file__).parent / "data" / "rahf_base_shardings.txt"
+RULE_SETS = sorted(partitioning.RULE_SETS)
 
-def shardings(mesh, kind="adamw"):
-    config = rahf_ci.get_config()
-    config.optimizer.kind = kind
+
+def shardings(mesh, kind="adamw", rules="fully_sharded", config=None):
+    config = config or rahf_ci.get_config()
+    config.optimizer.kind, config.optimizer.ema_decay, config.mesh.rules = kind, 0.9, rules
     model = RAHF(RAHFConfig.from_dict(config.model.to_dict()))
     optimizer = optimizers.make_optimizer(config.optimizer, config.train.num_steps)
     return train.state_shardings(model, optimizer, config, mesh, jax.random.key(0))
 
 
 def test_make_mesh_takes_the_devices_that_model_leaves():
-    assert dict(partitioning.make_mesh(-1, 2).shape) == {"data": 4, "model": 2}
+    mesh = partitioning.make_mesh(-1, 2, shard_group=2)
+    assert dict(mesh.shape) == {"replica": 2, "shard": 2, "model": 2}
+    assert partitioning.sizes(mesh) == {"data": 4, "model": 2}
 
 
 @pytest.mark.parametrize(("data", "model"), [(3, 1), (-1, 3), (4, 4)])
@@ -28,31 +40,124 @@ def test_make_mesh_refuses_a_product_that_is_not_the_devices(data, model):
         partitioning.make_mesh(data, model)
 
 
-def test_model_axis_splits_mlp_heads_and_vocabulary():
-    _, placed = shardings(partitioning.make_mesh(4, 2))
-    t5 = placed["params"]["t5"]
-    assert t5["token_embedder"]["embedding"].spec == PartitionSpec("model", None)
-    assert t5["encoder"]["layers_0"]["mlp"]["wi"]["kernel"].spec == PartitionSpec(None, "model")
-    assert t5["encoder"]["layers_0"]["mlp"]["wo"]["kernel"].spec == PartitionSpec("model", None)
+def test_model_axis_splits_mlp_heads_vocabulary_and_heads():
+    _, placed = shardings(partitioning.make_mesh(4, 2), rules="data_parallel")
+    params = placed["params"]
+    assert params["t5"]["token_embedder"]["embedding"].spec == PartitionSpec("model", None)
+    assert params["t5"]["encoder"]["layers_0"]["mlp"]["wi"]["kernel"].spec == PartitionSpec(None, "model")
+    assert params["t5"]["decoder"]["layers_0"]["mlp"]["wo"]["kernel"].spec == PartitionSpec("model", None)
+    assert params["score_head_overall"]["dense_0"]["kernel"].spec == PartitionSpec(None, "model")
+    deconv = params["heatmap_head_implausibility"]["up_0"]["deconv"]["conv"]["kernel"]
+    assert deconv.spec == PartitionSpec(None, None, None, "model")
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_optimizer_moments_are_sharded_over_data_too(kind):
-    abstract, placed = shardings(partitioning.make_mesh(8, 1), kind)
-    moments = [
-        (leaf.shape, sharding.spec)
-        for leaf, sharding in zip(
-            jax.tree.leaves(abstract["opt_state"]), jax.tree.leaves(placed["opt_state"]), strict=True
+@pytest.mark.parametrize("rules", RULE_SETS)
+def test_rule_sets_divide_what_they_name(rules, kind):
+    abstract, placed = shardings(partitioning.make_mesh(8, 1, shard_group=4), kind, rules)
+    for part in ("params", "ema", "opt_state"):
+        divisible = [
+            sharding.spec
+            for leaf, sharding in zip(jax.tree.leaves(abstract[part]), jax.tree.leaves(placed[part]), strict=True)
+            if leaf.ndim >= 2 and any(size % 4 == 0 for size in leaf.shape)
+        ]
+        assert divisible
+        assert all(("shard" in spec) == (part in partitioning.RULE_SETS[rules]) for spec in divisible)
+
+
+def test_an_unknown_rule_set_is_refused():
+    with pytest.raises(ValueError, match=r"mesh.rules: got 'zero', expected one of \['data_parallel'"):
+        shardings(partitioning.make_mesh(), rules="zero")
+
+
+def test_largest_replicated_names_what_no_rule_divides():
+    boxed = {
+        "table": nn.LogicallyPartitioned(jax.ShapeDtypeStruct((9, 7), "float32"), ("position", "embed")),
+        "mlp": nn.LogicallyPartitioned(jax.ShapeDtypeStruct((8, 8), "float32"), ("embed", "mlp")),
+        "bias": nn.LogicallyPartitioned(jax.ShapeDtypeStruct((8,), "float32"), ("embed",)),
+    }
+    mesh = partitioning.make_mesh(4, 2)
+    placed = partitioning.param_shardings(mesh, boxed, sharded=True)
+    assert partitioning.largest_replicated(nn.unbox(boxed), placed) == [("table", 252), ("bias", 32)]
+    one = partitioning.make_mesh(1, 1, devices=jax.devices()[:1])
+    assert partitioning.largest_replicated(nn.unbox(boxed), partitioning.param_shardings(one, boxed)) == []
+
+
+def base_shardings() -> str:
+    """A line for each parameter of the base config on 64 x 2 devices: name, shape, where it lives."""
+    mesh = AbstractMesh((4, 16, 2), (*partitioning.DATA, "model"))
+    abstract, placed = shardings(mesh, config=rahf_base.get_config())
+    assert placed["ema"] == placed["params"]
+    lines = [
+        f"{'/'.join(key.key for key in path)} {list(leaf.shape)} {[axis or '-' for axis in sharding.spec]}".replace("'", "")
+        for (path, leaf), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(abstract["params"]), jax.tree.leaves(placed["params"]), strict=True
         )
-        if leaf.ndim >= 2
     ]
-    divisible = [spec for shape, spec in moments if any(size % 8 == 0 for size in shape)]
-    assert divisible
-    assert all("data" in spec for spec in divisible)
-    assert all("data" not in sharding.spec for sharding in jax.tree.leaves(placed["params"]))
+    return "\n".join(lines) + "\n"
+
+
+def test_every_parameter_of_the_base_config_lives_where_the_golden_file_says():
+    # Written by `python tests/test_partitioning.py`.
+    assert base_shardings().splitlines() == GOLDEN.read_text().splitlines()
+
+
+def gradient_config(rules, data, model, shard_group, variant):
+    config = rahf_base.get_config()
+    config.model = tiny_model.dividing(variant)
+    config.train.batch_size, config.data.text_length, config.data.keyword_length = 8, 6, 5
+    config.mesh = dict(data=data, model=model, rules=rules, shard_group=shard_group)
+    return config
+
+
+@functools.cache
+def loss_and_gradients(rules, data, model, shard_group=2, variant="multi_head"):
+    """Of one real training step with dropout; an optimiser whose state is the gradient keeps it."""
+    config = gradient_config(rules, data, model, shard_group, variant)
+    mesh = partitioning.mesh_of(config.mesh, jax.devices()[: data * model])
+    module = RAHF(RAHFConfig.from_dict(config.model.to_dict()))
+    keep = optax.GradientTransformation(
+        lambda params: jax.tree.map(jnp.zeros_like, params),
+        lambda gradients, state, params: (jax.tree.map(jnp.zeros_like, gradients), gradients),
+    )
+    abstract, placed = train.state_shardings(module, keep, config, mesh, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    values = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype) / max(1, x.size) ** 0.25, abstract)
+    state = jax.tree.map(jax.device_put, values | {"step": np.int32(0)}, placed)
+    batch = partitioning.shard_batch(tiny_model.batch(module.config, 8), partitioning.batch_sharding(mesh))
+    step = train.jit_train_step(module, keep, optax.constant_schedule(0.0), config, mesh, placed)
+    with partitioning.activate(mesh, rules):
+        state, metrics = step(state, batch, jax.random.key(1))
+    return jax.device_get(metrics["loss"]), jax.device_get(state["opt_state"])
+
+
+@pytest.mark.usefixtures("standard_promotion")  # optax promotes freely
+@pytest.mark.parametrize(
+    ("rules", "data", "model", "variant"),
+    [
+        *[(rules, data, model, "multi_head") for rules in RULE_SETS for data, model in ((8, 1), (4, 2), (2, 4))],
+        ("fully_sharded", 1, 8, "multi_head"),
+        ("fully_sharded", 4, 2, "augmented_prompt"),
+    ],
+)
+def test_loss_and_every_gradient_are_the_same_on_any_mesh_by_any_rules(rules, data, model, variant):
+    expected_loss, expected = loss_and_gradients("data_parallel", 1, 1, variant=variant)
+    loss, gradients = loss_and_gradients(rules, data, model, variant=variant)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    for (path, found), wanted in zip(
+        jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(expected), strict=True
+    ):
+        name, scale = jax.tree_util.keystr(path), np.abs(wanted).max()
+        assert scale > 0, name
+        # Softmax makes the gradient of the keys' biases 0: what is there is rounding.
+        assert np.abs(found - wanted).max() <= max(1e-5 * scale, 1e-8), name
 
 
 def test_a_dimension_that_does_not_divide_is_named():
     boxed = {"mlp": {"kernel": nn.LogicallyPartitioned(jax.ShapeDtypeStruct((4, 7), "float32"), ("embed", "mlp"))}}
     with pytest.raises(ValueError, match=r"\['mlp'\]\['kernel'\]: axis 'mlp' of size 7 does not divide"):
         partitioning.param_shardings(partitioning.make_mesh(4, 2), boxed)
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(base_shardings())

@@ -1,5 +1,6 @@
 """A tiny RAHF, its parameters and its batches, for tests."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -36,6 +37,16 @@ def config(variant="multi_head", **options) -> rahf.RAHFConfig:
         }
         | options
     )
+
+
+def dividing(variant="multi_head") -> dict:
+    """The tiny model as a config's section, of sizes that 8 devices divide; in float32 with dropout."""
+    values = dataclasses.asdict(config(variant))
+    values["vit"] |= {"width": 16, "num_heads": 8, "mlp_dim": 16, "dropout": 0.1}
+    values["t5"] |= {"num_heads": 8, "head_dim": 2}
+    values["score_head"] |= {"filters": (8, 8)}
+    values["heatmap_head"] |= {"deconv_filters": (8,), "output_hidden": 8}
+    return values
 
 
 def random_params(module: nn.Module, *inputs, seed: int = 0) -> dict:

@@ -10,7 +10,8 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
 from rahf.models.t5 import RMSNorm
-from rahf.models.vit import LayerNorm
+from rahf.models.vit import LayerNorm, Projection
+from rahf.partitioning import compute_copy
 
 Array = jax.Array
 KERNEL_AXES = ("conv_height", "conv_width", "conv_in", "conv_out")
@@ -114,7 +115,10 @@ def row_major(x: Array) -> Array:
     """The same array, on a TPU laid out in memory in the order of its axes.
 
     Between convolutions of few images XLA would lay the batch beside the channels, and fill it up to a tile of 4 or 128.
+    An exported function whose batch is a symbol goes without: layouts cannot be exported so.
     """
+    if not all(isinstance(size, int) for size in x.shape):
+        return x
 
     def constrained(x):
         return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
@@ -147,7 +151,7 @@ class Conv(nn.Module):
         bias = self.param("bias", partitioned(nn.initializers.zeros, ("conv_out",)), shape[-1:], jnp.float32)
         if self.centred:
             kernel, bias = (x - jnp.mean(x, axis=-1, keepdims=True) for x in (kernel, bias))
-        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        x, kernel = x.astype(self.dtype), compute_copy(kernel, KERNEL_AXES, self.dtype)
         if self.deconv:
             x = deconv2x(x, kernel, self.style)
         else:
@@ -195,10 +199,11 @@ class ConvToOne(nn.Module):
         axes = (*KERNEL_AXES[:3], None)
         kernel = self.param("kernel", partitioned(nn.initializers.he_normal(), axes), (3, 3, x.shape[-1], 1), jnp.float32)
         bias = self.param("bias", partitioned(nn.initializers.zeros, (None,)), (1,), jnp.float32)
-        x, kernel, (h, w) = x.astype(self.dtype), kernel[..., 0].astype(self.dtype), x.shape[1:3]
-        taps = jnp.einsum("bhwc,ijc->ijbhw", x, kernel, preferred_element_type=jnp.float32)
+        kernel = compute_copy(kernel, axes, self.dtype)[..., 0]
+        h, w = x.shape[1:3]
+        taps = jnp.einsum("bhwc,ijc->ijbhw", x.astype(self.dtype), kernel, preferred_element_type=jnp.float32)
         taps = jnp.pad(taps, ((0, 0), (0, 0), (0, 0), (1, 1), (1, 1)))
-        return bias + sum(taps[i, j, :, i : i + h, j : j + w] for i in range(3) for j in range(3))
+        return bias.reshape(1, 1, 1) + sum(taps[i, j, :, i : i + h, j : j + w] for i in range(3) for j in range(3))
 
 
 class ScoreHead(nn.Module):
@@ -224,18 +229,12 @@ class ScoreHead(nn.Module):
             x = nn.relu(conv(x))
         x = x.reshape(x.shape[0], -1)  # [B, h' * w' * F]
 
-        def dense(features, name, dtype):
-            return nn.Dense(
-                features,
-                dtype=dtype,
-                kernel_init=partitioned(nn.initializers.he_normal(), ("score_in", "score_out")),
-                bias_init=partitioned(nn.initializers.zeros, ("score_out",)),
-                name=name,
-            )
+        def dense(features, axis, dtype, name):
+            return Projection((features,), ("score_in", axis), dtype=dtype, init=nn.initializers.he_normal(), name=name)
 
         for i, features in enumerate(config.dense):
-            x = nn.relu(dense(features, f"dense_{i}", self.dtype)(x))
-        x = dense(1, "output", jnp.float32)(x)  # [B, 1]
+            x = nn.relu(dense(features, "score_out", self.dtype, f"dense_{i}")(x))
+        x = dense(1, None, jnp.float32, "output")(x)  # [B, 1]
         return nn.sigmoid(x[:, 0])
 
 

@@ -28,7 +28,7 @@ import numpy as np
 from rahf.models import t5
 from rahf.models.heads import HeatmapHead, HeatmapHeadConfig, ScoreHead, ScoreHeadConfig
 from rahf.models.t5 import T5, T5Config
-from rahf.models.vit import ViT, ViTConfig
+from rahf.models.vit import Projection, ViT, ViTConfig
 from richhf_data import schema
 
 Array = jax.Array
@@ -143,12 +143,8 @@ class RAHF(nn.Module):
         self.vit = ViT(config.vit, dtype)
         self.t5 = T5(config.t5, dtype)
         if config.vit.width != config.t5.emb_dim:
-            self.image_projection = nn.Dense(
-                config.t5.emb_dim,
-                dtype=dtype,
-                kernel_init=nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("image_embed", "embed")),
-                bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)),
-            )
+            axes, init = ("image_embed", "embed"), nn.initializers.lecun_normal()
+            self.image_projection = Projection((config.t5.emb_dim,), axes, dtype=dtype, init=init)
 
         def score_head(suffix=""):
             return ScoreHead(config.score_head, dtype, name=f"score_head{suffix}")

@@ -20,6 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from rahf.models.vit import scan_layers
+from rahf.partitioning import compute_copy
+
 Array = jax.Array
 ACTIVATIONS = {"relu": nn.relu, "gelu": nn.gelu, "linear": lambda x: x}
 MASKED = -1e10  # a logit that softmax turns into 0; finite, so that a row without any key gives no NaN
@@ -44,6 +47,7 @@ class T5Config:
     relpos_bias_per_layer: bool = False  # True in UMT5 and other models of T5X's `scalable_t5`
     dropout: float = 0.1
     remat: bool = False  # recompute each layer in the backward pass
+    scan: bool = False  # compile one layer of a stack and loop over all (not in greedy decoding)
 
     def __post_init__(self):
         unknown = [name for name in self.mlp_activations if name not in ACTIVATIONS]
@@ -64,7 +68,8 @@ class Dense(nn.Module):
         init = nn.initializers.variance_scaling(self.scale**2, "fan_in", "truncated_normal")
         shape = x.shape[-1], self.features
         kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape, jnp.float32)
-        return jnp.matmul(x.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=output_dtype)
+        kernel = compute_copy(kernel, self.axes, self.dtype)
+        return jnp.matmul(x.astype(self.dtype), kernel, preferred_element_type=output_dtype)
 
 
 class RMSNorm(nn.Module):
@@ -276,9 +281,12 @@ class Encoder(nn.Module):
 
     def __call__(self, x: Array, mask: Array, train: bool) -> Array:
         x = self.drop(x.astype(self.dtype), deterministic=not train)
-        biases = self.relpos_bias(x.shape[1], x.shape[1])
-        for layer, bias in zip(self.layers, biases, strict=True):
-            x = layer(x, mask[:, None, None, :], bias, train)
+        biases, mask = self.relpos_bias(x.shape[1], x.shape[1]), mask[:, None, None, :]
+        if self.config.scan and not self.is_initializing():
+            x = scan_layers(self, self.layers, lambda layer, x, bias: layer(x, mask, bias, train), x, jnp.stack(biases))
+        else:
+            for layer, bias in zip(self.layers, biases, strict=True):
+                x = layer(x, mask, bias, train)
         return self.drop(self.encoder_norm(x), deterministic=not train)
 
 
@@ -306,8 +314,18 @@ class Decoder(nn.Module):
         length = x.shape[1]
         x = self.drop(x.astype(self.dtype), deterministic=not train)
         biases, mask = self.relpos_bias(length, length), np.tri(length, dtype=bool)[None, None]
-        for layer, keys_values, bias in zip(self.layers, encoder, biases, strict=True):
-            x, _ = layer(x, keys_values, encoder_mask[:, None, None, :], mask, bias, train)
+        encoder_mask = encoder_mask[:, None, None, :]
+
+        def call(layer, x, inputs):
+            keys_values, bias = inputs
+            return layer(x, keys_values, encoder_mask, mask, bias, train)[0]
+
+        if self.config.scan and not self.is_initializing():
+            inputs = jax.tree.map(lambda *entries: jnp.stack(entries), *zip(encoder, biases, strict=True))
+            x = scan_layers(self, self.layers, call, x, inputs)
+        else:
+            for layer, *inputs in zip(self.layers, encoder, biases, strict=True):
+                x = call(layer, x, inputs)
         return self.drop(self.decoder_norm(x), deterministic=not train)
 
     def step(
@@ -340,11 +358,12 @@ class TokenEmbedder(nn.Module):
     def __call__(self, ids: Array) -> Array:
         """int[..., L] -> [..., L, D]. An id outside the vocabulary gives NaN, which no loss hides."""
         ids = ids.astype(jnp.uint32)  # a negative one would count from the end
-        return jnp.take(self.embedding, ids, axis=0, mode="fill").astype(self.dtype)
+        table = compute_copy(self.embedding, ("vocab", "embed"), jnp.float32)  # its gradient adds rows up in float32
+        return jnp.take(table, ids, axis=0, mode="fill").astype(self.dtype)
 
     def logits(self, x: Array) -> Array:
         """[B, T, D] -> float32[B, T, V], scaled as T5 v1.0 does when it shares the embedding."""
-        table = self.embedding.astype(self.dtype)
+        table = compute_copy(self.embedding, ("vocab", "embed"), self.dtype)
         logits = jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
         return logits * self.config.emb_dim**-0.5
 

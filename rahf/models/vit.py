@@ -10,11 +10,14 @@ small patches instead of from pixels, as early convolutions help ViTs on little 
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+
+from rahf.partitioning import compute_copy
 
 Array = jax.Array
 partitioned = nn.with_logical_partitioning
@@ -36,6 +39,7 @@ class ViTConfig:
     gelu: str = "tanh"  # big_vision's approximation; "erf" is Hugging Face's exact one
     epsilon: float = 1e-6  # of the layer norms; 1e-12 in Hugging Face's
     remat: bool = False  # recompute each block in the backward pass
+    scan: bool = False  # compile one block and loop over all: the same parameters and result
 
     def __post_init__(self):
         if self.width % self.num_heads:
@@ -46,27 +50,30 @@ class ViTConfig:
             raise ValueError(f"vit.stem_patch: got {self.stem_patch}, expected a divisor of patch_size = {self.patch_size}")
 
 
-class _Projection(nn.Module):
+class Projection(nn.Module):
     """Dense over the last `contract` axes to `features`, as flax's `DenseGeneral`: kernel [..., *features] and bias."""
 
     features: tuple[int, ...]
     axes: tuple[str, ...]
     contract: int = 1
     dtype: DTypeLike = jnp.float32
+    init: nn.initializers.Initializer | None = None  # of the kernel; Xavier's uniform one by default
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         inputs = x.shape[-self.contract :]
         shape = (*inputs, *self.features)
         # The fan-in and fan-out of the flattened matrix, as flax initialises it.
-        init = nn.initializers.variance_scaling(
+        init = self.init or nn.initializers.variance_scaling(
             1.0, "fan_avg", "uniform", range(len(inputs)), range(len(inputs), len(shape))
         )
         kernel = self.param("kernel", partitioned(init, self.axes), shape, jnp.float32)
         bias_axes = self.axes[self.contract :]
-        bias = self.param("bias", partitioned(nn.initializers.zeros, bias_axes), self.features, jnp.float32)
+        bias = self.param("bias", partitioned(self.bias_init, bias_axes), self.features, jnp.float32)
         contracted = tuple(range(x.ndim - self.contract, x.ndim)), tuple(range(self.contract))
-        x = jax.lax.dot_general(x.astype(self.dtype), kernel.astype(self.dtype), (contracted, ((), ())))
+        kernel = compute_copy(kernel, self.axes, self.dtype)
+        x = jax.lax.dot_general(x.astype(self.dtype), kernel, (contracted, ((), ())))
         return x + bias.astype(self.dtype).reshape((1,) * (x.ndim - bias.ndim) + bias.shape)
 
 
@@ -83,14 +90,14 @@ class Attention(nn.Module):
 
         def project(name):
             heads = self.num_heads, head_dim
-            x_heads = _Projection(heads, ("embed", "heads", "kv"), dtype=self.dtype, name=name)(x)  # [B, N, A, K]
+            x_heads = Projection(heads, ("embed", "heads", "kv"), dtype=self.dtype, name=name)(x)  # [B, N, A, K]
             return nn.with_logical_constraint(x_heads, ("batch", "length", "heads", "kv"))
 
         query, key, value = project("query") * head_dim**-0.5, project("key"), project("value")
         logits = jnp.einsum("bqak,bnak->baqn", query, key, preferred_element_type=jnp.float32)  # [B, A, N, N]
         weights = jax.nn.softmax(logits).astype(self.dtype)
         x = jnp.einsum("baqn,bnak->bqak", weights, value)  # [B, N, A, K]
-        return _Projection((width,), ("heads", "kv", "embed"), contract=2, dtype=self.dtype, name="out")(x)  # [B, N, D]
+        return Projection((width,), ("heads", "kv", "embed"), contract=2, dtype=self.dtype, name="out")(x)  # [B, N, D]
 
 
 class MlpBlock(nn.Module):
@@ -103,19 +110,14 @@ class MlpBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
-        def dense(features, axes):
-            return nn.Dense(
-                features,
-                dtype=self.dtype,
-                kernel_init=partitioned(nn.initializers.xavier_uniform(), axes),
-                bias_init=partitioned(nn.initializers.normal(1e-6), axes[1:]),
-            )
+        def dense(features, axes, name):
+            return Projection((features,), axes, dtype=self.dtype, bias_init=nn.initializers.normal(1e-6), name=name)
 
         width = x.shape[-1]
-        x = nn.gelu(dense(self.mlp_dim, ("embed", "mlp"))(x), self.approximate)  # [B, N, M]
+        x = nn.gelu(dense(self.mlp_dim, ("embed", "mlp"), "Dense_0")(x), self.approximate)  # [B, N, M]
         x = nn.with_logical_constraint(x, ("batch", "length", "mlp"))
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
-        return dense(width, ("mlp", "embed"))(x)  # [B, N, D]
+        return dense(width, ("mlp", "embed"), "Dense_1")(x)  # [B, N, D]
 
 
 class LayerNorm(nn.Module):
@@ -137,6 +139,30 @@ class LayerNorm(nn.Module):
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
         broadcast = (1,) * (x.ndim - 1) + shape
         return (x * scale.reshape(broadcast) + bias.reshape(broadcast)).astype(self.dtype)
+
+
+def scan_layers(parent: nn.Module, layers: Sequence[nn.Module], call: Callable, x: Array, inputs=None) -> Array:
+    """A loop over equal layers of `parent` in place of one after the other, so that one of them is compiled.
+
+    Their parameters stay apart in the tree, so that checkpoints are the same; they are stacked for the loop, where they
+    are sharded.
+
+    Args:
+      layers: each reads `x`, and gives the next one's.
+      call: (layer, x, its inputs) -> x.
+      inputs: a tree of arrays with one entry for each layer in front, or None.
+    """
+    params = [parent.variables["params"][layer.name] for layer in layers]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+    keys = jax.random.split(parent.make_rng("dropout"), len(layers)) if parent.has_rng("dropout") else None
+    layer = layers[0].clone(parent=None, name=None)
+
+    def body(x, one):
+        params, key, inputs = one
+        rngs = None if key is None else {"dropout": key}
+        return layer.apply({"params": params}, x, inputs, rngs=rngs, method=call), None
+
+    return jax.lax.scan(body, x, (stacked, keys, inputs))[0]
 
 
 class Block(nn.Module):
@@ -166,8 +192,12 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         block = nn.remat(Block, static_argnums=(2,)) if self.config.remat else Block
-        for i in range(self.config.depth):
-            x = block(self.config, self.dtype, name=f"encoderblock_{i}")(x, train)
+        blocks = [block(self.config, self.dtype, name=f"encoderblock_{i}") for i in range(self.config.depth)]
+        if self.config.scan and not self.is_initializing():
+            x = scan_layers(self, blocks, lambda layer, x, _: layer(x, train), x)
+        else:
+            for layer in blocks:
+                x = layer(x, train)
         return LayerNorm(self.dtype, epsilon=self.config.epsilon, name="encoder_norm")(x)
 
 
@@ -190,7 +220,8 @@ class PatchEmbedding(nn.Module):
         h, w = height // patch, width // patch
         x = x.reshape(batch, h, patch, w, patch, channels)
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, h, w, patch * patch * channels)
-        return x @ kernel.astype(self.dtype).reshape(-1, self.features) + bias.astype(self.dtype).reshape(1, 1, 1, -1)
+        kernel = compute_copy(kernel, ("conv_height", "conv_width", *self.axes), self.dtype)
+        return x @ kernel.reshape(-1, self.features) + bias.astype(self.dtype).reshape(1, 1, 1, -1)
 
 
 class ViT(nn.Module):
