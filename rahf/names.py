@@ -28,6 +28,16 @@ def transposed(x):
     return x.T
 
 
+def leading(x):
+    """The layout of a tensor that lacks our first axis, of size 1."""
+    return x[None]
+
+
+def convolution(x):
+    """The layout of torch's `Conv2d`, which holds [out, in, h, w]."""
+    return x.transpose(2, 3, 1, 0)
+
+
 def identity(ours: Iterable[str]) -> Table:
     """Tensors that have our names and layouts."""
     return {name: (name, same) for name in ours}
@@ -75,7 +85,7 @@ def vit_from_hugging_face(config: ViTConfig, prefix: str = "") -> Table:
     table = {
         "cls": ("embeddings.cls_token", same),
         "pos_embedding": ("embeddings.position_embeddings", same),
-        "embedding/kernel": ("embeddings.patch_embeddings.projection.weight", lambda x: x.transpose(2, 3, 1, 0)),
+        "embedding/kernel": ("embeddings.patch_embeddings.projection.weight", convolution),
         "embedding/bias": ("embeddings.patch_embeddings.projection.bias", same),
     } | _norm("Transformer/encoder_norm", "layernorm")
     for i in range(config.depth):
@@ -165,7 +175,7 @@ def clip_from_hugging_face(config: CLIPConfig) -> Table:
     table |= _norm("vision/final_norm", "vision_model.post_layernorm")
     table |= _norm("text/final_norm", "text_model.final_layer_norm")
     for tower, depth in (("vision", config.vision.depth), ("text", config.text.depth)):
-        table[f"{tower}/pos_embedding"] = (f"{tower}_model.embeddings.position_embedding.weight", lambda x: x[None])
+        table[f"{tower}/pos_embedding"] = (f"{tower}_model.embeddings.position_embedding.weight", leading)
         for i in range(depth):
             ours, theirs = f"{tower}/block_{i}", f"{tower}_model.encoder.layers.{i}"
             table |= _norm(f"{ours}/attention_norm", f"{theirs}.layer_norm1")
@@ -180,7 +190,7 @@ def _conv(ours: str, theirs: str, norm: str = "") -> Table:
     """A convolution, and its RMS norm if `norm` names one, in which case ours is a `ConvNorm`."""
     conv = f"{ours}/conv" if norm else ours
     table = {
-        f"{conv}/kernel": (f"{theirs}.weight", lambda x: x.transpose(2, 3, 1, 0)),
+        f"{conv}/kernel": (f"{theirs}.weight", convolution),
         f"{conv}/bias": (f"{theirs}.bias", same),
     }
     return table | ({f"{ours}/norm/scale": (f"{norm}.scale", lambda x: x[:, 0, 0])} if norm else {})

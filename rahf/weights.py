@@ -237,7 +237,7 @@ def write_safetensors(path, tensors: Mapping[str, Tensor], progress: Callable = 
     Args:
       progress: wraps the iterator over the names, `tqdm` for instance.
     """
-    header, offset = {}, 0
+    header, offset = {"__metadata__": {"format": "pt"}}, 0  # transformers 4 refuses files without it
     for name, tensor in tensors.items():
         size = 4 * int(np.prod(tensor.shape))
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}

@@ -1,5 +1,6 @@
 """CLIP: parity with Hugging Face's CLIPModel (where torch is installed), sizes, pooling, errors."""
 
+import functools
 import json
 
 import flax.linen as nn
@@ -199,6 +200,17 @@ def test_the_similarity_has_a_gradient_in_a_float_image(tiny):
     assert (np.abs(gradient).max(axis=(1, 2, 3)) > 1e-4).all()
 
 
+def test_the_text_tower_alone_gives_the_same_tokens(tiny):
+    module, params, _, ids = tiny
+    alone = CLIP(TINY, text_only=True)
+    made = nn.unbox(jax.eval_shape(functools.partial(alone.init, method="text_tokens"), jax.random.key(0), ids))
+    part = {name: params["params"][name] for name in ("token_embedding", "text")}
+    assert jax.tree.map(np.shape, made["params"]) == jax.tree.map(np.shape, part)
+    tokens = jax.jit(functools.partial(module.apply, method="text_tokens"))(params, ids)
+    again = jax.jit(functools.partial(alone.apply, method="text_tokens"))({"params": part}, ids)
+    np.testing.assert_array_equal(again, tokens)
+
+
 def test_bfloat16_stays_close_to_float32(tiny):
     module, params, image, ids = tiny
     half = CLIP(TINY, jax.numpy.bfloat16)
@@ -257,6 +269,7 @@ def test_tokenizer_merges_pads_and_cuts(tmp_path):
     cat, red = [ids["cat</w>"]], [ids["re"], ids["d</w>"]]
     expected = [[start, *red, *cat, end, end], [start, *cat, *cat, *cat, *cat, end]]
     np.testing.assert_array_equal(tokenizer(["a Red cat"[2:], "cat " * 9], length=6), expected)
+    assert [tokenizer.num_ids(text) for text in ("red cat", "cat " * 9)] == [5, 11]
     (tmp_path / "merges.txt").unlink()
     with pytest.raises(ValueError, match=r"has neither tokenizer.json nor vocab.json with merges.txt"):
         clip.Tokenizer(tmp_path)

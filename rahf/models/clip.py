@@ -166,22 +166,28 @@ class Tower(nn.Module):
 
 
 class CLIP(nn.Module):
-    """The model. Parameters: patch_embedding, cls, token_embedding, vision, text, the projections, logit_scale."""
+    """The model. Parameters: patch_embedding, cls, token_embedding, vision, text, the projections, logit_scale.
+
+    With `text_only` it has token_embedding and text alone, which is what `text_tokens` needs, as Stable Diffusion does.
+    """
 
     config: CLIPConfig
     dtype: DTypeLike = jnp.float32
+    text_only: bool = False
 
     def setup(self):
         config, dtype = self.config, self.dtype
         vision, text = config.vision, config.text
+        init = partitioned(nn.initializers.normal(0.02), ("vocab", "embed"))
+        self.token_embedding = self.param("token_embedding", init, (text.vocab_size, text.width), jnp.float32)
+        self.text = Tower(config, text, True, dtype)
+        if self.text_only:
+            return
         # The convolution without bias that CLIP has, as a product of flattened patches: so is its gradient.
         self.patch_embedding = Dense(vision.width, ("conv_in", "embed"), dtype)
         init = partitioned(nn.initializers.normal(0.02), (None, None, "embed"))
         self.cls = self.param("cls", init, (1, 1, vision.width), jnp.float32)
-        init = partitioned(nn.initializers.normal(0.02), ("vocab", "embed"))
-        self.token_embedding = self.param("token_embedding", init, (text.vocab_size, text.width), jnp.float32)
         self.vision = Tower(config, vision, False, dtype)
-        self.text = Tower(config, text, True, dtype)
         self.image_projection = Dense(config.projection_dim, ("embed", "projection"), dtype)
         self.text_projection = Dense(config.projection_dim, ("embed", "projection"), dtype)
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(np.log(1 / 0.07)), (), jnp.float32)
@@ -269,6 +275,10 @@ class Tokenizer:
 
         self._tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         self.eos_id = self._tokenizer.eos_token_id
+
+    def num_ids(self, text: str) -> int:
+        """The ids of a text with its start and end, nothing cut off."""
+        return len(self._tokenizer(text, truncation=False, verbose=False)["input_ids"])
 
     def __call__(self, texts: Sequence[str], length: int = 77) -> np.ndarray:
         """int32[B, length]: start id, pieces, end id, padding; a longer text loses its last pieces, never the end."""
