@@ -55,7 +55,7 @@ setup(
             "scikit-learn>=1.4",
             "tensorboard>=2.16",
         ],
-        "parity": ["torch>=2.4"],
+        "parity": ["torch>=2.4", "diffusers>=0.35"],
         "beam": ["apache-beam>=2.60", "sentencepiece<0.2.3"],  # Beam asks for protobuf 6: without constraints.txt
     },
 )

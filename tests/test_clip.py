@@ -1,13 +1,13 @@
 """CLIP: parity with Hugging Face's CLIPModel (where torch is installed), sizes, pooling, errors."""
 
 import functools
-import json
 
 import flax.linen as nn
 import flax.traverse_util
 import jax
 import numpy as np
 import pytest
+from tiny_diffusion import write_tokenizer
 
 from rahf import names
 from rahf.models import clip
@@ -246,19 +246,6 @@ def test_clip_names_a_wrong_input(tiny):
 def test_clip_config_names_a_wrong_value(make, message):
     with pytest.raises(ValueError, match=message):
         make()
-
-
-def write_tokenizer(folder):
-    """vocab.json and merges.txt as OpenAI's: the bytes, the bytes that end a word, three merges, the two special ids."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    chars = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-    merges = ["c a", "ca t</w>", "r e"]
-    pieces = chars + [char + "</w>" for char in chars] + [merge.replace(" ", "") for merge in merges]
-    pieces += ["<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-    return {piece: i for i, piece in enumerate(pieces)}
 
 
 def test_tokenizer_merges_pads_and_cuts(tmp_path):

@@ -14,6 +14,7 @@ EVERYTHING = """
 import cv2, rahf
 from configs import rahf_ci
 from rahf import evaluate, predict, train
+from rahf.diffusion import sample
 from richhf_data import consolidate, metrics, synthetic
 
 config = rahf_ci.get_config()

@@ -1,0 +1,382 @@
+"""A Stable Diffusion, and the folder of diffusers that it is read from and written to.
+
+    model_index.json                                       which parts there are; written last
+    unet/, vae/         config.json, diffusion_pytorch_model.safetensors
+    text_encoder/       config.json, model.safetensors
+    tokenizer/          CLIP's vocabulary
+    scheduler/          scheduler_config.json
+
+Stable Diffusion 1.x (the inpainting model too) and what has its parts in other sizes, such as 2.x. Of safety_checker/ and
+feature_extractor/, nothing is read or written. Names and shapes of all tensors are checked before any is read.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import re
+import shutil
+from collections.abc import Mapping
+
+import flax.traverse_util
+import jax
+import numpy as np
+from flax import linen as nn
+from tqdm.auto import tqdm
+
+from rahf import checkpoints, convert, names, weights
+from rahf.diffusion.schedule import Schedule
+from rahf.diffusion.unet import UNet, UNetConfig
+from rahf.diffusion.vae import VAE, VAEConfig
+from rahf.models.clip import CLIP, TOKENIZER_FILES, VIT_L14, CLIPConfig, Tokenizer
+from rahf.pretrained import matched
+from rahf.weights import Tensor, Tensors
+
+INDEX = "model_index.json"
+FORMAT = "0.42.1"  # of diffusers, as which we write
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
+WEIGHTS = [f"{name}{end}" for name in ("diffusion_pytorch_model", "model") for end in (".safetensors", ".fp16.safetensors")]
+WEIGHTS += ["diffusion_pytorch_model.bin", "pytorch_model.bin"]  # in order of preference
+VOCABULARY = (*TOKENIZER_FILES, "special_tokens_map.json", "tokenizer_config.json", "added_tokens.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The parts; the defaults are those of Stable Diffusion 1.4 and 1.5."""
+
+    unet: UNetConfig = dataclasses.field(default_factory=UNetConfig)
+    vae: VAEConfig = dataclasses.field(default_factory=VAEConfig)
+    text: CLIPConfig = VIT_L14  # of which the text tower is used
+    schedule: Schedule = dataclasses.field(default_factory=Schedule)
+
+    def __post_init__(self):
+        unet, channels, width = self.unet, self.vae.latent_channels, self.text.text.width
+        if unet.out_channels != channels or unet.in_channels not in (channels, 2 * channels + 1):
+            raise ValueError(
+                f"unet: got in_channels = {unet.in_channels} and out_channels = {unet.out_channels} for "
+                f"vae.latent_channels = {channels}, expected {channels} of both, or {2 * channels + 1} in for inpainting"
+            )
+        if unet.cross_attention_dim != width:
+            raise ValueError(
+                f"unet.cross_attention_dim: got {unet.cross_attention_dim}, expected the text encoder's width, {width}"
+            )
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether the UNet reads a mask and the masked image as well."""
+        return self.unet.in_channels != self.unet.out_channels
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The networks, named as the parameters' parts. Of the text encoder, the method is `text_tokens`."""
+        return {"unet": UNet(self.unet), "vae": VAE(self.vae), "text_encoder": CLIP(self.text, text_only=True)}
+
+
+def init(config: Config, key: jax.Array) -> dict:
+    """New parameters of the three parts, with their logical axes (`nn.unbox` takes these off); traceable."""
+    unet, vae, text = config.modules.values()
+    keys, size = jax.random.split(key, 3), config.vae.factor
+    latents = np.zeros((1, size, size, config.unet.in_channels), np.float32)  # small, but divisible throughout
+    context = np.zeros((1, 1, config.unet.cross_attention_dim), np.float32)
+    image = np.zeros((1, size, size, config.vae.in_channels), np.float32)
+    return {
+        "unet": unet.init(keys[0], latents, np.zeros((), np.int32), context)["params"],
+        "vae": vae.init(keys[1], image)["params"],
+        "text_encoder": text.init(keys[2], np.zeros((1, 1), np.int32), method="text_tokens")["params"],
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class StableDiffusion:
+    """What `read` gives and `write` takes.
+
+    Attributes:
+      params: {"unet", "vae", "text_encoder"} -> nested dictionaries of float32 arrays.
+      vocabulary: the folder of the tokeniser's files.
+    """
+
+    config: Config
+    params: dict
+    vocabulary: pathlib.Path
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer(self.vocabulary)
+
+    def text_ids(self, prompts, truncate: bool = False) -> np.ndarray:
+        """int32[B, 77], or as many as the text encoder has positions.
+
+        Raises:
+          ValueError: a prompt is longer and `truncate`, which drops its end, is not set.
+        """
+        length = self.config.text.text.length
+        for prompt in prompts:
+            if not truncate and (count := self.tokenizer.num_ids(prompt)) > length:
+                raise ValueError(
+                    f"prompt: {prompt[:80]!r} takes {count} ids with its start and end, the text encoder reads {length}; "
+                    "shorten it, or let its end be dropped (truncate)"
+                )
+        return self.tokenizer(prompts, length)
+
+
+# ---- Configurations -------------------------------------------------------------------------------------------------
+# What the networks compute whatever the configuration. A file that says otherwise is of another network.
+UNET_FIXED = {
+    "center_input_sample": False,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "only_cross_attention": False,
+    "downsample_padding": 1,
+    "mid_block_scale_factor": 1,
+    "act_fn": "silu",
+    "norm_eps": 1e-5,
+    "transformer_layers_per_block": 1,
+    "encoder_hid_dim": None,
+    "num_attention_heads": None,
+    "dual_cross_attention": False,
+    "class_embed_type": None,
+    "addition_embed_type": None,
+    "num_class_embeds": None,
+    "resnet_time_scale_shift": "default",
+    "resnet_skip_time_act": False,
+    "resnet_out_scale_factor": 1.0,
+    "time_embedding_type": "positional",
+    "time_embedding_dim": None,
+    "time_embedding_act_fn": None,
+    "timestep_post_act": None,
+    "time_cond_proj_dim": None,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "attention_type": "default",
+    "cross_attention_norm": None,
+}
+VAE_FIXED = {
+    "act_fn": "silu",
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "mid_block_add_attention": True,
+}
+SCHEDULE_FIXED = {"trained_betas": None, "thresholding": False, "rescale_betas_zero_snr": False}
+OURS = {"dtype", "remat"}  # fields of configurations that diffusers does not have
+
+
+def _config(cls, file: pathlib.Path, fixed: Mapping):
+    """A configuration of ours from a file of diffusers; what the file leaves out has its default, as there."""
+    values = _read_json(file)
+    for name, expected in fixed.items():
+        if values.get(name, expected) != expected:
+            raise ValueError(f"{file}: got {name} = {values[name]!r}, only {expected!r} is supported")
+    found = {}
+    for field in dataclasses.fields(cls):
+        value = values.get(field.name)
+        if field.name in OURS or value is None:
+            continue
+        default = getattr(cls(), field.name)
+        if field.name == "attention_head_dim" and type(value) is int:
+            value = (value,) * len(values.get("block_out_channels", default))
+        if isinstance(value, list):
+            value = tuple(value)
+        elif type(default) is float and type(value) is int:
+            value = float(value)
+        if type(value) is not type(default):
+            raise ValueError(f"{file}: got {field.name} = {value!r}, expected a value such as {default!r}")
+        found[field.name] = value
+    try:
+        return cls(**found)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _read_json(file: pathlib.Path) -> dict:
+    if not file.is_file():
+        raise ValueError(f"model: no {file}, expected a diffusers folder of Stable Diffusion: {INDEX} and a folder a part")
+    return checkpoints.read_json(file)
+
+
+def read_config(folder) -> Config:
+    """The configuration of a diffusers folder.
+
+    Raises:
+      ValueError: no such folder, another pipeline (SDXL for instance), a part whose options are not supported.
+    """
+    folder = pathlib.Path(folder)
+    index = _read_json(folder / INDEX)
+    if (found := index.get("_class_name")) not in PIPELINES or "text_encoder_2" in index:
+        name = "SDXL, which is not supported" if "XL" in str(found) or "text_encoder_2" in index else f"a {found}"
+        raise ValueError(f"model: {folder} is {name}; expected Stable Diffusion 1.x or 2.x ({', '.join(PIPELINES)})")
+    unet = _config(UNetConfig, folder / "unet/config.json", UNET_FIXED)
+    vae = _config(VAEConfig, folder / "vae/config.json", VAE_FIXED)
+    text = _read_json(folder / "text_encoder/config.json")
+    both = {name: text[name] for name in ("hidden_act", "layer_norm_eps") if name in text}  # images' are not used
+    text = convert.clip_config_from_hugging_face({"text_config": text, "vision_config": both})
+    schedule = _config(Schedule, folder / "scheduler/scheduler_config.json", SCHEDULE_FIXED)
+    # Some files lack the offset; diffusers' pipelines then set it to 1.
+    return Config(unet, vae, text, dataclasses.replace(schedule, steps_offset=1))
+
+
+# ---- Tensors --------------------------------------------------------------------------------------------------------
+def linear(x):
+    """The layout of torch's `Linear`, or of a `Conv2d` of one pixel, as old VAE files have it."""
+    return x.reshape(x.shape[:2]).T
+
+
+def gated(x):
+    """The layout of diffusers' `GEGLU`, the two halves one after the other."""
+    return x.reshape(2, -1, x.shape[1]).transpose(2, 0, 1)
+
+
+def gated_bias(x):
+    return x.reshape(2, -1)
+
+
+BACK = {  # what undoes a layout
+    names.same: names.same,
+    names.transposed: np.transpose,
+    names.leading: lambda x: x[0],
+    names.convolution: lambda x: x.transpose(3, 2, 0, 1),
+    linear: np.transpose,
+    gated: lambda x: x.transpose(1, 2, 0).reshape(-1, x.shape[0]),
+    gated_bias: lambda x: x.reshape(-1),
+}
+THEIRS = (  # (a part of our names, diffusers')
+    (r"(blocks|resnets|attentions)_(\d+)", r"\1.\2"),
+    (r"(down|up)sampler/", r"\1samplers.0.conv/"),
+    (r"to_out/", "to_out.0/"),
+    (r"ff_in/", "ff.net.0.proj/"),
+    (r"ff_out/", "ff.net.2/"),
+    (r"(kernel|scale)$", "weight"),
+    (r"/", "."),
+)
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # in the VAE of SD 1.4 and 1.5
+
+
+def table(part: str, config: Config, ours: Mapping[str, tuple[int, ...]]) -> names.Table:
+    """Our parameters of a part -> diffusers' (transformers', of the text encoder) tensors."""
+    if part == "text_encoder":
+        return {name: entry for name, entry in names.clip_from_hugging_face(config.text).items() if name in ours}
+    found = {}
+    for name, shape in ours.items():
+        theirs = functools.reduce(lambda name, rule: re.sub(*rule, name), THEIRS, name)
+        layouts = {"kernel": {2: linear, 3: gated, 4: names.convolution}, "bias": {2: gated_bias}}
+        found[name] = (theirs, layouts.get(name.rpartition("/")[2], {}).get(len(shape), names.same))
+    return found
+
+
+def _shapes(config: Config) -> dict[str, dict[str, tuple[int, ...]]]:
+    made = nn.unbox(jax.eval_shape(functools.partial(init, config), jax.random.key(0)))
+    flat = {part: flax.traverse_util.flatten_dict(params, sep="/") for part, params in made.items()}
+    return {part: {name: leaf.shape for name, leaf in params.items()} for part, params in flat.items()}
+
+
+def _open_part(folder: pathlib.Path, part: str) -> Tensors:
+    found = [folder / part / name for name in WEIGHTS if (folder / part / name).is_file()]
+    if not found:
+        raise ValueError(f"model: {folder / part} has no weights, expected one of {WEIGHTS}; fetch the folder again")
+
+    def name(theirs):  # in today's words
+        if part == "vae":
+            return re.sub(r"(attentions\.\d+)\.(\w+)", lambda m: f"{m[1]}.{OLD_ATTENTION.get(m[2], m[2])}", theirs)
+        return f"text_model.{theirs.removeprefix('text_model.')}" if part == "text_encoder" else theirs
+
+    return {name(theirs): tensor for theirs, tensor in weights.open_hugging_face(found[0]).items()}
+
+
+def read(folder) -> StableDiffusion:
+    """The Stable Diffusion of a diffusers folder, its parameters as float32 on the default device.
+
+    Raises:
+      ValueError: as `read_config`; missing, extra or wrongly shaped tensors, with the first of their names.
+    """
+    folder = pathlib.Path(folder)
+    config = read_config(folder)
+    tensors, params = {}, {}
+    for part, ours in _shapes(config).items():
+        unused = r".*\.position_ids" if part == "text_encoder" else ""
+        theirs = _open_part(folder, part)
+        found = matched(theirs, table(part, config, ours), ours, unused, f"{part} of {folder}")
+        tensors |= {(part, *name.split("/")): tensor for name, tensor in found.items()}
+    for path, array in tqdm(weights.read_all(tensors), desc="read", unit="tensor", total=len(tensors)):
+        params[path] = jax.device_put(array)
+    vocabulary = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
+    return StableDiffusion(config, flax.traverse_util.unflatten_dict(params), vocabulary)
+
+
+def write(model: StableDiffusion, folder) -> None:
+    """Writes a folder that diffusers' `StableDiffusionPipeline.from_pretrained` loads, or the inpainting one's.
+
+    The weights are float32; there is no safety checker. Without model_index.json, the folder is not finished.
+
+    Raises:
+      ValueError: the folder holds a finished pipeline already.
+    """
+    folder, config, shapes = pathlib.Path(folder), model.config, _shapes(model.config)
+    if (folder / INDEX).exists():
+        raise ValueError(f"output: {folder} holds a pipeline already; choose another folder")
+    for part, file in (("unet", WEIGHTS[0]), ("vae", WEIGHTS[0]), ("text_encoder", "model.safetensors")):
+        params, tensors = flax.traverse_util.flatten_dict(model.params[part], sep="/"), {}
+        checkpoints.check_shapes({name: leaf.shape for name, leaf in params.items()}, shapes[part], part)
+        for name, (theirs, layout) in table(part, config, shapes[part]).items():
+            back, leaf = BACK[layout], params[name]
+            shape = back(np.broadcast_to(np.float32(0), leaf.shape)).shape
+            tensors[theirs] = Tensor(shape, lambda back=back, leaf=leaf: back(np.asarray(leaf)))
+        progress = functools.partial(tqdm, desc=f"write {part}", unit="tensor")
+        weights.write_safetensors(folder / part / file, tensors, progress)
+    for part, values in _their_configs(config).items():
+        name = "scheduler_config.json" if part == "scheduler" else "config.json"
+        checkpoints.write_json(folder / part / name, values)
+    (folder / "tokenizer").mkdir(exist_ok=True)
+    for name in VOCABULARY:
+        if (model.vocabulary / name).is_file():
+            shutil.copyfile(model.vocabulary / name, folder / "tokenizer" / name)
+    if not (folder / "tokenizer/tokenizer_config.json").is_file():
+        tokenizer = {"tokenizer_class": "CLIPTokenizer", "model_max_length": config.text.text.length}
+        checkpoints.write_json(folder / "tokenizer/tokenizer_config.json", tokenizer)
+    checkpoints.write_json(folder / INDEX, _index(config))
+
+
+def _index(config: Config) -> dict:
+    parts = {
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+    }
+    absent = {name: [None, None] for name in ("safety_checker", "feature_extractor", "image_encoder")}
+    pipeline = {"_class_name": PIPELINES[2 if config.inpaints else 0], "_diffusers_version": FORMAT}
+    return pipeline | {"requires_safety_checker": False} | parts | absent
+
+
+def _their_configs(config: Config) -> dict[str, dict]:
+    def fields(part):
+        return {name: value for name, value in dataclasses.asdict(part).items() if name not in OURS}
+
+    tower, depth = config.text.text, len(config.vae.block_out_channels)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * depth, "up_block_types": ["UpDecoderBlock2D"] * depth}
+    size = config.unet.sample_size * config.vae.factor
+    text = {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "vocab_size": tower.vocab_size,
+        "hidden_size": tower.width,
+        "num_hidden_layers": tower.depth,
+        "num_attention_heads": tower.num_heads,
+        "intermediate_size": tower.mlp_dim,
+        "max_position_embeddings": tower.length,
+        "projection_dim": config.text.projection_dim,
+        "hidden_act": config.text.activation,
+        "layer_norm_eps": config.text.epsilon,
+        "bos_token_id": tower.eos_id - 1,
+        "eos_token_id": tower.eos_id,
+    }
+    return {
+        "unet": {"_class_name": "UNet2DConditionModel"} | UNET_FIXED | fields(config.unet),
+        "vae": {"_class_name": "AutoencoderKL", "sample_size": size} | VAE_FIXED | blocks | fields(config.vae),
+        "text_encoder": text,
+        "scheduler": {"_class_name": "DDIMScheduler", "clip_sample": False, "timestep_spacing": "leading"}
+        | SCHEDULE_FIXED
+        | fields(config.schedule),
+    }

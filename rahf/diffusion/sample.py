@@ -1,0 +1,337 @@
+"""Samples a Stable Diffusion: text to image, image to image, inpainting.
+
+    python -m rahf.diffusion.sample --model=DIR --prompt='a yellow cat' --output=DIR [--num_images=4 --sampler=dpm++]
+    python -m rahf.diffusion.sample --model=DIR --prompt='a yellow cat' --output=DIR --image=photo.png [--mask=mask.png]
+
+writes 00000.png, ... and images.jsonl, which `python -m rahf.predict --images=` reads. In Python:
+
+    model = folder.read(DIR)
+    images = generate(model, ["a yellow cat"], seed=0)
+
+A call is one compiled program: text encoder, denoising loop, decoder. What an image is drawn from depends on the seed and
+its number alone, not on the batch that it is computed in.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from tqdm.auto import tqdm
+
+from rahf import predict
+from rahf.diffusion import folder
+from rahf.diffusion.schedule import SAMPLERS, Plan, Schedule, plan
+from rahf.models.rahf import normalize_image
+from richhf_data import paths
+
+Array = jax.Array
+INITIAL, IMAGE, MASKED, STEPS = range(4)  # what noise is drawn for
+
+
+def noise(keys: Array, purpose: int, shape: tuple[int, ...]) -> Array:
+    """Standard normal float32[B, *shape], row b from keys[b] alone."""
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, purpose), shape))(keys)
+
+
+def step_noise(keys: Array, step: int | Array, shape: tuple[int, ...]) -> Array:
+    """What a sampler adds in its step number `step`, counted from the first that it takes: as `noise`."""
+
+    def draw(key):
+        return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, STEPS), step), shape)
+
+    return jax.vmap(draw)(keys)
+
+
+def image_keys(seed: int, first: int, count: int) -> Array:
+    """The keys of images first, first + 1, ... of a seed."""
+    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(first, first + count))
+
+
+def denoise(
+    predict_noise: Callable[[Array, Array], Array],
+    schedule: Schedule,
+    steps: Plan,
+    latents: Array,
+    keys: Array,
+    blend: Callable[[Array, Array], Array] | None = None,
+    on_step: Callable[[], None] | None = None,
+    keep: bool = False,
+) -> Array:
+    """Runs a sampler's steps as one loop.
+
+    Args:
+      predict_noise: (latents float32[B, h, w, Z], timestep int32[]) -> the network's prediction of the same shape.
+      latents: at the noise level of the first step. keys: B of them, for samplers that add noise.
+      blend: (latents, alpha float32[]) -> latents, after each step; alpha is the noise level that they are at.
+      on_step: called on the host after each step.
+      keep: whether to give the latents after every step.
+
+    Returns:
+      float32[B, h, w, Z], or float32[n, B, h, w, Z].
+    """
+
+    def step(carry, now):
+        x, before = carry
+        i, now = now
+        x0 = schedule.x0(x, predict_noise(x, now.timesteps), now.alpha)
+        x = now.x * x + now.x0 * x0 + now.x0_before * before + now.noise * step_noise(keys, i, x.shape[1:])
+        if blend is not None:
+            x = blend(x, now.alpha_next)
+        if on_step is not None:
+            jax.debug.callback(on_step)
+        return (x, x0), x if keep else None
+
+    numbers = jnp.arange(len(steps.timesteps))
+    steps = numbers, jax.tree.map(jnp.asarray, steps)
+    (latents, _), kept = jax.lax.scan(step, (latents, jnp.zeros_like(latents)), steps)
+    return kept if keep else latents
+
+
+def guided(unet: Callable, context: Array, negative: Array | None, scale: Array) -> Callable[[Array, Array], Array]:
+    """A network's prediction with classifier-free guidance (arXiv 2207.12598), or without where `negative` is None.
+
+    Args:
+      unet: (latents, timesteps, context) -> prediction.
+      context, negative: float[B, L, D]. scale: float32[]; 1 = no guidance.
+    """
+
+    def predict_noise(x, timestep):
+        if negative is None:
+            return unet(x, timestep, context)
+        both = unet(jnp.concatenate([x, x]), timestep, jnp.concatenate([negative, context]))
+        without, with_text = jnp.split(both, 2)
+        return without + scale * (with_text - without)
+
+    return predict_noise
+
+
+@functools.partial(jax.jit, static_argnames=("config", "grid", "partial", "on_step"))
+def _generate(config, params, ids, negative_ids, keys, steps, scale, image, mask, *, grid, partial, on_step):
+    """The compiled program of `generate`; absent inputs are None. partial: start from the image, not from noise alone."""
+    modules = config.modules
+
+    def apply(part, *args, **kwargs):
+        return modules[part].apply({"params": params[part]}, *args, **kwargs)
+
+    shape = *grid, config.vae.latent_channels
+    initial, schedule = noise(keys, INITIAL, shape), config.schedule
+    latents, blend, read = initial, None, []
+    if image is not None:
+        image = normalize_image(image).astype(jnp.float32)
+        known = apply("vae", image, noise(keys, IMAGE, shape), method="encode_latents")
+
+        def noised(alpha):
+            return jnp.sqrt(alpha) * known + jnp.sqrt(1 - alpha) * initial
+
+        if partial:
+            latents = noised(steps.alpha[0])
+    if mask is not None:
+        pixels = mask[..., None]  # [B, H, W, 1]
+        factor = config.vae.factor
+        coarse = pixels[:, ::factor, ::factor]  # [B, h, w, 1]
+        if config.inpaints:
+            masked = apply("vae", image * (1 - pixels), noise(keys, MASKED, shape), method="encode_latents")
+            read = [coarse, masked]
+        else:
+
+            def blend(x, alpha):
+                return coarse * x + (1 - coarse) * noised(alpha)
+
+    def unet(x, timestep, context):
+        more = [jnp.concatenate([part] * (len(x) // len(part))) for part in read]
+        return apply("unet", jnp.concatenate([x, *more], axis=-1), timestep, context)
+
+    context = apply("text_encoder", ids, method="text_tokens")
+    negative = None if negative_ids is None else apply("text_encoder", negative_ids, method="text_tokens")
+    predict_noise = guided(unet, context, negative, scale)
+    latents = denoise(predict_noise, schedule, steps, latents, keys, blend, on_step)
+    return jnp.clip(apply("vae", latents, method="decode_latents"), -1, 1)
+
+
+def generate(
+    model: folder.StableDiffusion,
+    prompts: Sequence[str],
+    *,
+    seed: int = 0,
+    first: int = 0,
+    negative_prompt: str = "",
+    steps: int = 50,
+    sampler: str = "ddim",
+    guidance_scale: float = 7.5,
+    height: int | None = None,
+    width: int | None = None,
+    image: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
+    strength: float | None = None,
+    truncate: bool = False,
+    on_step: Callable[[], None] | None = None,
+) -> np.ndarray:
+    """Images of prompts, B of them.
+
+    Args:
+      seed, first: row b is image number `first` + b of the seed.
+      steps: on the whole way from noise. sampler: of `schedule.SAMPLERS`.
+      guidance_scale: 1 or less = no guidance; the negative prompt is then not read.
+      height, width: in pixels, without an image; by default what the UNet was trained on.
+      image: uint8[H, W, 3], or float in [-1, 1], or B of them: where to start, or what to paint into.
+      mask: bool[H, W], or B of them: True = paint anew. An inpainting model reads the image outside of it; with any other,
+        what is outside is put back after each step.
+      strength: the part of the steps to take, of the noise to add to the image; 0.8 by default, and 1 with a mask, which
+        then starts from noise alone.
+      truncate: drop the end of prompts that are too long.
+      on_step: called after each step.
+
+    Returns:
+      float32[B, H, W, 3] in [-1, 1].
+
+    Raises:
+      ValueError: a size that the VAE's factor does not divide, a prompt too long, inputs that do not go together.
+    """
+    config, count = model.config, len(prompts)
+    if not count:
+        raise ValueError("prompts: got none, expected one or more")
+    if image is None and (mask is not None or strength is not None):
+        raise ValueError(f"{'strength' if mask is None else 'mask'}: got one without an image; pass the image as well")
+    if config.inpaints and mask is None:
+        raise ValueError("mask: got none for an inpainting model; pass an image and a mask, or take another model")
+    if image is None:
+        size = config.unet.sample_size * config.vae.factor
+        height, width = height or size, width or size
+    else:
+        image = np.asarray(image)
+        if image.shape[-1:] != (3,) or image.shape[:-3] not in ((), (1,), (count,)) or image.ndim < 3:
+            raise ValueError(f"image: got shape {image.shape}, expected [H, W, 3], or {count} of them")
+        image = np.broadcast_to(image, (count, *image.shape[-3:]))
+        if (height or image.shape[1], width or image.shape[2]) != image.shape[1:3]:
+            raise ValueError(f"image: got {image.shape[1:3]} pixels for height {height} and width {width}; leave these out")
+        height, width = image.shape[1:3]
+    grid = config.vae.grid(height, width)
+    if mask is not None:
+        mask = np.asarray(mask)
+        if mask.dtype != bool or mask.shape[-2:] != (height, width) or mask.shape[:-2] not in ((), (1,), (count,)):
+            got, expected = f"{mask.dtype}{list(mask.shape)}", f"bool[{height}, {width}]"
+            raise ValueError(f"mask: got {got}, expected {expected}, the image's size, or {count} of them")
+        mask = np.broadcast_to(mask, (count, height, width)).astype(np.float32)
+    strength = usual_strength(image, mask) if strength is None else strength
+    steps = plan(config.schedule, sampler, steps, strength)
+    negative_ids = np.repeat(model.text_ids([negative_prompt], truncate), count, 0) if guidance_scale > 1 else None
+    images = _generate(
+        config,
+        model.params,
+        model.text_ids(prompts, truncate),
+        negative_ids,
+        image_keys(seed, first, count),
+        steps,
+        np.float32(guidance_scale),
+        image,
+        mask,
+        grid=grid,
+        partial=image is not None and (mask is None or strength < 1),
+        on_step=on_step,
+    )
+    return np.asarray(images)
+
+
+def usual_strength(image, mask) -> float:
+    """What `generate` takes where none is given."""
+    return 0.8 if image is not None and mask is None else 1.0
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """float[..., 3] in [-1, 1] -> uint8."""
+    return np.round((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
+
+
+# ---- The command ----------------------------------------------------------------------------------------------------
+def read_mask(path) -> np.ndarray:
+    """bool[H, W]: True where the picture is brighter than half."""
+    return predict.read_image(path).mean(-1) >= 127.5
+
+
+def run(args) -> None:
+    """Writes `args.num_images` pictures of each prompt.
+
+    Raises:
+      ValueError: what `generate` refuses; an output folder that holds pictures.
+    """
+    output = pathlib.Path(args.output)
+    if (output / "images.jsonl").exists():
+        raise ValueError(f"output: {output} holds pictures already (images.jsonl); choose another folder")
+    image = predict.read_image(args.image) if args.image else None
+    mask = read_mask(args.mask) if args.mask else None
+    model = folder.read(args.model)
+    if args.dtype:
+        parts = {part: dataclasses.replace(getattr(model.config, part), dtype=args.dtype) for part in ("unet", "vae")}
+        model = dataclasses.replace(model, config=dataclasses.replace(model.config, **parts))
+    jobs = [prompt for prompt in args.prompt for _ in range(args.num_images)]
+    batch = min(args.batch_size, len(jobs))
+    output.mkdir(parents=True, exist_ok=True)
+    strength = usual_strength(image, mask) if args.strength is None else args.strength
+    total = len(plan(model.config.schedule, args.sampler, args.steps, strength).timesteps) * -(-len(jobs) // batch)
+    rows = []
+    with tqdm(desc="sample", unit="step", total=total) as bar:
+        for first in range(0, len(jobs), batch):
+            part = jobs[first : first + batch]
+            images = generate(
+                model,
+                part + [part[-1]] * (batch - len(part)),  # one compiled shape
+                seed=args.seed,
+                first=first,
+                negative_prompt=args.negative_prompt,
+                steps=args.steps,
+                sampler=args.sampler,
+                guidance_scale=args.guidance_scale,
+                height=args.height,
+                width=args.width,
+                image=image,
+                mask=mask,
+                strength=args.strength,
+                truncate=args.truncate,
+                on_step=bar.update,
+            )
+            for number, (prompt, pixels) in enumerate(zip(part, to_uint8(images), strict=False), first):
+                cv2.imwrite(str(output / f"{number:05d}.png"), pixels[..., ::-1])
+                rows.append({"image": f"{number:05d}.png", "prompt": prompt, "seed": args.seed, "number": number})
+            jax.effects_barrier()  # the bar's last steps
+            bar.set_postfix(images=f"{len(rows)}/{len(jobs)}")
+    paths.replace(output / "images.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    print(f"{len(rows)} images: {output}/*.png, images.jsonl")
+
+
+def main(argv):
+    """The command."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]} (quote a prompt: --prompt='a yellow cat')")
+    try:
+        run(flags.FLAGS)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("model", None, "A diffusers folder of Stable Diffusion.")
+    flags.DEFINE_multi_string("prompt", None, "What to draw; may be given several times.")
+    flags.DEFINE_string("output", None, "The folder to write to.")
+    flags.DEFINE_integer("num_images", 1, "Images of each prompt.", lower_bound=1)
+    flags.DEFINE_integer("batch_size", 4, "Images at a time.", lower_bound=1)
+    flags.DEFINE_integer("steps", 50, "On the whole way from noise.", lower_bound=1)
+    flags.DEFINE_enum("sampler", "ddim", SAMPLERS, "How the noise is taken away; dpm++ needs about half the steps.")
+    flags.DEFINE_float("guidance_scale", 7.5, "How far the text is exaggerated; 1 = not at all.")
+    flags.DEFINE_string("negative_prompt", "", "What guidance leads away from.")
+    flags.DEFINE_integer("seed", 0, "Of the noise.")
+    flags.DEFINE_integer("height", None, "In pixels; by default what the model was trained on, or the image's.")
+    flags.DEFINE_integer("width", None, "In pixels, likewise.")
+    flags.DEFINE_string("image", None, "A picture to start from, or to paint into.")
+    flags.DEFINE_string("mask", None, "A picture of the image's size, white where it is to be painted anew.")
+    flags.DEFINE_float("strength", None, "How much of the image is given up, above 0 to 1: 0.8, or 1 with a mask.")
+    flags.DEFINE_bool("truncate", False, "Drop the end of prompts that are too long.")
+    flags.DEFINE_enum("dtype", None, ("float32", "bfloat16"), "Of the computation; float32 unless given.")
+    flags.mark_flags_as_required(["model", "prompt", "output"])
+    app.run(main)
