@@ -27,23 +27,27 @@ def config(source="stream", data_dir=""):
     return config
 
 
-def across_processes(*_):
+def in_turns():
+    """The devices of the two processes in turns, as the order of a pod's devices may have them."""
+    return np.asarray(jax.devices()).reshape(2, 4).T.ravel()
+
+
+def across_processes():
     """data=4, model=2, each `model` pair with a device of both processes: both need all rows."""
-    return jax.sharding.Mesh(np.asarray(jax.devices()).reshape(2, 4).T, ("data", "model"))
+    from rahf import partitioning
 
-
-def interleaved(*_):
-    """data=8, the rows of the two processes in turns, as the order of a pod's devices may have them."""
-    return jax.sharding.Mesh(np.asarray(jax.devices()).reshape(2, 4).T.reshape(8, 1), ("data", "model"))
+    return partitioning.make_mesh(4, 2, devices=in_turns())
 
 
 def check_batches(config, folder):
     """This process's devices hold what they should of the batch that one process alone reads."""
     from rahf import partitioning, sources
 
+    interleaved = partitioning.make_mesh(8, 1, devices=in_turns())
+
     vocabulary = sources.install_vocabulary(config, folder)
     whole = next(sources.training_batches(config, vocabulary, start=3))
-    for mesh, count in ((partitioning.make_mesh(), 4), (across_processes(), 8), (interleaved(), 4)):
+    for mesh, count in ((partitioning.make_mesh(), 4), (across_processes(), 8), (interleaved, 4)):
         sharding = partitioning.batch_sharding(mesh)
         rows = partitioning.local_rows(sharding, config.train.batch_size)
         assert len(rows) == count, rows
@@ -68,9 +72,9 @@ def main(argv):
 
     with hosts.joined(preemptible=True):
         results = {"trained": train.train(config(), folder / "two")}
-        partitioning.make_mesh, make_mesh = across_processes, partitioning.make_mesh
+        partitioning.mesh_of, mesh_of = lambda _: across_processes(), partitioning.mesh_of
         results["resumed"] = train.train(config(), folder / "resumed_by_two")
-        partitioning.make_mesh = make_mesh
+        partitioning.mesh_of = mesh_of
         check_batches(config(), folder / "stream")
         check_batches(config("seqio", data_dir), folder / "seqio")
         (folder / f"results_{jax.process_index()}.json").write_text(json.dumps(results))

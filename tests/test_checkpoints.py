@@ -167,8 +167,8 @@ def vit_state(mesh):
 
 @pytest.mark.parametrize(("data", "model"), [(4, 2), (1, 1)])
 def test_state_restores_on_another_mesh_and_number_of_devices(data, model, tmp_path):
-    before = vit_state(partitioning.make_mesh(data, model, jax.devices()[: data * model]))
-    after = vit_state(partitioning.make_mesh(1, 1, jax.devices()[:1]) if data == 4 else partitioning.make_mesh(4, 2))
+    before = vit_state(partitioning.make_mesh(data, model, devices=jax.devices()[: data * model]))
+    after = vit_state(partitioning.make_mesh(1, 1, devices=jax.devices()[:1]) if data == 4 else partitioning.make_mesh(4, 2))
     assert len(before) > 20
     with checkpoints.manager(tmp_path, "checkpoints") as manager:
         checkpoints.save(manager, 1, before, {})

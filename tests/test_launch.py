@@ -14,6 +14,9 @@ import time
 
 import pytest
 
+from launch import tpu_vm
+from rahf import train
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 # gcloud's flags as Cloud SDK 528.0.0 defines them; the cloud is a folder: state.json, workers/N (home folders), bucket.
@@ -227,6 +230,10 @@ def cloud(tmp_path):
     for pid in cloud.folder.glob("workers/*/rahf-job/pid"):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(int(pid.read_text()), signal.SIGKILL)
+
+
+def test_training_that_saved_on_sigterm_is_what_the_launcher_starts_again():
+    assert train.EXIT_CODES[signal.SIGTERM] == tpu_vm.PREEMPTED
 
 
 def test_train_creates_sets_up_runs_and_deletes(cloud):
