@@ -51,7 +51,7 @@ def get_config():
             scan=False,
         ),
         score_head=dict(filters=(768, 384, 128, 64), kernel_size=2, padding="VALID", dense=(2048, 1024)),
-        heatmap_head=dict(filters=(768, 384), deconv_filters=(768, 384, 384, 192), output_hidden=192),
+        heatmap_head=dict(filters=(768, 384), deconv_filters=(768, 384, 384, 192), output_hidden=192, remat=False),
     )
     config.data = dict(
         source="seqio",  # or "stream": RichHF-Synth drawn endlessly, no files, no TensorFlow

@@ -33,6 +33,9 @@ RESUMABLE = (
     "data.vocabulary",
     "data.num_workers",
     "mesh",
+    "model.heatmap_head.remat",
+    "model.t5.remat",
+    "model.vit.remat",
     "log_every",
     "checkpoint_every",
     "train.max_bad_steps",
@@ -238,7 +241,12 @@ def restore(checkpoints: ocp.CheckpointManager, step: int, abstract_state):
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
             )["state"]
     except Exception as error:
-        raise ValueError(f"checkpoint: {where} is damaged, it cannot be read: {_reason(error)}") from error
+        message = f"checkpoint: {where} is damaged, it cannot be read: {_reason(error)}"
+        if jax.process_count() > 1:  # the others may have read their parts of it, and would wait for this process
+            raise hosts.EndNow(
+                f"{message}\nMove that folder away, or give the command once on one host, which goes on from the one before."
+            ) from error
+        raise ValueError(message) from error
     check_shapes(found, wanted, where)
     if wrong := [name for name, digest in digests(state).items() if digest != saved_digests.get(name)]:
         raise ValueError(
@@ -261,6 +269,8 @@ def restore_latest(checkpoints: ocp.CheckpointManager, abstract_state):
     for step in sorted(checkpoints.all_steps(), reverse=True):
         try:
             state = restore(checkpoints, step, abstract_state)
+        except hosts.EndNow:
+            raise
         except ValueError as error:
             failures[step] = error
             continue

@@ -104,9 +104,16 @@ def lowered(config, step: str, mesh, batch_size: int):
 def measure(config, topology: str, step: str, devices, batch_size: int) -> dict:
     """Compiles a step, and what the compiler says of it: the JSON object of this command."""
     mesh = partitioning.mesh_of(config.mesh, devices)
+    if step != "train":  # which adds rows up to a multiple of the devices
+        batch_size += -batch_size % partitioning.sizes(mesh)["data"]
     start = time.monotonic()
     low, params = lowered(config, step, mesh, batch_size)
-    compiled = low.compile()
+    try:
+        compiled = low.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ValueError(f"{topology}, {step} step: does not fit: {str(error).strip().splitlines()[0]}") from error
     seconds = time.monotonic() - start
     hlo = compiled.as_text()
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
@@ -139,7 +146,7 @@ def measure(config, topology: str, step: str, devices, batch_size: int) -> dict:
         "peak_step_s": flops / (chip.tflops * 1e12) if chip and flops else None,
         "scheduler_cycles": scheduler_cycles(hlo),
         "collectives": collectives(hlo),
-        "loops": len(re.findall(r" while\(", hlo)),  # their bodies are counted once in FLOPs, bytes and the estimate
+        "loops": len(re.findall(r" while\(", hlo)),  # their bodies are counted once, by the scheduler's cycles not
         "compile_s": seconds,
     }
 
@@ -182,7 +189,7 @@ def sweep(config, topology: str, step: str, devices, batch_size: int) -> list[di
     for model_axis, remat in itertools.product([n for n in (1, 2, 4, 8) if seen % n == 0], (False, True)):
         changed = config.copy_and_resolve_references()
         changed.mesh.data, changed.mesh.model = -1, model_axis
-        for part in (changed.model.vit, changed.model.t5):
+        for part in (changed.model.vit, changed.model.t5, changed.model.heatmap_head):
             part.remat = remat
         try:
             result = measure(changed, topology, step, devices, batch_size)
@@ -258,10 +265,11 @@ def main(argv):
         replicated = ", ".join(f"{name} {size / 2**20:.2f} MiB" for name, size in result["largest_replicated"].items())
         print(f"largest parameters that every device holds whole: {replicated or 'none'}")
         if result["loops"]:
-            print(f"{result['loops']} loops: FLOPs, bytes and the estimates count the body of each once")
+            print(f"{result['loops']} loops: FLOPs, bytes and the estimate count the body of each once, Mcycles not at all")
     best = recommended(results)
     if args.sweep and best:
-        print(f"recommended: --config.mesh.model={best['mesh']['model']} and remat={best['remat']}")
+        remat = "".join(f" --config.model.{part}.remat={best['remat']}" for part in ("vit", "t5", "heatmap_head"))
+        print(f"recommended: --config.mesh.model={best['mesh']['model']}{remat}")
     print(json.dumps(best or results[0]))
     if best is None:
         raise SystemExit(1)

@@ -10,6 +10,7 @@ command is given on every machine, with a number of its own:
 import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
 import traceback
@@ -53,6 +54,7 @@ def joined(preemptible: bool = False):
     except ValueError as error:
         _end(error)
     if not several:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's preemption service took it, and nobody here asks that
         try:
             yield
         except EndNow as error:
@@ -80,7 +82,7 @@ def _message(error) -> str:
         return f"{error.filename or flags.FLAGS.workdir}: {error.strerror or error}"
     if isinstance(error, jax.errors.JaxRuntimeError):
         return str(error).strip().partition("\n")[0][:400]
-    return str(error)
+    return str(error) or type(error).__name__
 
 
 def _end(message) -> None:

@@ -11,6 +11,7 @@ import functools
 import io
 import os
 import signal
+import sys
 import time
 
 import jax
@@ -226,7 +227,10 @@ class BucketFile:
         self._buffer.write(data)
 
     def flush(self) -> None:
-        self._path.write_bytes(self._buffer.getvalue())
+        try:
+            self._path.write_bytes(self._buffer.getvalue())
+        except Exception as error:  # each client has its own; it would end tensorboardX's thread
+            print(f"WARNING: {self._path}: not written, tried again at the next flush: {error}", file=sys.stderr, flush=True)
 
     close = flush
 

@@ -102,18 +102,20 @@ def test_every_parameter_of_the_base_config_lives_where_the_golden_file_says():
     assert base_shardings().splitlines() == GOLDEN.read_text().splitlines()
 
 
-def gradient_config(rules, data, model, shard_group, variant):
+def gradient_config(rules, data, model, shard_group, variant, scan):
     config = rahf_base.get_config()
     config.model = tiny_model.dividing(variant)
+    for part in (config.model.vit, config.model.t5):
+        part.scan = part.remat = scan
     config.train.batch_size, config.data.text_length, config.data.keyword_length = 8, 6, 5
     config.mesh = dict(data=data, model=model, rules=rules, shard_group=shard_group)
     return config
 
 
 @functools.cache
-def loss_and_gradients(rules, data, model, shard_group=2, variant="multi_head"):
+def loss_and_gradients(rules, data, model, shard_group=2, variant="multi_head", scan=False):
     """Of one real training step with dropout; an optimiser whose state is the gradient keeps it."""
-    config = gradient_config(rules, data, model, shard_group, variant)
+    config = gradient_config(rules, data, model, shard_group, variant, scan)
     mesh = partitioning.mesh_of(config.mesh, jax.devices()[: data * model])
     module = RAHF(RAHFConfig.from_dict(config.model.to_dict()))
     keep = optax.GradientTransformation(
@@ -133,16 +135,16 @@ def loss_and_gradients(rules, data, model, shard_group=2, variant="multi_head"):
 
 @pytest.mark.usefixtures("standard_promotion")  # optax promotes freely
 @pytest.mark.parametrize(
-    ("rules", "data", "model", "variant"),
+    ("rules", "data", "model", "options"),
     [
-        *[(rules, data, model, "multi_head") for rules in RULE_SETS for data, model in ((8, 1), (4, 2), (2, 4))],
-        ("fully_sharded", 1, 8, "multi_head"),
-        ("fully_sharded", 4, 2, "augmented_prompt"),
+        *[(rules, data, model, {}) for rules in RULE_SETS for data, model in ((8, 1), (4, 2), (2, 4), (1, 8))],
+        ("fully_sharded", 4, 2, {"variant": "augmented_prompt"}),
+        ("fully_sharded", 4, 2, {"scan": True, "shard_group": 16}),
     ],
 )
-def test_loss_and_every_gradient_are_the_same_on_any_mesh_by_any_rules(rules, data, model, variant):
-    expected_loss, expected = loss_and_gradients("data_parallel", 1, 1, variant=variant)
-    loss, gradients = loss_and_gradients(rules, data, model, variant=variant)
+def test_loss_and_every_gradient_are_the_same_on_any_mesh_by_any_rules(rules, data, model, options):
+    expected_loss, expected = loss_and_gradients("data_parallel", 1, 1, **options)
+    loss, gradients = loss_and_gradients(rules, data, model, **options)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
     for (path, found), wanted in zip(
         jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(expected), strict=True

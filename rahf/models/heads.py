@@ -230,7 +230,8 @@ class ScoreHead(nn.Module):
         x = x.reshape(x.shape[0], -1)  # [B, h' * w' * F]
 
         def dense(features, axis, dtype, name):
-            return Projection((features,), ("score_in", axis), dtype=dtype, init=nn.initializers.he_normal(), name=name)
+            init = nn.initializers.he_normal()
+            return Projection((features,), ("score_in", axis), dtype=dtype, kernel_init=init, name=name)
 
         for i, features in enumerate(config.dense):
             x = nn.relu(dense(features, "score_out", self.dtype, f"dense_{i}")(x))

@@ -144,7 +144,7 @@ class RAHF(nn.Module):
         self.t5 = T5(config.t5, dtype)
         if config.vit.width != config.t5.emb_dim:
             axes, init = ("image_embed", "embed"), nn.initializers.lecun_normal()
-            self.image_projection = Projection((config.t5.emb_dim,), axes, dtype=dtype, init=init)
+            self.image_projection = Projection((config.t5.emb_dim,), axes, dtype=dtype, kernel_init=init)
 
         def score_head(suffix=""):
             return ScoreHead(config.score_head, dtype, name=f"score_head{suffix}")

@@ -39,7 +39,7 @@ class ViTConfig:
     gelu: str = "tanh"  # big_vision's approximation; "erf" is Hugging Face's exact one
     epsilon: float = 1e-6  # of the layer norms; 1e-12 in Hugging Face's
     remat: bool = False  # recompute each block in the backward pass
-    scan: bool = False  # compile one block and loop over all: the same parameters and result
+    scan: bool = False  # compile one block and loop over all: the same parameters and result, other dropout keys
 
     def __post_init__(self):
         if self.width % self.num_heads:
@@ -57,7 +57,7 @@ class Projection(nn.Module):
     axes: tuple[str, ...]
     contract: int = 1
     dtype: DTypeLike = jnp.float32
-    init: nn.initializers.Initializer | None = None  # of the kernel; Xavier's uniform one by default
+    kernel_init: nn.initializers.Initializer | None = None  # Xavier's uniform one by default
     bias_init: nn.initializers.Initializer = nn.initializers.zeros
 
     @nn.compact
@@ -65,7 +65,7 @@ class Projection(nn.Module):
         inputs = x.shape[-self.contract :]
         shape = (*inputs, *self.features)
         # The fan-in and fan-out of the flattened matrix, as flax initialises it.
-        init = self.init or nn.initializers.variance_scaling(
+        init = self.kernel_init or nn.initializers.variance_scaling(
             1.0, "fan_avg", "uniform", range(len(inputs)), range(len(inputs), len(shape))
         )
         kernel = self.param("kernel", partitioned(init, self.axes), shape, jnp.float32)
