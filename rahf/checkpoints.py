@@ -39,6 +39,7 @@ RESUMABLE = (
     "log_every",
     "checkpoint_every",
     "train.max_bad_steps",
+    "clip.folder",
 )
 
 

@@ -15,6 +15,7 @@ import cv2, rahf
 from configs import rahf_ci
 from rahf import evaluate, predict, train
 from rahf.diffusion import sample
+from rahf.reward import train as reward_train
 from richhf_data import consolidate, metrics, synthetic
 
 config = rahf_ci.get_config()

@@ -1,0 +1,206 @@
+"""CLIP's embeddings of images and texts, kept on disk under what they are of.
+
+    cache/<CLIP>/image/<name>.npz     keys: the SHA-256 of each encoded image (or text), float32[n, E] beside them
+    cache/<CLIP>/text/<name>.npz
+
+Each file is written whole or not at all, and what one holds is not computed again, whichever run asks.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import io
+import pathlib
+import zipfile
+from collections.abc import Iterable, Sequence
+
+import flax.traverse_util
+import jax
+import numpy as np
+import PIL.Image
+from flax import linen as nn
+from tqdm.auto import tqdm
+
+from rahf import checkpoints, pretrained, weights
+from rahf.models.clip import CLIP, TOKENIZER_FILES, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, Tokenizer
+from richhf_data import images as richhf_images
+from richhf_data import paths
+
+BATCH = 32  # images or texts at a time
+FILE = 8 * BATCH  # embeddings in a file: what a kill may cost
+
+
+class Clip:
+    """A frozen CLIP of a folder that `rahf.convert --source=clip-hf` wrote.
+
+    Attributes:
+      config: CLIPConfig. digest: SHA-256 of the folder's files, what an embedding depends on.
+
+    Raises:
+      ValueError: no such folder, tensors of other shapes, or no tokenizer's files.
+    """
+
+    def __init__(self, folder):
+        folder = pathlib.Path(folder)
+        held = pretrained.read(folder, "clip")
+        values = held.config["clip"]
+        towers = {"vision": CLIPVisionConfig(**values["vision"]), "text": CLIPTextConfig(**values["text"])}
+        self.config = CLIPConfig(**(values | towers))
+        self.tokenizer = Tokenizer(folder)
+        self.digest = _digest([folder / name for name in ("config.json", "weights.safetensors", *TOKENIZER_FILES)])
+        module, size = CLIP(self.config), self.config.vision.image_size
+        image, ids = np.zeros((1, size, size, 3), np.float32), np.zeros((1, self.config.text.length), np.int32)
+        wanted = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), image, ids))["params"]
+        wanted = {name: leaf.shape for name, leaf in flax.traverse_util.flatten_dict(wanted, sep="/").items()}
+        found = {name: tensor.shape for name, tensor in held.tensors.items()}
+        checkpoints.check_shapes(found, wanted, folder)
+        flat = {name: jax.device_put(array) for name, array in weights.read_all(held.tensors)}
+        self._params = flax.traverse_util.unflatten_dict(flat, sep="/")
+        self._encode = {
+            method: jax.jit(functools.partial(_unit, module, method)) for method in ("encode_image", "encode_text")
+        }
+
+    def images(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """uint8[H, W, 3] each, of any size -> float32[B, E] of unit length."""
+        return self._batches("encode_image", [prepare(image, self.config.vision.image_size) for image in images])
+
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
+        """-> float32[B, E] of unit length.
+
+        Raises:
+          ValueError: a text has more ids than the text tower reads.
+        """
+        length = self.config.text.length
+        for text in texts:
+            if (count := self.tokenizer.num_ids(text)) > length:
+                raise ValueError(
+                    f"prompt: {text[:80]!r} takes {count} ids with its start and end, CLIP reads {length}; shorten it"
+                )
+        return self._batches("encode_text", self.tokenizer(texts, length) if len(texts) else [])
+
+    def _batches(self, method, rows) -> np.ndarray:
+        out = [np.zeros((0, self.config.projection_dim), np.float32)]
+        for i in range(0, len(rows), BATCH):
+            batch = np.stack(rows[i : i + BATCH])
+            padded = np.pad(batch, [(0, BATCH - len(batch))] + [(0, 0)] * (batch.ndim - 1), mode="edge")  # one shape
+            out.append(np.asarray(self._encode[method](self._params, padded))[: len(batch)])
+        return np.concatenate(out)
+
+
+def _unit(module, method, params, x):
+    embedding = module.apply({"params": params}, x, method=method)
+    return embedding / jax.numpy.linalg.norm(embedding, axis=-1, keepdims=True)
+
+
+def prepare(image: np.ndarray, size: int) -> np.ndarray:
+    """uint8[H, W, 3] -> uint8[size, size, 3] as CLIP sees it: the shorter side scaled to `size`, bicubic, the middle.
+
+    Raises:
+      ValueError: another shape or dtype.
+    """
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+        raise ValueError(f"image: got {image.dtype}{list(image.shape)}, expected uint8[H, W, 3]")
+    height, width = image.shape[:2]
+    if (height, width) == (size, size):
+        return image
+    scaled = [max(size, int(size * side / min(height, width))) for side in (width, height)]
+    left, top = ((side - size) // 2 for side in scaled)
+    picture = PIL.Image.fromarray(image).resize(scaled, PIL.Image.Resampling.BICUBIC)
+    return np.asarray(picture.crop((left, top, left + size, top + size)))
+
+
+def decode(encoded: bytes, where: str) -> np.ndarray:
+    """An encoded image as uint8[H, W, 3], RGB. Raises ValueError with `where` if it does not decode."""
+    try:
+        plain, _, _ = richhf_images.plain(encoded)
+        return np.asarray(PIL.Image.open(io.BytesIO(plain)).convert("RGB"))
+    except ValueError as error:
+        raise ValueError(f"{where}: image: does not decode ({error}), expected a JPEG, PNG or WebP") from error
+
+
+def key(data: bytes) -> str:
+    """What an image or a text is kept under."""
+    return hashlib.sha256(data).hexdigest()
+
+
+@dataclasses.dataclass
+class _Store:
+    """The embeddings of one kind; those that are added are written every `FILE`."""
+
+    folder: pathlib.Path
+
+    def __post_init__(self):
+        self.held, self._new = {}, {}
+        for file in sorted(self.folder.glob("*.npz")):
+            try:
+                with np.load(file, allow_pickle=False) as arrays:
+                    self.held |= dict(zip(arrays["keys"].tolist(), arrays["embeddings"], strict=True))
+            except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+                raise ValueError(f"cache: {file} is damaged ({error}); delete it, it is made again") from error
+
+    def add(self, found: dict[str, np.ndarray]) -> None:
+        self._new |= found
+        self.held |= found
+        if len(self._new) >= FILE:
+            self.save()
+
+    def save(self) -> None:
+        if self._new:
+            file = io.BytesIO()
+            np.savez(file, keys=np.array(list(self._new)), embeddings=np.stack(list(self._new.values())))
+            paths.replace(self.folder / f"{key(''.join(self._new).encode())[:32]}.npz", file.getvalue())
+            self._new = {}
+
+
+def embed_images(clip: Clip, rows: Iterable[tuple[str, bytes]], cache, total: int) -> tuple[list[str], np.ndarray]:
+    """Keys and embeddings float32[n, E] of encoded images, in their order.
+
+    Args:
+      rows: (where it comes from, for errors; the encoded image). total: how many.
+
+    Raises:
+      ValueError: an image that does not decode, with its `where`; what was embedded before it is kept.
+    """
+    store, keys, waiting = _Store(pathlib.Path(cache) / clip.digest[:16] / "image"), [], {}
+
+    def flush():
+        if waiting:
+            store.add(dict(zip(waiting, clip.images(list(waiting.values())), strict=True)))
+            waiting.clear()
+
+    try:
+        for where, encoded in tqdm(rows, desc="images", unit="image", total=total, dynamic_ncols=True):
+            keys.append(key(encoded))
+            if keys[-1] not in store.held and keys[-1] not in waiting:
+                waiting[keys[-1]] = prepare(decode(encoded, where), clip.config.vision.image_size)
+                if len(waiting) == BATCH:
+                    flush()
+        flush()
+    finally:
+        store.save()
+    return keys, np.stack([store.held[name] for name in keys])
+
+
+def embed_texts(clip: Clip, texts: Sequence[str], cache) -> np.ndarray:
+    """Embeddings float32[n, E] of texts, in their order; errors as `Clip.texts`."""
+    store, keys = _Store(pathlib.Path(cache) / clip.digest[:16] / "text"), [key(text.encode()) for text in texts]
+    missing = {name: text for name, text in zip(keys, texts, strict=True) if name not in store.held}
+    names = list(missing)
+    try:
+        with tqdm(desc="texts", unit="text", total=len(texts), initial=len(texts) - len(names), dynamic_ncols=True) as bar:
+            for i in range(0, len(names), BATCH):
+                batch = names[i : i + BATCH]
+                store.add(dict(zip(batch, clip.texts([missing[name] for name in batch]), strict=True)))
+                bar.update(len(batch))
+    finally:
+        store.save()
+    return np.stack([store.held[name] for name in keys])
+
+
+def _digest(files: Iterable[pathlib.Path]) -> str:
+    total = hashlib.sha256()
+    for path in files:
+        if path.is_file():
+            with path.open("rb") as file:
+                total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()

@@ -1,0 +1,183 @@
+"""Trains paper B's reward model on binary feedback, and compares it with CLIP score.
+
+    python -m rahf.reward.train --config=configs/reward_clip.py --feedback=FILE --clip=DIR --workdir=DIR
+
+    workdir/config.json, weights.safetensors    what `rahf.reward.load` reads: the best validation's
+    workdir/results.json, data_size.png         accuracy, F1 and AUC on the validation part, by the number of training images
+    workdir/embeddings/                         CLIP's, by content; --cache puts them elsewhere, for several runs
+
+A run that was killed goes on when the same command is given again: embeddings and finished trainings are not made anew,
+and a training that was cut short is repeated with the same result.
+"""
+
+import io
+import os
+
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import config_flags
+from tabulate import tabulate
+
+from rahf import checkpoints
+from rahf.reward import embed, metrics, model, predict, prompts
+from rahf.reward.feedback import Feedback
+from richhf_data import paths
+
+METRICS = ("accuracy", "f1", "auc")
+
+
+def make_features(feedback: Feedback, clip: embed.Clip, words: prompts.Words, change, cache) -> tuple[model.Features, list]:
+    """CLIP's embeddings of the images, the prompts and the prompts' negatives; and the images' keys.
+
+    Of a prompt's negatives each category that can change has the same odds.
+    """
+    texts = {text: i for i, text in enumerate(dict.fromkeys(feedback.prompts))}
+    negatives, odds = [], []  # of the prompts: rows of texts, and their odds
+    for text in list(texts):
+        parsed = words.parse(text)
+        changed = words.negatives(parsed, change) if parsed else {}
+        negatives.append([prompts.text(other) for others in changed.values() for other in others])
+        odds.append([1 / len(others) for others in changed.values() for _ in others])
+    for text in (text for others in negatives for text in others):
+        texts.setdefault(text, len(texts))
+    table = np.zeros((len(texts), max(1, *map(len, negatives))), np.int32)
+    table_odds = np.zeros(table.shape, np.float32)
+    for i, (others, chances) in enumerate(zip(negatives, odds, strict=True)):
+        table[i, : len(others)], table_odds[i, : len(others)] = [texts[text] for text in others], chances
+    text_features = embed.embed_texts(clip, list(texts), cache)
+    keys, image_features = embed.embed_images(clip, feedback.images(), cache, len(feedback))
+    own = np.array([texts[text] for text in feedback.prompts], np.int32)
+    labels = np.array(feedback.labels, np.float32)
+    return model.Features(image_features, labels, own, text_features, table, table_odds), keys
+
+
+def split(keys, validation: float) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the training and of the validation part. An image's content decides, so that it is in one of them only.
+
+    The training rows are in an order without meaning: the first so many are a sample.
+    """
+    place = np.array([int(key[:13], 16) / 16**13 for key in keys])
+    rows = np.argsort(place, kind="stable")
+    return rows[place[rows] >= validation], rows[place[rows] < validation]
+
+
+def evaluate(features: model.Features, train, validation, mlp, params) -> dict[str, dict[str, float]]:
+    """Of the validation part: {"reward", "clip_score"} -> accuracy, f1, auc.
+
+    CLIP score is no probability: its threshold is the most accurate one on the training part. The reward's is 0.5.
+    """
+    text, labels = features.text[features.prompt], features.label
+    clip_score = np.sum(features.image * text, axis=1)
+    reward = model.predict(mlp, params, features.image[validation], text[validation])
+    threshold = metrics.best_threshold(clip_score[train], labels[train])
+    return {
+        "reward": metrics.all_of(reward, labels[validation], 0.5),
+        "clip_score": metrics.all_of(clip_score[validation], labels[validation], threshold),
+    }
+
+
+def plot(results: list[dict]) -> bytes:
+    """A PNG: each metric of both predictors against the number of training images."""
+    from matplotlib.figure import Figure
+
+    figure, sizes = Figure(figsize=(11, 3.4), layout="constrained"), [entry["train"] for entry in results]
+    for axes, name in zip(figure.subplots(1, len(METRICS)), METRICS, strict=True):
+        for predictor, label in (("reward", "reward model"), ("clip_score", "CLIP score")):
+            axes.plot(sizes, [entry[predictor][name] for entry in results], "o-", label=label)
+        axes.set(xlabel="training images", ylabel={"auc": "AUC", "f1": "F1"}.get(name, name), xscale="log")
+        axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    axes.legend()
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=120)
+    return file.getvalue()
+
+
+def train(config, feedback_file, clip_folder, workdir, cache=None) -> list[dict]:
+    """Runs `config`; returns what results.json has: an entry for each size of the training part, the whole one last.
+
+    Raises:
+      ValueError: faulty feedback, a folder that is no CLIP, a workdir of another run, a prompt that the lists do not make.
+    """
+    # ---- Feedback, prompts, CLIP ------------------------------------------------------------------------------------
+    words, change = prompts.words_of(config.prompts), tuple(config.loss.change)
+    if unknown := sorted(set(change) - set(prompts.CATEGORIES)):
+        raise ValueError(f"loss.change: got {unknown}, expected some of {list(prompts.CATEGORIES)}")
+    sizes = sorted(set(config.eval.data_sizes))
+    if not sizes or sizes[0] <= 0 or sizes[-1] != 1:
+        raise ValueError(f"eval.data_sizes: got {sizes}, expected shares above 0, the last of them 1.0")
+    for name, folder in (("workdir", workdir), ("cache", cache)):
+        if "://" in str(folder):
+            raise ValueError(f"{name}: got {folder}, expected a folder on a disk")
+    feedback = Feedback(feedback_file)
+    foreign = sorted({text for text in feedback.prompts if words.parse(text) is None})
+    if foreign and config.loss.classification_weight:
+        raise ValueError(
+            f"feedback: {feedback.path}: {len(foreign)} prompts cannot be made of the config's lists, such as "
+            f"{foreign[0]!r}, and so have no negatives; add their words to the config's prompts, or pass "
+            "--config.loss.classification_weight=0"
+        )
+    clip = embed.Clip(clip_folder)
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.clip = {"folder": os.path.abspath(clip_folder), "digest": clip.digest}
+    workdir = checkpoints.open_workdir(workdir, config)
+
+    # ---- Features, parts --------------------------------------------------------------------------------------------
+    features, keys = make_features(feedback, clip, words, change, cache or workdir / "embeddings")
+    rows, validation = split(keys, config.eval.validation)
+    identity = embed.key(repr((keys, feedback.prompts, feedback.labels)).encode())
+    file = workdir / "results.json"
+    held = checkpoints.read_json(file) if file.exists() else {"feedback": identity, "results": []}
+    if held["feedback"] != identity:
+        raise ValueError(f"workdir: {workdir} holds a run on other feedback than {feedback.path}; take another --workdir")
+    print(f"{len(rows)} training and {len(validation)} validation images, {len(set(feedback.prompts))} prompts", flush=True)
+
+    # ---- A training for each size; the whole one's weights are kept -------------------------------------------------
+    results, mlp = held["results"], model.RewardMLP(tuple(config.model.hidden))
+    for share in sizes[len(results) :]:
+        part, whole = rows[: max(1, round(share * len(rows)))], share == 1
+
+        def keep(params, _):
+            if whole:
+                predict.write_params(params, workdir / "weights.safetensors")
+
+        params, best = model.fit(features, part, validation, config, keep)
+        results.append({"share": share, "train": len(part), **best, **evaluate(features, part, validation, mlp, params)})
+        checkpoints.write_json(file, {"feedback": identity, "results": results})
+    paths.replace(workdir / "data_size.png", plot(results))
+    return results
+
+
+def table(results) -> str:
+    """Both predictors' metrics for each size, to print."""
+    headers = ["training images", *(f"{who} {name}" for name in METRICS for who in ("reward", "CLIP score"))]
+    lines = [
+        [entry["train"], *(entry[who][name] for name in METRICS for who in ("reward", "clip_score"))] for entry in results
+    ]
+    return tabulate(lines, headers, floatfmt=".3f", missingval="nan")
+
+
+def main(argv):
+    """The command."""
+    logging.set_verbosity(logging.WARNING)
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    args = flags.FLAGS
+    try:
+        results = train(args.config, args.feedback, args.clip, args.workdir, args.cache)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
+    print(table(results))
+    print(f"{args.workdir}: weights.safetensors, results.json, data_size.png")
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "The experiment: configs/reward_clip.py.")
+    flags.DEFINE_string("feedback", None, "A .jsonl or .parquet file of prompt, image and label.")
+    flags.DEFINE_string("clip", None, "The CLIP, a folder that rahf.convert --source=clip-hf wrote.")
+    flags.DEFINE_string("workdir", None, "For the weights, results and embeddings; a killed run goes on from it.")
+    flags.DEFINE_string("cache", None, "Where CLIP's embeddings are kept, if not in the workdir.")
+    flags.mark_flags_as_required(["config", "feedback", "clip", "workdir"])
+    app.run(main)
