@@ -229,6 +229,7 @@ def gated(x):
 
 
 def gated_bias(x):
+    """The layout of `GEGLU`'s bias, the two halves likewise."""
     return x.reshape(2, -1)
 
 

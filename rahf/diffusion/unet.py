@@ -140,6 +140,7 @@ class ResnetBlock(nn.Module):
 
 
 def dense(features: int, axes: tuple[str, str], dtype, name: str, bias: bool = True, init=None) -> nn.Dense:
+    """A dense layer whose kernel has the logical `axes` and whose bias has the second; LeCun's initialisation by default."""
     return nn.Dense(
         features,
         use_bias=bias,

@@ -120,6 +120,7 @@ class MidBlock(nn.Module):
 
 
 def resnet_of(config: VAEConfig):
+    """`ResnetBlock` with all but its width and name given, recomputed in the backward pass where the config says so."""
     block = nn.remat(ResnetBlock) if config.remat else ResnetBlock
     return functools.partial(block, groups=config.norm_num_groups, epsilon=1e-6, dtype=jnp.dtype(config.dtype))
 
