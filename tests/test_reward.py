@@ -24,7 +24,7 @@ from configs import reward_clip
 from rahf import checkpoints, pretrained, reward
 from rahf.models.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from rahf.reward import embed, metrics, model, predict, prompts, train
-from rahf.reward.feedback import Feedback
+from rahf.reward.feedback import Feedback, Pictures
 from rahf.weights import Tensor
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -187,6 +187,28 @@ def test_feedback_refuses_other_files(tmp_path):
         Feedback(write_parquet(tmp_path / "c.parquet", [png(0)] * 3, (1, None, 0)))
     with pytest.raises(ValueError, match=r"row 2: image: got no bytes, expected a path or an image's bytes"):
         list(Feedback(write_parquet(tmp_path / "d.parquet", [png(0), b"", png(1)])).images())
+
+
+def test_pictures_need_no_label_and_read_the_folder_that_sample_writes(tmp_path):
+    file = write_rows(tmp_path, 3, lambda i, row: {"prompt": row["prompt"], "image": row["image"], "seed": 0, "number": i})
+    file.rename(tmp_path / "images.jsonl")
+    for pictures in (Pictures(tmp_path), Pictures(str(tmp_path / "images.jsonl"))):
+        assert len(pictures.prompts) == len(pictures) == 3
+        assert [image for _, image in pictures.images()] == [png(i) for i in range(3)]
+        assert next(pictures.images())[0] == f"pictures: {tmp_path / 'images.jsonl'}: row 1"
+    with pytest.raises(ValueError, match=r"feedback: .*images.jsonl:\n  row 1: got .*, expected .*0 or 1"):
+        Feedback(tmp_path)
+    with pytest.raises(ValueError, match=r"pictures: no file .*none.images.jsonl"):
+        (tmp_path / "none").mkdir()
+        Pictures(tmp_path / "none")
+    (tmp_path / "images" / "1.png").unlink()
+    with pytest.raises(ValueError, match=r"row 2: image: no file .*1.png"):
+        Pictures(tmp_path)
+    write_parquet(tmp_path / "a.parquet", [png(0)] * 3)
+    assert Pictures(tmp_path / "a.parquet").prompts == ["two cats", "a red cat", "one mouse"]
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"], "picture": [b"x"]}), tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match=r"pictures: .* has no column image; it has prompt"):
+        Pictures(tmp_path / "b.parquet")
 
 
 # ---- Embeddings -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Binary feedback: tables of a prompt, an image, and whether people found that the one shows the other.
+"""Tables of pictures and their prompts; with a label, whether people found that the one shows the other, binary feedback.
 
     {"prompt": "two red cats", "image": "images/0.png", "label": 1}      a line of a .jsonl file; paths beside the file
 
@@ -14,47 +14,50 @@ import pyarrow.parquet
 
 from richhf_data import images as richhf_images
 
-COLUMNS = ("prompt", "image", "label")
 MAX_NAMED = 5  # faults in a message
 _ROWS_AT_ONCE = 32  # of images in memory
 
 
-class Feedback:
-    """A file's rows, its prompts and labels checked; images are read when asked for.
+class Pictures:
+    """A table's rows, its prompts checked; images are read when asked for. Other columns are not read.
+
+    Args:
+      path: a .jsonl or .parquet file, or a folder with an images.jsonl, which `rahf.diffusion.sample` writes.
 
     Attributes:
-      prompts: list of texts. labels: list of 0 and 1, as long.
+      path: the file. prompts: list of texts.
 
     Raises:
       ValueError: no such file, another format, a column that is missing, rows that are not as above; names the file, the
         first faulty rows (from 1 on), what they have and what is expected.
     """
 
+    name, columns = "pictures", ("prompt", "image")
+    expected = '{"prompt": text, "image": path}'
+
     def __init__(self, path):
         self.path = pathlib.Path(path)
+        if self.path.is_dir():
+            self.path /= "images.jsonl"
         if not self.path.is_file():
-            raise ValueError(f"feedback: no file {path}")
+            raise ValueError(f"{self.name}: no file {self.path}")
         readers = {".jsonl": self._json_rows, ".parquet": self._parquet_rows}
         if self.path.suffix not in readers:
-            raise ValueError(f"feedback: {path} ends in {self.path.suffix!r}, expected one of {sorted(readers)}")
+            raise ValueError(f"{self.name}: {path} ends in {self.path.suffix!r}, expected one of {sorted(readers)}")
         self._rows = readers[self.path.suffix]
-        self.prompts, self.labels, faults = [], [], []
-        for where, row in self._rows(("prompt", "label") if self.path.suffix == ".parquet" else COLUMNS):
+        rows, faults = [], []
+        small = [name for name in self.columns if name != "image" or self.path.suffix == ".jsonl"]
+        for where, row in self._rows(small):
             if isinstance(row, str):
                 faults.append(f"{where}: {row}")
-                continue
-            if not isinstance(row["prompt"], str) or not row["prompt"].strip():
-                faults.append(f"{where}: prompt: got {row['prompt']!r}, expected a text")
-            if not isinstance(row["label"], int | float) or row["label"] not in (0, 1):
-                faults.append(f"{where}: label: got {row['label']!r}, expected 0 or 1")
-            if "image" in row:
-                faults += self._fault_of_image(row["image"], where)
-            self.prompts.append(row["prompt"])
-            self.labels.append(row["label"])
+            else:
+                faults += [f"{where}: {fault}" for fault in self._faults(row)]
+                rows.append(row)
         self._refuse(faults)
-        if not self.prompts:
-            raise ValueError(f"feedback: {path} has no rows, expected a row an image with {', '.join(COLUMNS)}")
-        self.labels = [int(label) for label in self.labels]
+        if not rows:
+            raise ValueError(f"{self.name}: {self.path} has no rows, expected a row an image with {', '.join(self.columns)}")
+        self.prompts = [row["prompt"] for row in rows]
+        self._checked = rows
 
     def __len__(self):
         return len(self.prompts)
@@ -65,27 +68,35 @@ class Feedback:
         Raises:
           ValueError: an image that is missing.
         """
-        for where, row in self._rows(COLUMNS):
+        for where, row in self._rows(["image"]):
+            if isinstance(row, str):
+                self._refuse([f"{where}: {row}"])
             value = row["image"]
             value = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
-            self._refuse(self._fault_of_image(value, where))
+            self._refuse([f"{where}: {fault}" for fault in self._fault_of_image(value)])
             encoded = value if isinstance(value, bytes) else (self.path.parent / value).read_bytes()
-            yield f"feedback: {self.path}: {where}", encoded
+            yield f"{self.name}: {self.path}: {where}", encoded
 
-    def _fault_of_image(self, value, where) -> list[str]:
+    def _faults(self, row) -> list[str]:
+        faults = [] if "image" not in row else self._fault_of_image(row["image"])
+        if not isinstance(row["prompt"], str) or not row["prompt"].strip():
+            faults.append(f"prompt: got {row['prompt']!r}, expected a text")
+        return faults
+
+    def _fault_of_image(self, value) -> list[str]:
         if isinstance(value, bytes) and value:
             return []
         if not isinstance(value, str) or not value:
             got = "no bytes" if value == b"" else repr(value)
-            return [f"{where}: image: got {got}, expected a path or an image's bytes"]
+            return [f"image: got {got}, expected a path or an image's bytes"]
         if not (self.path.parent / value).is_file():
-            return [f"{where}: image: no file {self.path.parent / value}"]
+            return [f"image: no file {self.path.parent / value}"]
         return []
 
     def _refuse(self, faults) -> None:
         if faults:
             more = f"\n  and {len(faults) - MAX_NAMED} more" if len(faults) > MAX_NAMED else ""
-            raise ValueError(f"feedback: {self.path}:\n  " + "\n  ".join(faults[:MAX_NAMED]) + more)
+            raise ValueError(f"{self.name}: {self.path}:\n  " + "\n  ".join(faults[:MAX_NAMED]) + more)
 
     def _json_rows(self, columns) -> Iterator[tuple[str, dict | str]]:
         """(row 3, the row, or what is wrong with it)."""
@@ -98,18 +109,37 @@ class Feedback:
                     yield f"row {number}", {name: row[name] for name in columns}
                 except (ValueError, KeyError, TypeError):
                     got = line[:80].decode(errors="replace").strip()
-                    yield f"row {number}", f'got {got!r}, expected {{"prompt": text, "image": path, "label": 0 or 1}}'
+                    yield f"row {number}", f"got {got!r}, expected {self.expected}"
 
     def _parquet_rows(self, columns) -> Iterator[tuple[str, dict]]:
         try:
             with pyarrow.parquet.ParquetFile(self.path) as file:
-                if missing := [name for name in COLUMNS if name not in file.schema_arrow.names]:
+                if missing := [name for name in self.columns if name not in file.schema_arrow.names]:
                     has = richhf_images.listed(richhf_images.leaves(file.schema_arrow))
-                    raise ValueError(f"feedback: {self.path} has no column {', '.join(missing)}; it has {has}")
+                    raise ValueError(f"{self.name}: {self.path} has no column {', '.join(missing)}; it has {has}")
                 number = 0
                 for batch in file.iter_batches(_ROWS_AT_ONCE if "image" in columns else 2**14, columns=list(columns)):
                     for row in batch.to_pylist():
                         number += 1
                         yield f"row {number}", row
         except (pyarrow.ArrowException, OSError) as error:
-            raise richhf_images.unreadable("feedback", str(self.path), error) from error
+            raise richhf_images.unreadable(self.name, str(self.path), error) from error
+
+
+class Feedback(Pictures):
+    """Pictures with labels.
+
+    Attributes:
+      labels: list of 0 and 1, as long as the prompts.
+    """
+
+    name, columns = "feedback", ("prompt", "image", "label")
+    expected = '{"prompt": text, "image": path, "label": 0 or 1}'
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.labels = [int(row["label"]) for row in self._checked]
+
+    def _faults(self, row):
+        good = isinstance(row["label"], int | float) and row["label"] in (0, 1)
+        return super()._faults(row) + ([] if good else [f"label: got {row['label']!r}, expected 0 or 1"])
