@@ -11,6 +11,7 @@ import tiny_model
 import rahf
 from configs import rahf_ci
 from rahf import checkpoints, convert, predict, train
+from rahf.reward import sources
 from richhf_data import schema
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -46,6 +47,17 @@ def test_predict_gives_every_kind_of_feedback(workdir, images):
         assert maps.shape == (3, 16, 16)
         assert ((maps >= 0) & (maps <= 1)).all()
     assert len(feedback.labelled_prompts) == len(feedback.keywords) == 3
+
+
+def test_a_score_and_a_weighted_sum_of_scores_are_rewards(workdir, images):
+    scores = rahf.load(workdir).predict(images, PROMPTS).scores
+    for spec, expected in (
+        ("", scores["overall"]),
+        (":plausibility", scores["plausibility"]),
+        (":alignment=0.7,aesthetics=-3", 0.7 * scores["alignment"] - 3 * scores["aesthetics"]),
+    ):
+        rewards = sources.checked(sources.reward_of(f"rahf:{workdir}{spec}"), images, PROMPTS)
+        np.testing.assert_allclose(rewards, expected, atol=1e-6)
 
 
 def test_a_converted_workdir_is_read_anywhere(workdir, tmp_path):

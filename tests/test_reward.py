@@ -23,7 +23,7 @@ from tiny_diffusion import write_tokenizer
 from configs import reward_clip
 from rahf import checkpoints, pretrained, reward
 from rahf.models.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
-from rahf.reward import embed, metrics, model, predict, prompts, train
+from rahf.reward import embed, metrics, model, predict, prompts, sources, train
 from rahf.reward.feedback import Feedback, Pictures
 from rahf.weights import Tensor
 
@@ -465,6 +465,81 @@ def test_metrics_are_sklearns():
     assert np.isnan(metrics.f1(np.zeros(3), np.zeros(3), 0.5))
 
 
+# ---- Rewards and features by name -----------------------------------------------------------------------------------
+def test_python_specs_give_the_users_own_functions(tmp_path, monkeypatch):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "rewards.py").write_text("class Of:\n    red = staticmethod(lambda images, prompts: images)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert sources.reward_of("python:own.rewards:Of.red")(3, "") == 3
+    assert sources.features_of("python:numpy:asarray") is np.asarray
+    (tmp_path / "own" / "faulty.py").write_text("import no_such_package\n")
+    for spec, message in (
+        ("python:own.nothing:red", r"reward: python:own.nothing:red: No module named 'own.nothing'; is its folder on"),
+        ("python:own.faulty:red", r"No module named 'no_such_package'"),
+        ("python:own.rewards:blue", r"module 'own.rewards' has no attribute 'blue'"),
+        ("python:math:pi", r"reward: python:math:pi is a float, expected a function"),
+        ("python:math", r"reward: got python:math, expected python:package.module:name"),
+        ("python::x", r"expected python:package.module:name"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sources.reward_of(spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("clip:a", r"reward: got 'clip:a', expected reward:... or rahf:... or python:..."),
+        ("a folder", "reward: got 'a folder', expected"),
+        ("reward:", "reward: got 'reward:', expected"),
+        ("reward:nowhere", r"workdir: .*nowhere has no config.json; expected one of `python -m rahf.reward.train`"),
+        ("rahf:nowhere", r"workdir: .*nowhere has no config.json; expected a folder written by `python -m rahf.train`"),
+        ("rahf:nowhere:beauty", r"reward: rahf:nowhere:beauty: got the score 'beauty', expected some of \('plausibility',"),
+        ("rahf:nowhere:overall,overall=2", r"got the score 'overall', expected some of .*, each once"),
+        ("rahf:nowhere:overall=", r"got '' times overall, expected a number"),
+        ("rahf:nowhere:overall=inf", r"got 'inf' times overall, expected a number"),
+    ],
+)
+def test_reward_specs_name_what_is_wrong(spec, message):
+    with pytest.raises(ValueError, match=message):
+        sources.reward_of(spec)
+
+
+def test_clip_features_are_its_image_embeddings(clip_folder, clip):
+    images = [embed.decode(png(i), "") for i in range(3)]
+    np.testing.assert_array_equal(sources.features_of(f"clip:{clip_folder}")(images), clip.images(images))
+    with pytest.raises(ValueError, match=r"features: got 'reward:a', expected clip:... or python:..."):
+        sources.features_of("reward:a")
+
+
+@pytest.mark.parametrize("given", [[1, 2], (True, False), np.float64([0.1, -3]), jax.numpy.bfloat16([1, 2])])
+def test_checked_takes_any_finite_numbers(given):
+    rewards = sources.checked(lambda *_: given, [0, 0], ["a", "b"])
+    np.testing.assert_array_equal(rewards, np.asarray(given, np.float32))
+    assert rewards.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (np.zeros((2, 1)), r"reward: got shape \(2, 1\), expected 2 finite numbers, one an image"),
+        (0.5, r"reward: got shape \(\), expected 2"),
+        ([0, float("nan")], r"got 1 values that are not finite, the first nan for 'b'"),
+        (np.float64([-1e300, 1e300]), r"got 2 values that are not finite, the first -inf for 'a'"),
+        (["1", "2"], r"got list \(values of type <U1\), expected 2 finite numbers"),
+        ([1, None], r"values of type object"),
+        ([[1], [1, 2]], r"reward: got list \(.*inhomogeneous"),
+        ([1j, 2j], r"values of type complex128"),
+        (None, r"got NoneType"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_checked_names_what_is_wrong(given, message):
+    with pytest.raises(ValueError, match=message):
+        sources.checked(lambda *_: given, [0, 0], ["a", "b"])
+    with pytest.raises(ValueError, match="reward: got 1 images and 2 prompts"):
+        sources.checked(lambda *_: given, [0], ["a", "b"])
+
+
 # ---- The command, the function --------------------------------------------------------------------------------------
 def test_train_writes_a_folder_that_load_reads_and_resumes(standard_promotion, clip_folder, tmp_path, monkeypatch):
     file, workdir = write_rows(tmp_path), tmp_path / "run"
@@ -484,7 +559,8 @@ def test_train_writes_a_folder_that_load_reads_and_resumes(standard_promotion, c
     _, validation = train.split(keys, 0.3)
     mse = np.mean((rewards[validation] - np.array(Feedback(file).labels)[validation]) ** 2)
     np.testing.assert_allclose(mse, results[1]["validation_mse"], rtol=1e-4)
-    np.testing.assert_allclose(loaded(np.stack(images[:3]), texts[:3]), rewards[:3], atol=1e-6)
+    for function in (loaded, sources.reward_of(f"reward:{workdir}"), sources.reward_of(f"reward:{workdir}:{clip_folder}")):
+        np.testing.assert_allclose(function(np.stack(images[:3]), texts[:3]), rewards[:3], atol=1e-6)
 
     # Killed before the last training: it is repeated, the others are not, and the result is the same.
     whole = (workdir / "weights.safetensors").read_bytes()
@@ -551,7 +627,7 @@ def test_keep_best_takes_the_highest_reward():
     assert kept.tolist() == images.mean(axis=(2, 3, 4)).argmax(axis=1).tolist()
     with pytest.raises(ValueError, match=r"reward: got shape \(11,\), expected 12 finite numbers"):
         predict.keep_best(lambda *_: np.zeros(11), images, ["a", "b", "c"])
-    with pytest.raises(ValueError, match=r"reward: got values that are not finite"):
+    with pytest.raises(ValueError, match=r"reward: got 12 values that are not finite, the first nan for 'a'"):
         predict.keep_best(lambda *_: np.full(12, np.nan), images, ["a", "b", "c"])
     with pytest.raises(ValueError, match=r"candidates: got 3 groups of \[4\] images for 2 prompts"):
         predict.keep_best(brightness, images, ["a", "b"])

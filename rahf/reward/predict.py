@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from rahf import checkpoints, weights
-from rahf.reward import embed, model
+from rahf.reward import embed, model, sources
 from richhf_data import paths
 
 
@@ -94,9 +94,7 @@ def keep_best(
             "many groups, each of the same number of images"
         )
     (k,) = counts
-    rewards = np.asarray(reward([image for images in candidates for image in images], np.repeat(prompts, k).tolist()))
-    if rewards.shape != (len(prompts) * k,) or not np.isfinite(rewards).all():
-        wrong = "values that are not finite" if rewards.shape == (len(prompts) * k,) else f"shape {rewards.shape}"
-        raise ValueError(f"reward: got {wrong}, expected {len(prompts) * k} finite numbers, one an image")
+    images = [image for images in candidates for image in images]
+    rewards = sources.checked(reward, images, np.repeat(prompts, k).tolist())
     rewards = rewards.reshape(len(prompts), k)
     return rewards.argmax(axis=1), rewards
