@@ -22,7 +22,7 @@ import tabulate
 from absl import app, flags
 from ml_collections import config_flags
 
-from rahf import optimizers, partitioning, predict, sources, train
+from rahf import loop, optimizers, partitioning, predict, sources, train
 from rahf.models.rahf import RAHF, RAHFConfig
 
 GIB = 2**30
@@ -88,9 +88,9 @@ def lowered(config, step: str, mesh, batch_size: int):
     state, shardings = train.state_shardings(model, optimizer, config, mesh, jax.random.key(0))
     params = state["params"], shardings["params"]
     if step == "train":
-        train.check_batch(config, mesh)
+        loop.check_batch(config, mesh)
         schedule = optimizers.make_schedule(config.optimizer, config.train.num_steps)
-        jitted = train.jit_train_step(model, optimizer, schedule, config, mesh, shardings)
+        jitted = loop.jit_train_step(train.make_train_step(model, optimizer, schedule, config, mesh), mesh, shardings)
         key = jax.eval_shape(jax.random.key, 0)
         with partitioning.activate(mesh, config.mesh.rules):
             return jitted.lower(state, batch, key), params

@@ -15,7 +15,7 @@ import time
 import pytest
 
 from launch import tpu_vm
-from rahf import train
+from rahf import loop
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -233,7 +233,7 @@ def cloud(tmp_path):
 
 
 def test_training_that_saved_on_sigterm_is_what_the_launcher_starts_again():
-    assert train.EXIT_CODES[signal.SIGTERM] == tpu_vm.PREEMPTED
+    assert loop.EXIT_CODES[signal.SIGTERM] == tpu_vm.PREEMPTED
 
 
 def test_train_creates_sets_up_runs_and_deletes(cloud):

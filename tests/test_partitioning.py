@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from configs import rahf_base, rahf_ci
-from rahf import optimizers, partitioning, train
+from rahf import loop, optimizers, partitioning, train
 from rahf.models.rahf import RAHF, RAHFConfig
 
 GOLDEN = pathlib.Path(__file__).parent / "data" / "rahf_base_shardings.txt"
@@ -127,7 +127,8 @@ def loss_and_gradients(rules, data, model, shard_group=2, variant="multi_head", 
     values = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype) / max(1, x.size) ** 0.25, abstract)
     state = jax.tree.map(jax.device_put, values | {"step": np.int32(0)}, placed)
     batch = partitioning.shard_batch(tiny_model.batch(module.config, 8), partitioning.batch_sharding(mesh))
-    step = train.jit_train_step(module, keep, optax.constant_schedule(0.0), config, mesh, placed)
+    step = train.make_train_step(module, keep, optax.constant_schedule(0.0), config, mesh)
+    step = loop.jit_train_step(step, mesh, placed)
     with partitioning.activate(mesh, rules):
         state, metrics = step(state, batch, jax.random.key(1))
     return jax.device_get(metrics["loss"]), jax.device_get(state["opt_state"])

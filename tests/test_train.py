@@ -14,7 +14,7 @@ import pytest
 from flax import linen as nn
 
 from configs import rahf_ci
-from rahf import checkpoints, optimizers, partitioning, sources, train
+from rahf import checkpoints, loop, optimizers, partitioning, sources, train
 from rahf.models.rahf import RAHF, RAHFConfig
 from richhf_data import schema
 
@@ -186,7 +186,7 @@ def test_a_step_whose_loss_is_not_finite_changes_the_step_alone(tmp_path):
 
 def test_skipped_steps_are_counted_their_batches_kept_and_too_many_in_a_row_end_the_run(tmp_path):
     folder = tmp_path / "bad_batches"
-    skips = train.SkippedSteps(folder, limit=3, total=4, in_a_row=1)  # as resumed
+    skips = loop.SkippedSteps(folder, limit=3, total=4, in_a_row=1)  # as resumed
     for step, skipped in ((11, 1), (12, 0), (13, 1), (14, 1)):
         skips.add(step, {"scores": np.full((2, 4), step, np.float32)}, np.int32(skipped))
     skips.settle()
