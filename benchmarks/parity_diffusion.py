@@ -95,13 +95,13 @@ def timed(makers) -> dict:
 
 
 def inputs() -> dict:
-    rng = np.random.default_rng(0)
+    rng, keys = np.random.default_rng(0), sample.image_keys(sample.seed_data(0), np.arange(1))
     return {
         "latents": rng.standard_normal((1, 64, 64, 4)).astype(np.float32),
         "context": rng.standard_normal((1, 77, 768)).astype(np.float32),
         "image": rng.uniform(-1, 1, (1, 512, 512, 3)).astype(np.float32),
         "timesteps": np.array([501], np.int32),
-        "initial": np.asarray(sample.noise(sample.image_keys(0, 0, 1), sample.INITIAL, (64, 64, 4))),
+        "initial": np.asarray(sample.noise(keys, sample.INITIAL, (64, 64, 4))),
     }
 
 

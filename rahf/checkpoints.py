@@ -40,6 +40,9 @@ RESUMABLE = (
     "checkpoint_every",
     "train.max_bad_steps",
     "clip.folder",
+    "model.folder",  # identity.* says what these hold
+    "data.images",
+    "data.pretraining",
 )
 
 

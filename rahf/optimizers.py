@@ -69,7 +69,7 @@ def make_optimizer(config, num_steps: int) -> optax.GradientTransformation:
     else:
         raise ValueError(f"optimizer.kind: got {config.kind!r}, expected 'adamw' or 'muon'")
     steps = [optax.clip_by_global_norm(config.clip_norm), optimizer]
-    multipliers = dict(config.learning_rate_multipliers)
+    multipliers = dict(config.get("learning_rate_multipliers", dict.fromkeys(PARTS, 1.0)))  # RAHF's alone has parts
     if set(multipliers) != set(PARTS):
         raise ValueError(f"optimizer.learning_rate_multipliers: got {sorted(multipliers)}, expected {sorted(PARTS)}")
     if any(multiplier != 1.0 for multiplier in multipliers.values()):

@@ -86,7 +86,7 @@ def trajectory_of(config):
         def apply(*args):
             return unet.apply({"params": params["unet"]}, *args)
 
-        keys = sample.image_keys(SEED, 0, 2)
+        keys = sample.image_keys(sample.seed_data(SEED), np.arange(2))
         initial = sample.noise(keys, sample.INITIAL, (size, size, 4))
         predict_noise = sample.guided(apply, encode(ids), encode(negative_ids), np.float32(GUIDANCE))
         return sample.denoise(predict_noise, config.schedule, steps, initial, keys, keep=True)
@@ -295,7 +295,7 @@ def test_samplers_end_at_the_image_that_is_always_predicted(sampler, strength):
         return (x - jax.numpy.sqrt(alpha) * x0) / jax.numpy.sqrt(1 - alpha)
 
     start = schedule.add_noise(x0, noise, steps.timesteps[:1])
-    image = sample.denoise(perfect, schedule, steps, start, sample.image_keys(0, 0, 2))
+    image = sample.denoise(perfect, schedule, steps, start, sample.image_keys(sample.seed_data(0), np.arange(2)))
     np.testing.assert_allclose(image, x0, atol=2e-4)
 
 

@@ -222,7 +222,7 @@ def diffusers_outputs(folder: pathlib.Path, names) -> dict[str, np.ndarray]:
     pipeline.set_progress_bar_config(disable=True)
     inputs = parts_inputs(dict(pipeline.unet.config))
     size = pipeline.unet.config.sample_size
-    keys, shape = sample.image_keys(SEED, 0, len(PROMPTS)), (size, size, 4)
+    keys, shape = sample.image_keys(sample.seed_data(SEED), np.arange(len(PROMPTS))), (size, size, 4)
     initial, of_image, of_masked = (np.asarray(sample.noise(keys, i, shape)) for i in range(3))
     pixels = size * 2
     image, mask = picture(pixels).astype(np.float32) / 255, region(pixels).astype(np.float32)

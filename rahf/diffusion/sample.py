@@ -23,9 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
+from flax import linen as nn
 from tqdm.auto import tqdm
 
-from rahf import predict
+from rahf import partitioning, predict
 from rahf.diffusion import folder
 from rahf.diffusion.schedule import SAMPLERS, Plan, Schedule, plan
 from rahf.models.rahf import normalize_image
@@ -49,9 +50,15 @@ def step_noise(keys: Array, step: int | Array, shape: tuple[int, ...]) -> Array:
     return jax.vmap(draw)(keys)
 
 
-def image_keys(seed: int, first: int, count: int) -> Array:
-    """The keys of images first, first + 1, ... of a seed."""
-    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(first, first + count))
+def seed_data(seed: int) -> np.ndarray:
+    """uint32[2]: a seed as an input of compiled programs."""
+    with jax.ensure_compile_time_eval():
+        return np.asarray(jax.random.key_data(jax.random.key(seed)))
+
+
+def image_keys(seed: np.ndarray, numbers: Array) -> Array:
+    """The keys of a seed's images by their numbers, int32[B]; seed: of `seed_data`."""
+    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.wrap_key_data(seed)))(numbers)
 
 
 def denoise(
@@ -113,9 +120,10 @@ def guided(unet: Callable, context: Array, negative: Array | None, scale: Array)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "grid", "partial", "on_step"))
-def _generate(config, params, ids, negative_ids, keys, steps, scale, image, mask, *, grid, partial, on_step):
-    """The compiled program of `generate`; absent inputs are None. partial: start from the image, not from noise alone."""
-    modules = config.modules
+def _generate(config, params, rows, seed, steps, scale, *, grid, partial, on_step):
+    """The compiled program of `generate`; absent rows are None. partial: start from the image, not from noise alone."""
+    ids, negative_ids, image, mask = (rows[name] for name in ("ids", "negative_ids", "image", "mask"))
+    modules, keys = config.modules, image_keys(seed, rows["number"])
 
     def apply(part, *args, **kwargs):
         return modules[part].apply({"params": params[part]}, *args, **kwargs)
@@ -152,7 +160,8 @@ def _generate(config, params, ids, negative_ids, keys, steps, scale, image, mask
     negative = None if negative_ids is None else apply("text_encoder", negative_ids, method="text_tokens")
     predict_noise = guided(unet, context, negative, scale)
     latents = denoise(predict_noise, schedule, steps, latents, keys, blend, on_step)
-    return jnp.clip(apply("vae", latents, method="decode_latents"), -1, 1)
+    images = jnp.clip(apply("vae", latents, method="decode_latents"), -1, 1)
+    return nn.with_logical_constraint(images, (None,) * 4)  # whole on every device of a mesh
 
 
 def generate(
@@ -172,6 +181,7 @@ def generate(
     strength: float | None = None,
     truncate: bool = False,
     on_step: Callable[[], None] | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> np.ndarray:
     """Images of prompts, B of them.
 
@@ -187,6 +197,8 @@ def generate(
         then starts from noise alone.
       truncate: drop the end of prompts that are too long.
       on_step: called after each step.
+      mesh: of `rahf.partitioning`, over which the images are divided; the parameters live on it. On several hosts each
+        gives the same arguments, and gets all images.
 
     Returns:
       float32[B, H, W, 3] in [-1, 1].
@@ -222,21 +234,25 @@ def generate(
     strength = usual_strength(image, mask) if strength is None else strength
     steps = plan(config.schedule, sampler, steps, strength)
     negative_ids = np.repeat(model.text_ids([negative_prompt], truncate), count, 0) if guidance_scale > 1 else None
-    images = _generate(
-        config,
-        model.params,
-        model.text_ids(prompts, truncate),
-        negative_ids,
-        image_keys(seed, first, count),
-        steps,
-        np.float32(guidance_scale),
-        image,
-        mask,
-        grid=grid,
-        partial=image is not None and (mask is None or strength < 1),
-        on_step=on_step,
-    )
-    return np.asarray(images)
+    rows = {
+        "ids": model.text_ids(prompts, truncate),
+        "negative_ids": negative_ids,
+        "image": image,
+        "mask": mask,
+        "number": np.arange(first, first + count, dtype=np.int32),
+    }
+    inputs = rows, seed_data(seed), steps, np.float32(guidance_scale)
+    options = {"grid": grid, "partial": image is not None and (mask is None or strength < 1), "on_step": on_step}
+    if mesh is None:
+        return np.asarray(_generate(config, model.params, *inputs, **options))
+    missing = -count % partitioning.sizes(mesh)["data"]
+
+    def place(array):
+        padded = np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1), mode="edge")
+        return partitioning.place(padded, partitioning.batch_sharding(mesh))
+
+    with partitioning.activate(mesh):
+        return np.asarray(_generate(config, model.params, jax.tree.map(place, rows), *inputs[1:], **options))[:count]
 
 
 def usual_strength(image, mask) -> float:

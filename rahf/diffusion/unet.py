@@ -21,7 +21,9 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from rahf.models.heads import CONV_DIMENSIONS, KERNEL_AXES
-from rahf.models.vit import LayerNorm
+from rahf.models.t5 import Dense
+from rahf.models.vit import LayerNorm, Projection
+from rahf.partitioning import compute_copy
 
 Array = jax.Array
 partitioned = nn.with_logical_partitioning
@@ -86,7 +88,7 @@ class Conv(nn.Module):
     def __call__(self, x: Array) -> Array:
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         init = partitioned(self.kernel_init, (*KERNEL_AXES[:3], self.out_axis))
-        kernel = self.param("kernel", init, shape, jnp.float32).astype(self.dtype)
+        kernel = compute_copy(self.param("kernel", init, shape, jnp.float32), (*KERNEL_AXES[:3], self.out_axis), self.dtype)
         bias = self.param("bias", partitioned(nn.initializers.zeros, (self.out_axis,)), shape[-1:], jnp.float32)
         x = x.astype(self.dtype)
         if self.kernel_size == 1:
@@ -139,16 +141,12 @@ class ResnetBlock(nn.Module):
         return x + y
 
 
-def dense(features: int, axes: tuple[str, str], dtype, name: str, bias: bool = True, init=None) -> nn.Dense:
+def dense(features: int, axes: tuple[str, str], dtype, name: str, bias: bool = True, init=None):
     """A dense layer whose kernel has the logical `axes` and whose bias has the second; LeCun's initialisation by default."""
-    return nn.Dense(
-        features,
-        use_bias=bias,
-        dtype=dtype,
-        kernel_init=partitioned(init or nn.initializers.lecun_normal(), axes),
-        bias_init=partitioned(nn.initializers.zeros, axes[1:]),
-        name=name,
-    )
+    init = init or nn.initializers.lecun_normal()
+    if not bias:
+        return Dense(features, axes, dtype, name=name)
+    return Projection((features,), axes, dtype=dtype, kernel_init=init, name=name)
 
 
 def attend(x: Array, context: Array, heads: int, dtype, bias: bool = False) -> Array:
@@ -190,7 +188,8 @@ class GatedDense(nn.Module):
     def __call__(self, x: Array) -> Array:
         init = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
         shape = x.shape[-1], 2, self.features
-        kernel = self.param("kernel", partitioned(init, ("embed", None, "mlp")), shape, jnp.float32).astype(self.dtype)
+        axes = "embed", None, "mlp"
+        kernel = compute_copy(self.param("kernel", partitioned(init, axes), shape, jnp.float32), axes, self.dtype)
         bias = self.param("bias", partitioned(nn.initializers.zeros, (None, "mlp")), shape[1:], jnp.float32)
         y = jnp.einsum("bnd,dgm->bngm", x, kernel) + bias.astype(self.dtype)[None, None]  # [B, N, 2, M]
         y = y[:, :, 0] * nn.gelu(y[:, :, 1], approximate=False)

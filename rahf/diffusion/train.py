@@ -1,0 +1,353 @@
+"""Fine-tunes Stable Diffusion on images weighted by a reward (paper B), or trains a base model on captioned pictures.
+
+    python -m rahf.diffusion.train --config=configs/sd_reward.py --workdir=DIR --config.model.folder=SD15
+        --config.data.images=samples/images.jsonl --config.reward.source=reward:DIR --config.data.pretraining=pairs.parquet
+
+    loss = sum(w L) / sum(w)  over the model's own images, w a function of their rewards
+         + beta mean(L)       over pre-training pairs;         L: the denoising error, the usual bound of -log p(x | z)
+
+Only the UNet is trained. What the frozen parts say of the data is computed once and kept:
+
+    workdir/cache/     the VAE's posteriors of the images, the texts' embeddings, the rewards; --cache puts them elsewhere
+    workdir/samples/   grids of the same prompts and seeds as training goes on; in TensorBoard too
+    workdir/model/     at the end, the folder that diffusers and `rahf.diffusion.sample` read
+"""
+
+import dataclasses
+import functools
+import io
+import pathlib
+from collections.abc import Callable
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+from absl import app, flags, logging
+from flax import linen as nn
+from ml_collections import config_flags
+
+from rahf import checkpoints, hosts, loop, optimizers, partitioning
+from rahf.diffusion import folder, inputs, sample
+from rahf.reward import sources
+from richhf_data import paths
+
+WEIGHTINGS = ("raw", "exponential", "top", "threshold")
+ADAPTED = ("to_q", "to_k", "to_v", "to_out")  # the layers that LoRA adds to
+FROZEN = ("vae", "text_encoder")
+SAMPLED = ("seed", "steps", "sampler", "guidance_scale")
+
+
+# ---- Loss -----------------------------------------------------------------------------------------------------------
+def weights_of(rewards: np.ndarray, config) -> np.ndarray:
+    """Rewards of all images -> what their losses weigh, float32[n] at least 0; only the ratios between them count.
+
+    Args:
+      config: the section `reward`.
+
+    Raises:
+      ValueError: rewards that are not finite or all equal, an unknown weighting or a setting out of its range, rewards
+        below 0 to be taken raw, or weights that are all 0.
+    """
+    rewards = np.asarray(rewards, np.float64)
+    if not np.isfinite(rewards).all():
+        raise ValueError(f"reward: got {np.sum(~np.isfinite(rewards))} of {len(rewards)} not finite, expected numbers")
+    if np.ptp(rewards) == 0:
+        raise ValueError(
+            f"reward: got {rewards[0]:.6g} for all {len(rewards)} images, expected different ones; equal ones weight nothing"
+        )
+    if config.weighting == "raw":
+        if rewards.min() < 0:
+            raise ValueError(
+                f"reward: got {rewards.min():.4g}, expected at least 0 for --config.reward.weighting=raw; take exponential"
+            )
+        weights = rewards / rewards.max()
+    elif config.weighting == "exponential":
+        if config.temperature <= 0:
+            raise ValueError(f"reward.temperature: got {config.temperature}, expected above 0")
+        weights = np.exp((rewards - rewards.max()) / config.temperature)
+    elif config.weighting == "top":
+        if not 0 < config.fraction <= 1:
+            raise ValueError(f"reward.fraction: got {config.fraction}, expected above 0 and at most 1")
+        weights = np.zeros(len(rewards))
+        weights[np.argsort(-rewards, kind="stable")[: max(1, round(config.fraction * len(rewards)))]] = 1
+    elif config.weighting == "threshold":
+        weights = rewards >= config.threshold
+        if not weights.any():
+            raise ValueError(
+                f"reward.threshold: got {config.threshold}, expected at most {rewards.max():.4g}, the highest reward"
+            )
+    else:
+        raise ValueError(f"reward.weighting: got {config.weighting!r}, expected one of {WEIGHTINGS}")
+    return weights.astype(np.float32)
+
+
+def normalisers_of(batch) -> dict[str, jax.Array]:
+    """What the sums of both terms are divided by, of the global batch."""
+    return {
+        "weight": jnp.maximum(jnp.sum(batch["weight"]), 1e-12),
+        "pretraining": jnp.maximum(jnp.sum(batch["pretraining"]), 1.0),
+    }
+
+
+def make_loss(model: folder.Config, beta: float, lora_alpha: float) -> Callable:
+    """(params, rows, normalisers, key) -> (loss, metrics), which add up over the parts of a batch.
+
+    rows: moments float32[B, h, w, 2Z] (mean and log variance of the VAE), context float32[B, L, D], weight float32[B] (0
+    in pre-training rows), pretraining float32[B] (1 in these).
+    """
+    unet, schedule = model.modules["unet"], model.schedule
+
+    def loss_fn(params, rows, normalisers, key):
+        latent_key, time_key, noise_key = jax.random.split(key, 3)
+        mean, logvar = jnp.split(rows["moments"], 2, axis=-1)
+        x0 = mean + jnp.exp(0.5 * logvar) * jax.random.normal(latent_key, mean.shape)
+        x0 = model.vae.scaling_factor * x0
+        noise = jax.random.normal(noise_key, x0.shape)
+        timesteps = jax.random.randint(time_key, x0.shape[:1], 0, schedule.num_train_timesteps)
+        noised = schedule.add_noise(x0, noise, timesteps)
+        prediction = unet.apply({"params": merged(params, lora_alpha)}, noised, timesteps, rows["context"])
+        errors = jnp.square(prediction - schedule.target(x0, noise, timesteps)).mean((1, 2, 3))  # [B]
+        metrics = {
+            "reward_weighted": jnp.sum(rows["weight"] * errors) / normalisers["weight"],
+            "pretraining": jnp.sum(rows["pretraining"] * errors) / normalisers["pretraining"],
+        }
+        metrics["loss"] = metrics["reward_weighted"] + beta * metrics["pretraining"]
+        return metrics["loss"], metrics
+
+    return loss_fn
+
+
+# ---- Parameters -----------------------------------------------------------------------------------------------------
+def initial_params(model: folder.Config, rank: int, key) -> dict:
+    """{"unet"} and, with a rank, {"lora"} (arXiv 2106.09685), which begins as adding nothing; boxed, fresh."""
+    key, lora_key = jax.random.split(key)
+    params = {"unet": folder.init(model, key)["unet"]}
+    if rank:
+        params["lora"] = {}
+        for path, kernel in _attention_kernels(params["unet"]).items():
+            (inputs, outputs), (first, second) = kernel.value.shape, kernel.names
+            key = jax.random.fold_in(lora_key, len(params["lora"]))
+            down = nn.initializers.lecun_normal()(key, (inputs, rank), jnp.float32)
+            up = jnp.zeros((rank, outputs), jnp.float32)
+            params["lora"]["/".join(path[:-1])] = {
+                "down": nn.LogicallyPartitioned(down, (first, None)),
+                "up": nn.LogicallyPartitioned(up, (None, second)),
+            }
+    return params
+
+
+def _attention_kernels(unet) -> dict[tuple[str, ...], jax.Array]:
+    flat = flax.traverse_util.flatten_dict(unet, is_leaf=lambda path, leaf: not isinstance(leaf, dict))
+    return {path: leaf for path, leaf in flat.items() if path[-2] in ADAPTED and path[-1] == "kernel"}
+
+
+def merged(params, alpha: float) -> dict:
+    """The UNet's parameters, LoRA's products added: kernel + alpha / rank * down up."""
+    if "lora" not in params:
+        return params["unet"]
+    flat = flax.traverse_util.flatten_dict(params["unet"])
+    for name, added in params["lora"].items():
+        path, scale = (*name.split("/"), "kernel"), alpha / added["down"].shape[1]
+        flat[path] = flat[path] + scale * added["down"] @ added["up"]
+    return flax.traverse_util.unflatten_dict(flat)
+
+
+# ---- Training -------------------------------------------------------------------------------------------------------
+def model_config(config, of_folder: folder.Config) -> folder.Config:
+    """The sizes of the folder's parts, computed as the config's `model` says.
+
+    Raises:
+      ValueError: an inpainting model, whose UNet reads more than noised latents.
+    """
+    if of_folder.inpaints:
+        raise ValueError(
+            f"model.folder: got an inpainting model (unet.in_channels = {of_folder.unet.in_channels}), expected one for "
+            f"text to image, with {of_folder.unet.out_channels}"
+        )
+    parts = {part: dataclasses.replace(getattr(of_folder, part), dtype=config.model.dtype) for part in ("unet", "vae")}
+    parts["unet"] = dataclasses.replace(parts["unet"], remat=config.model.remat)
+    return dataclasses.replace(of_folder, **parts)
+
+
+def check(config):
+    """The config as it is meant, the UNet frozen where LoRA is trained. Raises ValueError: settings out of their range."""
+    limits = {
+        "train.beta": (config.train.beta >= 0, "0 or more"),
+        "train.pretraining_share": (0 < config.train.pretraining_share < 1, "above 0 and below 1"),
+        "train.text_dropout": (0 <= config.train.text_dropout < 1, "0 or more and below 1"),
+        "lora.rank": (config.lora.rank >= 0, "0 (train the whole UNet) or more"),
+        "sample.every": (config.sample.every > 0, "1 or more"),
+    }
+    for name, (holds, expected) in limits.items():
+        if not holds:
+            section, _, entry = name.partition(".")
+            raise ValueError(f"{name}: got {config[section][entry]!r}, expected {expected}")
+    if config.data.images and bool(config.data.pretraining) != (config.train.beta > 0):
+        raise ValueError(
+            f"train.beta: got {config.train.beta} with data.pretraining={config.data.pretraining!r}; expected pre-training "
+            "pairs with a beta above 0, or none with --config.train.beta=0"
+        )
+    config = config.copy_and_resolve_references()
+    if config.lora.rank:
+        config.optimizer.freeze = ("unet", *config.optimizer.freeze)
+    return config
+
+
+def state_shardings(model: folder.Config, optimizer, config, mesh, key):
+    """The training state as shapes, and where each of its arrays lives."""
+
+    def init(key):
+        return loop.initial_state(initial_params(model, config.lora.rank, key), optimizer, config)
+
+    return loop.state_shardings(jax.eval_shape(init, key), config, mesh)
+
+
+def make_train_step(model: folder.Config, optimizer, schedule, config, mesh):
+    """The update `(state, batch, key) -> (state, metrics)`, by `loop.make_train_step`."""
+    loss_fn = make_loss(model, config.train.beta if config.data.images else 1.0, config.lora.alpha)
+    return loop.make_train_step(loss_fn, normalisers_of, optimizer, schedule, config, mesh)
+
+
+def train(config, workdir, reward: Callable | None = None, cache=None) -> None:
+    """Runs `config` to its end in `workdir`.
+
+    Args:
+      reward: `(images uint8[B, H, W, 3], prompts) -> float32[B]`, in place of `config.reward.source`.
+      cache: the folder of latents and embeddings, for several runs on the same tables; `workdir/cache` by default.
+
+    Raises:
+      ValueError: a folder, table or setting that cannot be used, or rewards that weight nothing.
+      SystemExit: as `loop.run`.
+    """
+    # ---- Model, data ------------------------------------------------------------------------------------------------
+    config = check(config)
+    mesh = partitioning.mesh_of(config.mesh)
+    loop.check_batch(config, mesh)
+    if not config.model.folder:
+        raise ValueError("model.folder: got '', expected a diffusers folder to start from: --config.model.folder=DIR")
+    held = folder.read(config.model.folder)
+    held = dataclasses.replace(held, config=model_config(config, held.config))
+    model, data = held.config, inputs.Inputs.of(config, held)
+    whole_everywhere = functools.partial(partitioning.place, sharding=partitioning.replicated(mesh))
+    frozen_params = {part: jax.tree.map(lambda x: whole_everywhere(np.asarray(x)), held.params[part]) for part in FROZEN}
+    held = dataclasses.replace(held, params=held.params | frozen_params)
+    if "images" in data.tables and reward is None and config.reward.source:
+        reward = sources.reward_of(config.reward.source)
+    if "images" in data.tables and reward is None:
+        raise ValueError("reward.source: got '' for data.images, expected reward:DIR, rahf:DIR:SCORE or python:MODULE:NAME")
+
+    # ---- Workdir, what the frozen parts say -------------------------------------------------------------------------
+    with config.unlocked():
+        digests = sorted(checkpoints.digests(held.params).items())
+        config.identity = {name: inputs.identity(table.path) for name, table in data.tables.items()}
+        config.identity.model = inputs.identity(digests)
+    workdir = checkpoints.open_workdir(workdir, config)
+    first = jax.process_index() == 0
+    say = functools.partial(print, flush=True) if first else lambda text: None
+    cache = pathlib.Path(cache or workdir / "cache") / ("" if jax.process_count() == 1 else f"host_{jax.process_index()}")
+    if "://" in str(cache):
+        raise ValueError(f"cache: got {cache}, expected a folder on a disk: --cache=DIR")
+    shared = cache / config.identity.model
+    contexts = data.contexts(shared, mesh)
+    own = pretraining = None
+    if "images" in data.tables:
+        rewards = data.rewards(reward, cache if cache.is_relative_to(workdir) else pathlib.Path(workdir) / "cache")
+        weights = weights_of(rewards, config.reward)
+        effective = weights.sum(dtype=np.float64) ** 2 / np.sum(np.square(weights, dtype=np.float64))
+        say(
+            f"rewards of {len(rewards):,} images: mean {rewards.mean():.4g}, {rewards.min():.4g} to {rewards.max():.4g}; "
+            f"{config.reward.weighting} weights, worth {effective:,.0f} equal ones"
+        )
+        own = data.rows("images", data.moments("images", shared, mesh), weights)
+    if "pretraining" in data.tables:
+        moments = data.moments("pretraining", shared, mesh)
+        pretraining = data.rows("pretraining", moments, np.ones(len(moments), np.float32))
+
+    # ---- State, sharded ---------------------------------------------------------------------------------------------
+    schedule = optimizers.make_schedule(config.optimizer, config.train.num_steps)
+    optimizer = optimizers.make_optimizer(config.optimizer, config.train.num_steps)
+    init_key, step_key = jax.random.split(jax.random.key(config.seed))
+    abstract, shardings = state_shardings(model, optimizer, config, mesh, init_key)
+    optimizers.check_freeze(abstract["params"], config.optimizer.freeze)
+    trained = [leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(abstract["params"])
+               if not optimizers.is_frozen(path, config.optimizer.freeze)]  # fmt: skip
+    sizes = " x ".join(f"{name} {size}" for name, size in partitioning.sizes(mesh).items())
+    say(f"workdir {workdir}: {sum(trained):,} parameters are trained, mesh {sizes}, {config.mesh.rules}")
+
+    def first_state(params):
+        state = loop.initial_state(params, optimizer, config)
+        return {name: state[name] for name in state if name != "ema"}
+
+    def fresh():
+        unet = jax.tree.map(np.asarray, held.params["unet"])
+        params = {"unet": jax.tree.map(partitioning.place, unet, shardings["params"]["unet"])}
+        if config.lora.rank:
+            init = jax.jit(lambda key: nn.unbox(initial_params(model, config.lora.rank, key))["lora"],
+                           out_shardings=shardings["params"]["lora"])  # fmt: skip
+            params["lora"] = init(init_key)
+        places = {name: sharding for name, sharding in shardings.items() if name != "ema"}
+        return jax.jit(first_state, out_shardings=places)(params)
+
+    # ---- Update step, samples ---------------------------------------------------------------------------------------
+    batch_sharding = partitioning.batch_sharding(mesh)
+    own_rows = partitioning.local_rows(batch_sharding, config.train.batch_size)
+    train_step = loop.jit_train_step(make_train_step(model, optimizer, schedule, config, mesh), mesh, shardings)
+    finished = jax.jit(
+        lambda params: merged(params, config.lora.alpha), out_shardings=partitioning.gathered(shardings["params"]["unet"])
+    )
+    prompts = list(config.sample.prompts) or [text for text in data.texts if text][:8]
+
+    def update(state, rows):
+        batch = partitioning.shard_batch(rows, batch_sharding)
+        with partitioning.activate(mesh, config.mesh.rules):
+            return train_step(state, batch, step_key)
+
+    def look(step, state, writer, say):
+        now = dataclasses.replace(held, params=held.params | {"unet": finished(state.get("ema", state["params"]))})
+        settings = config.sample.to_dict()
+        images = sample.to_uint8(
+            sample.generate(now, prompts, truncate=True, mesh=mesh, **{name: settings[name] for name in SAMPLED})
+        )
+        grid = grid_of(images)
+        writer.add_image("samples", grid, step, dataformats="HWC")
+        if first:
+            file = io.BytesIO()
+            PIL.Image.fromarray(grid).save(file, "png")
+            paths.replace(workdir / "samples" / f"step_{step:08d}.png", file.getvalue())
+        if step == config.train.num_steps and first and not (pathlib.Path(workdir) / "model" / folder.INDEX).exists():
+            folder.write(now, workdir / "model")
+            say(f"{workdir / 'model'}: the trained model")
+
+    # ---- Loop -------------------------------------------------------------------------------------------------------
+    batches_from = functools.partial(inputs.batches, own, pretraining, contexts, config, own_rows)
+    loop.run(config, workdir, abstract, shardings, fresh, batches_from, update, config.sample.every, look)
+
+
+def grid_of(images: np.ndarray, columns: int = 4) -> np.ndarray:
+    """uint8[B, H, W, 3] -> one picture, row by row, white where there is none."""
+    columns = min(columns, len(images))
+    missing = -len(images) % columns
+    images = np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)], constant_values=255)
+    rows = images.reshape(-1, columns, *images.shape[1:]).transpose(0, 2, 1, 3, 4)
+    return rows.reshape(rows.shape[0] * rows.shape[1], -1, 3)
+
+
+def main(argv):
+    """The command."""
+    logging.set_verbosity(logging.WARNING)
+    logging.get_absl_logger().addFilter(lambda record: not record.exc_info)
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    with hosts.joined(preemptible=True):
+        train(flags.FLAGS.config, flags.FLAGS.workdir, cache=flags.FLAGS.cache)
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "The experiment: configs/sd_reward.py, say.")
+    flags.DEFINE_string("workdir", None, "For checkpoints, logs, samples and the model; a killed run resumes from it.")
+    flags.DEFINE_string("cache", None, "Where latents and texts' embeddings are kept, if not in the workdir.")
+    hosts.define_flags()
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)
