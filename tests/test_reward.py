@@ -10,7 +10,6 @@ import subprocess
 import sys
 
 import flax.linen as nn
-import flax.traverse_util
 import jax
 import ml_collections
 import numpy as np
@@ -18,14 +17,13 @@ import PIL.Image
 import pyarrow
 import pyarrow.parquet
 import pytest
-from tiny_diffusion import write_tokenizer
+import tiny_clip
 
 from configs import reward_clip
-from rahf import checkpoints, pretrained, reward
-from rahf.models.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from rahf import checkpoints, reward
+from rahf.models.clip import CLIP
 from rahf.reward import embed, metrics, model, predict, prompts, sources, train
 from rahf.reward.feedback import Feedback, Pictures
-from rahf.weights import Tensor
 
 ROOT = pathlib.Path(__file__).parent.parent
 WORDS = prompts.Words(
@@ -214,22 +212,7 @@ def test_pictures_need_no_label_and_read_the_folder_that_sample_writes(tmp_path)
 # ---- Embeddings -----------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
-    """A tiny CLIP with random weights, as `rahf.convert` writes one."""
-    folder = tmp_path_factory.mktemp("clip")
-    ids = write_tokenizer(folder)
-    config = CLIPConfig(
-        CLIPVisionConfig(image_size=16, patch_size=8, width=16, depth=1, num_heads=2, mlp_dim=24),
-        CLIPTextConfig(vocab_size=len(ids), width=16, depth=1, num_heads=2, mlp_dim=24, length=40, eos_id=len(ids) - 1),
-        projection_dim=12,
-    )
-    inputs = np.zeros((1, 16, 16, 3), np.float32), np.zeros((1, 40), np.int32)
-    shapes = nn.unbox(jax.eval_shape(CLIP(config).init, jax.random.key(0), *inputs))["params"]
-    rng, tensors = np.random.default_rng(0), {}
-    for name, leaf in flax.traverse_util.flatten_dict(shapes, sep="/").items():
-        value = rng.normal(0, 0.3, leaf.shape).astype(np.float32) + np.float32(name.endswith("scale"))
-        tensors[name] = Tensor(leaf.shape, lambda value=value: value)
-    pretrained.write(pretrained.Pretrained("clip", {"clip": dataclasses.asdict(config)}, tensors), folder)
-    return folder
+    return tiny_clip.write(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")
