@@ -17,6 +17,7 @@ from html_page import Page
 from configs import reward_clip
 from rahf.diffusion import evaluate
 from rahf.reward import embed, prompts
+from rahf.reward.feedback import Pictures
 
 ROOT = pathlib.Path(__file__).parent.parent
 WORDS = prompts.words_of(reward_clip.get_config().prompts)
@@ -293,11 +294,17 @@ def test_run_names_what_is_wrong(tmp_path):
     again = write_set(tmp_path / "c" / "a", 90, PROMPTS)
     (sets["b"] / "0.png").write_bytes(b"no picture")
     for values, message in (
-        ({"images": [sets["a"], sets["b"]]}, "images: the sets have no prompt in common, they begin with 'two"),
+        (
+            {"images": [sets["a"], sets["b"]], "reward": "python:math:pow"},
+            "images: the sets have no prompt in common, they begin with 'two",
+        ),
         ({"images": [sets["a"], again]}, r"name: got \['a', 'a'\] for 2 sets of images, expected a different --name"),
         ({"images": [sets["a"]], "name": ["x", "y"]}, r"name: got \['x', 'y'\] for 1 sets"),
-        ({"images": [sets["a"]]}, "got none of --reward, --clip and --features"),
-        ({"images": [sets["a"]], "reference": "r.parquet", "reward": "x"}, "reference: got a table without --features"),
+        ({"images": [sets["a"]]}, "got no reward, CLIP or features, expected one or more: --reward"),
+        (
+            {"images": [sets["a"]], "reference": sets["a"], "reward": "python:math:pow"},
+            "reference: got a table without --features",
+        ),
         ({"images": [sets["a"]], "reward": "x:y"}, "reward: got 'x:y', expected reward:... or rahf:..."),
         ({"images": [sets["a"]], "reward": "x:y", "config": {}}, "config: has no section prompts"),
         ({"images": [tmp_path / "none"], "reward": "x:y"}, "pictures: no file .*none"),
@@ -306,6 +313,22 @@ def test_run_names_what_is_wrong(tmp_path):
         with pytest.raises(ValueError, match=message):
             evaluate.run(Args(output=tmp_path / "out", **values))
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_compare_shows_a_judges_verdicts(tmp_path):
+    texts = ["a cat"] * 3 + ["a dog"]
+    tables = {name: Pictures(write_set(tmp_path / name, level, texts)) for name, level in (("a", 60), ("b", 190))}
+
+    def judge(images, part):
+        right = brightness(images, part) > 0.5
+        return {"all": np.where([text == "a cat" for text in part], right, np.nan), "thing": right}
+
+    before, after = evaluate.compare(tables, tmp_path / "out", judge=judge, words=WORDS)
+    assert (before.results["alignment/all"], before.results["alignment/all/n"]) == (0, 3)
+    assert (after.results["alignment/thing"], after.results["alignment/thing/n"]) == (1, 4)
+    assert after.results["alignment/thing/difference"] == 1 and after.results["alignment/all/thing"] == 1
+    told = [text for text in Page(tmp_path / "out" / "report.html").texts("span") if text]
+    assert told == ["wrong"] * 3 + ["right"] * 3
 
 
 def test_the_report_shows_prompts_spread_over_all_of_them():

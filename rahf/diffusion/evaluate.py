@@ -5,7 +5,7 @@
 
 prints a table, and writes results.json and report.html, one page with the pictures of the same prompts beside each other.
 Pictures are tables or folders as `rahf.reward.feedback.Pictures` reads them; rewards and features are named as
-`rahf.reward.sources` says. In Python, of images in memory, `evaluate`.
+`rahf.reward.sources` says. In Python `compare` does the same, with a judge as well; `evaluate` takes images in memory.
 
 Errors of means are standard errors over prompts: images of one prompt are alike and count together, and a difference is
 taken prompt by prompt.
@@ -436,29 +436,64 @@ def _decoded(of: Pictures, rows=(), shown=None) -> Iterator[np.ndarray]:
         yield image
 
 
-def names_of(tables: Sequence[Pictures], given: Sequence[str]) -> list[str]:
-    """What the sets are called: as given, or the folder's or the file's name."""
+def compare(
+    tables: Mapping[str, Pictures],
+    output,
+    *,
+    features: Callable | None = None,
+    reference: Pictures | None = None,
+    reward: Callable | None = None,
+    clip: embed.Clip | None = None,
+    judge: Callable | None = None,
+    words: rahf_prompts.Words | None = None,
+) -> list[Evaluated]:
+    """Evaluates sets of pictures; writes results.json and report.html into `output`.
+
+    Args:
+      tables: name -> pictures; differences are from the first. reference: real pictures, for FID.
+      features, reward, clip, judge, words: as `evaluate`.
+
+    Raises:
+      ValueError: as `measure`; sets without a prompt in common; nothing to compute. Nothing is written then.
+    """
+    if not (features or reward or clip or judge):
+        raise ValueError("got no reward, CLIP or features, expected one or more: --reward, --clip, --features")
+    if reference and not features:
+        raise ValueError("reference: got a table without --features, the network that FID compares by; pass it as well")
+    chosen, rows = shown_rows([one.prompts for one in tables.values()])
+    output = pathlib.Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    real = compute_features(features, _decoded(reference), len(reference)) if reference else None
+    sets = []
+    for (name, one), wanted in zip(tables.items(), rows, strict=True):
+        shown = {}
+        options = {"features": features, "reward": reward, "clip": clip, "judge": judge, "desc": name}
+        values, found = measure(_decoded(one, wanted, shown), one.prompts, **options)
+        told = means(values, found, one.prompts, words)
+        results = summary(told, found, len(one), real)
+        if sets:
+            for key in told.keys() & sets[0].means.keys():
+                difference = told[key] - sets[0].means[key]
+                results |= {f"{key}/difference": difference.value, f"{key}/difference/se": difference.error}
+        sets.append(Evaluated(name, one.prompts, values, told, results, shown))
+    checkpoints.write_json(output / "results.json", {one.name: one.results for one in sets})
+    write_report(output / "report.html", sets, chosen, words)
+    return sets
+
+
+def named(tables: Sequence[Pictures], given: Sequence[str]) -> dict[str, Pictures]:
+    """The sets by name: as given, or the folder's or the file's."""
     files = [one.path.absolute() for one in tables]
     names = given or [file.parent.name if file.name == "images.jsonl" else file.stem for file in files]
     if len(names) != len(tables) or len(set(names)) != len(names) or not all(map(str.strip, names)):
         raise ValueError(f"name: got {names} for {len(tables)} sets of images, expected a different --name for each")
-    return names
+    return dict(zip(names, tables, strict=True))
 
 
 def run(args) -> list[Evaluated]:
-    """What the command does; writes results.json and report.html into `args.output`.
-
-    Raises:
-      ValueError: faulty tables, specs or rewards; nothing in common; nothing to compute. Nothing is written then.
-    """
-    tables = [Pictures(path) for path in args.images]
-    names = names_of(tables, args.name)
-    chosen, rows = shown_rows([one.prompts for one in tables])
-    if args.reference and not args.features:
-        raise ValueError("reference: got a table without --features, the network that FID compares by; pass it as well")
-    if not (args.features or args.reward or args.clip):
-        raise ValueError("got none of --reward, --clip and --features; expected one or more, or there is nothing to tell")
-    real = Pictures(args.reference) if args.reference else None
+    """`compare` as the command's flags say; raises ValueError for faulty ones too."""
+    tables = named([Pictures(path) for path in args.images], args.name)
+    reference = Pictures(args.reference) if args.reference else None
     words = None
     if args.config is not None:
         if "prompts" not in args.config:
@@ -468,25 +503,8 @@ def run(args) -> list[Evaluated]:
     reward = sources.reward_of(args.reward) if args.reward else None
     same = clip is not None and args.features == f"clip:{args.clip}"
     features = clip.images if same else sources.features_of(args.features) if args.features else None
-    output = pathlib.Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
-
-    reference = compute_features(features, _decoded(real), len(real)) if real else None
-    sets = []
-    for name, one, wanted in zip(names, tables, rows, strict=True):
-        shown = {}
-        images = _decoded(one, wanted, shown)
-        values, found = measure(images, one.prompts, features=features, reward=reward, clip=clip, desc=name)
-        told = means(values, found, one.prompts, words)
-        results = summary(told, found, len(one), reference)
-        if sets:
-            for key in told.keys() & sets[0].means.keys():
-                difference = told[key] - sets[0].means[key]
-                results |= {f"{key}/difference": difference.value, f"{key}/difference/se": difference.error}
-        sets.append(Evaluated(name, one.prompts, values, told, results, shown))
-    checkpoints.write_json(output / "results.json", {one.name: one.results for one in sets})
-    write_report(output / "report.html", sets, chosen, words)
-    return sets
+    options = {"features": features, "reference": reference, "reward": reward, "clip": clip, "words": words}
+    return compare(tables, args.output, **options)
 
 
 def main(argv):
