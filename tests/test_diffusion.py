@@ -1,5 +1,6 @@
 """Stable Diffusion: parity with diffusers (golden outputs, and live where it is installed), folders, samplers, errors."""
 
+import argparse
 import dataclasses
 import functools
 import json
@@ -379,6 +380,54 @@ def test_the_command_writes_pictures_that_predict_reads(tiny, tmp_path):
         assert np.abs(predict.read_image(path).astype(int) - pixels).max() <= 1
     status, _, err = command(tmp_path, *arguments, "--prompt=cat")
     assert status == 1 and err.splitlines()[-1].startswith("error: output: ") and "Traceback" not in err
+
+
+def test_a_killed_run_goes_on_and_draws_nothing_twice(tiny, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("cat\n\n  a red cat \nred\n")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a red cat"}\n{"prompt": "red", "kind": 1}\n')
+    options = {name: None for name in ("prompt", "image", "mask", "height", "width", "strength", "dtype")}
+    options |= {"num_images": 2, "batch_size": 3, "steps": 2, "sampler": "ddim", "guidance_scale": 3.0}
+    options |= {"seed": 1, "negative_prompt": "", "truncate": False, "model": tiny("first")}
+
+    def run(output, **changes):
+        sample.run(argparse.Namespace(**options | {"output": tmp_path / output} | changes))
+        return {file.name: file.read_bytes() for file in (tmp_path / output).iterdir()}
+
+    expected = run("whole", prompt=["cat"], prompts=tmp_path / "prompts.jsonl")
+    assert sorted(expected) == [*(f"0000{i}.png" for i in range(6)), "images.jsonl", "settings.json"]
+    calls, real = [], sample.generate
+
+    def killed(*args, **kwargs):
+        calls.append(kwargs["first"])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(sample, "generate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run("out", prompts=tmp_path / "prompts.txt")
+    assert not (tmp_path / "out" / "images.jsonl").exists()
+    with pytest.raises(ValueError, match=r"output: .*out holds pictures of another seed and guidance_scale; choose"):
+        run("out", prompts=tmp_path / "prompts.txt", seed=2, guidance_scale=1.0)
+    assert run("out", prompts=tmp_path / "prompts.txt") == expected
+    assert calls == [0, 3, 3]
+    rows = [json.loads(line) for line in expected["images.jsonl"].decode().splitlines()]
+    assert [row["prompt"] for row in rows] == ["cat"] * 2 + ["a red cat"] * 2 + ["red"] * 2
+    assert rows[5] == {"image": "00005.png", "prompt": "red", "seed": 1, "number": 5}
+
+    for name, text, message in (
+        ("none.txt", None, r"prompts: no file .*none.txt"),
+        ("empty.txt", "\n", r"prompts: .*empty.txt has none, expected one a line"),
+        ("a.jsonl", '{"prompt": "cat"}\n{"text": "cat"}\n', r'a.jsonl line 2: got .*, expected {"prompt": text}'),
+        ("long.txt", "cat\n" + "1 2 " * 40, "takes 82 ids"),
+    ):
+        if text is not None:
+            (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=message):
+            run("new", prompts=tmp_path / name)
+    with pytest.raises(ValueError, match="prompt: got none, expected --prompt=TEXT or --prompts=FILE"):
+        run("new", prompts=None)
+    assert not (tmp_path / "new").exists() and len(calls) == 3
 
 
 # ---- Folders --------------------------------------------------------------------------------------------------------

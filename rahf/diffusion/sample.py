@@ -2,8 +2,10 @@
 
     python -m rahf.diffusion.sample --model=DIR --prompt='a yellow cat' --output=DIR [--num_images=4 --sampler=dpm++]
     python -m rahf.diffusion.sample --model=DIR --prompt='a yellow cat' --output=DIR --image=photo.png [--mask=mask.png]
+    python -m rahf.diffusion.sample --model=DIR --prompts=FILE --output=DIR     a prompt a line; .jsonl: {"prompt": text}
 
-writes 00000.png, ... and images.jsonl, which `python -m rahf.predict --images=` reads. In Python:
+writes 00000.png, ... and last images.jsonl, which `rahf.predict` and `rahf.diffusion.evaluate` read as --images. A run that
+was killed goes on when the same command is given again. In Python:
 
     model = folder.read(DIR)
     images = generate(model, ["a yellow cat"], seed=0)
@@ -14,6 +16,7 @@ its number alone, not on the batch that it is computed in.
 
 import dataclasses
 import functools
+import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Sequence
@@ -26,7 +29,7 @@ from absl import app, flags
 from flax import linen as nn
 from tqdm.auto import tqdm
 
-from rahf import partitioning, predict
+from rahf import checkpoints, partitioning, predict
 from rahf.diffusion import folder
 from rahf.diffusion.schedule import SAMPLERS, Plan, Schedule, plan
 from rahf.models.rahf import normalize_image
@@ -271,35 +274,88 @@ def read_mask(path) -> np.ndarray:
     return predict.read_image(path).mean(-1) >= 127.5
 
 
-def run(args) -> None:
-    """Writes `args.num_images` pictures of each prompt.
+def read_prompts(path) -> list[str]:
+    """The prompts of a file, a line each: texts, or of a .jsonl {"prompt": text}. Empty lines do not count.
 
     Raises:
-      ValueError: what `generate` refuses; an output folder that holds pictures.
+      ValueError: no such file, a line that is not as above, no prompts.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ValueError(f"prompts: no file {path}")
+    prompts = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if line.strip() and path.suffix == ".jsonl":
+            try:
+                prompts.append(json.loads(line)["prompt"].strip())
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                got = f'got {line[:80]!r}, expected {{"prompt": text}}'
+                raise ValueError(f"prompts: {path} line {number}: {got}") from error
+        elif line.strip():
+            prompts.append(line.strip())
+    if not prompts:
+        raise ValueError(f"prompts: {path} has none, expected one a line")
+    return prompts
+
+
+def _settings(args, prompts: Sequence[str]) -> dict:
+    """What pictures depend on; files by their content, the model's by size and time of change."""
+    names = ("seed", "num_images", "sampler", "steps", "guidance_scale", "negative_prompt", "height", "width", "strength")
+    settings = {name: getattr(args, name) for name in (*names, "truncate", "dtype")} | {"prompts": list(prompts)}
+    for name in ("image", "mask"):
+        file = getattr(args, name)
+        settings[name] = hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest() if file else None
+    root = pathlib.Path(args.model)
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    settings["model"] = [[str(path.relative_to(root)), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    return settings
+
+
+def _open_output(output: pathlib.Path, settings: dict) -> None:
+    """Makes the folder, or refuses one with other pictures."""
+    file = output / "settings.json"
+    if any(output.glob("*.png")):
+        held = checkpoints.read_json(file) if file.is_file() else None
+        different = [name for name in settings if settings[name] != held.get(name)] if held else ["origin"]
+        if different:
+            raise ValueError(f"output: {output} holds pictures of another {' and '.join(different)}; choose another folder")
+    checkpoints.write_json(file, settings)
+
+
+def run(args) -> None:
+    """Writes `args.num_images` pictures of each prompt; those that are there already are not drawn again.
+
+    Raises:
+      ValueError: what `generate` refuses; no prompt; an output folder that holds pictures of other settings.
     """
     output = pathlib.Path(args.output)
-    if (output / "images.jsonl").exists():
-        raise ValueError(f"output: {output} holds pictures already (images.jsonl); choose another folder")
+    prompts = [*(args.prompt or []), *(read_prompts(args.prompts) if args.prompts else [])]
+    if not prompts:
+        raise ValueError("prompt: got none, expected --prompt=TEXT or --prompts=FILE")
     image = predict.read_image(args.image) if args.image else None
     mask = read_mask(args.mask) if args.mask else None
     model = folder.read(args.model)
+    model.text_ids(prompts, args.truncate)  # a prompt that is too long is refused before the first picture
     if args.dtype:
         parts = {part: dataclasses.replace(getattr(model.config, part), dtype=args.dtype) for part in ("unet", "vae")}
         model = dataclasses.replace(model, config=dataclasses.replace(model.config, **parts))
-    jobs = [prompt for prompt in args.prompt for _ in range(args.num_images)]
+    _open_output(output, _settings(args, prompts))
+    jobs = [prompt for prompt in prompts for _ in range(args.num_images)]
+    files = [f"{number:05d}.png" for number in range(len(jobs))]
     batch = min(args.batch_size, len(jobs))
-    output.mkdir(parents=True, exist_ok=True)
+    batches = [range(first, min(first + batch, len(jobs))) for first in range(0, len(jobs), batch)]
+    waiting = [numbers for numbers in batches if not all((output / files[number]).is_file() for number in numbers)]
     strength = usual_strength(image, mask) if args.strength is None else args.strength
-    total = len(plan(model.config.schedule, args.sampler, args.steps, strength).timesteps) * -(-len(jobs) // batch)
-    rows = []
-    with tqdm(desc="sample", unit="step", total=total) as bar:
-        for first in range(0, len(jobs), batch):
-            part = jobs[first : first + batch]
+    steps = len(plan(model.config.schedule, args.sampler, args.steps, strength).timesteps)
+    done = (len(batches) - len(waiting)) * steps
+    with tqdm(desc="sample", unit="step", total=len(batches) * steps, initial=done, dynamic_ncols=True) as bar:
+        for numbers in waiting:
+            part = [jobs[number] for number in numbers]
             images = generate(
                 model,
                 part + [part[-1]] * (batch - len(part)),  # one compiled shape
                 seed=args.seed,
-                first=first,
+                first=numbers[0],
                 negative_prompt=args.negative_prompt,
                 steps=args.steps,
                 sampler=args.sampler,
@@ -312,11 +368,14 @@ def run(args) -> None:
                 truncate=args.truncate,
                 on_step=bar.update,
             )
-            for number, (prompt, pixels) in enumerate(zip(part, to_uint8(images), strict=False), first):
-                cv2.imwrite(str(output / f"{number:05d}.png"), pixels[..., ::-1])
-                rows.append({"image": f"{number:05d}.png", "prompt": prompt, "seed": args.seed, "number": number})
+            for number, pixels in zip(numbers, to_uint8(images), strict=False):
+                paths.replace(output / files[number], cv2.imencode(".png", pixels[..., ::-1])[1].tobytes())
             jax.effects_barrier()  # the bar's last steps
-            bar.set_postfix(images=f"{len(rows)}/{len(jobs)}")
+            bar.set_postfix(images=f"{numbers[-1] + 1}/{len(jobs)}")
+    rows = [
+        {"image": file, "prompt": prompt, "seed": args.seed, "number": number}
+        for number, (file, prompt) in enumerate(zip(files, jobs, strict=True))
+    ]
     paths.replace(output / "images.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
     print(f"{len(rows)} images: {output}/*.png, images.jsonl")
 
@@ -334,6 +393,7 @@ def main(argv):
 if __name__ == "__main__":
     flags.DEFINE_string("model", None, "A diffusers folder of Stable Diffusion.")
     flags.DEFINE_multi_string("prompt", None, "What to draw; may be given several times.")
+    flags.DEFINE_string("prompts", None, 'A file of prompts, one a line, or a .jsonl of {"prompt": text}.')
     flags.DEFINE_string("output", None, "The folder to write to.")
     flags.DEFINE_integer("num_images", 1, "Images of each prompt.", lower_bound=1)
     flags.DEFINE_integer("batch_size", 4, "Images at a time.", lower_bound=1)
@@ -349,5 +409,5 @@ if __name__ == "__main__":
     flags.DEFINE_float("strength", None, "How much of the image is given up, above 0 to 1: 0.8, or 1 with a mask.")
     flags.DEFINE_bool("truncate", False, "Drop the end of prompts that are too long.")
     flags.DEFINE_enum("dtype", None, ("float32", "bfloat16"), "Of the computation; float32 unless given.")
-    flags.mark_flags_as_required(["model", "prompt", "output"])
+    flags.mark_flags_as_required(["model", "output"])
     app.run(main)
