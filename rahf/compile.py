@@ -23,6 +23,8 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from rahf import loop, optimizers, partitioning, predict, sources, train
+from rahf.diffusion import folder, inputs
+from rahf.diffusion import train as diffusion_train
 from rahf.models.rahf import RAHF, RAHFConfig
 
 GIB = 2**30
@@ -77,6 +79,8 @@ def devices_of(topology: str) -> list:
 
 def lowered(config, step: str, mesh, batch_size: int):
     """One of `STEPS` of a config, lowered from abstract shapes, and its parameters: (shapes, shardings)."""
+    if config.get("kind") == "diffusion":
+        return lowered_diffusion(config, step, mesh, batch_size)
     model_config = RAHFConfig.from_dict(config.model.to_dict())
     model = RAHF(model_config)
     batch_sharding = partitioning.batch_sharding(mesh)
@@ -99,6 +103,34 @@ def lowered(config, step: str, mesh, batch_size: int):
     placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), *params)
     with partitioning.activate(mesh):
         return forward.lower(placed, batch["image"], batch["text_ids"]), params
+
+
+def lowered_diffusion(config, step: str, mesh, batch_size: int):
+    """`lowered` for a config of `rahf.diffusion.train`; its sizes are Stable Diffusion 1.5's where it names no folder."""
+    if step != "train":
+        raise ValueError(f"step: got {step!r}, expected train, which is all that a config of rahf.diffusion.train has")
+    config = diffusion_train.check(config)
+    loop.check_batch(config, mesh)
+    sizes = folder.read_config(config.model.folder) if config.model.folder else folder.Config()
+    model = diffusion_train.model_config(config, sizes)
+    optimizer = optimizers.make_optimizer(config.optimizer, config.train.num_steps)
+    schedule = optimizers.make_schedule(config.optimizer, config.train.num_steps)
+    key = jax.eval_shape(jax.random.key, 0)
+    state, shardings = diffusion_train.state_shardings(model, optimizer, config, mesh, jax.random.key(0))
+    train_step = diffusion_train.make_train_step(model, optimizer, schedule, config, mesh)
+    train_step = loop.jit_train_step(train_step, mesh, shardings)
+    sharding = partitioning.batch_sharding(mesh)
+    shapes = inputs.batch_shapes(model, batch_size).items()
+    batch = {name: jax.ShapeDtypeStruct(shape, "float32", sharding=sharding) for name, shape in shapes}
+    with partitioning.activate(mesh, config.mesh.rules):
+        return train_step.lower(state, batch, key), (state["params"], shardings["params"])
+
+
+def remat_keys(config) -> list[str]:
+    """What of a config says whether a part is recomputed in the backward pass."""
+    if config.get("kind") == "diffusion":
+        return ["model.remat"]
+    return [f"model.{part}.remat" for part in ("vit", "t5", "heatmap_head")]
 
 
 def measure(config, topology: str, step: str, devices, batch_size: int) -> dict:
@@ -189,8 +221,7 @@ def sweep(config, topology: str, step: str, devices, batch_size: int) -> list[di
     for model_axis, remat in itertools.product([n for n in (1, 2, 4, 8) if seen % n == 0], (False, True)):
         changed = config.copy_and_resolve_references()
         changed.mesh.data, changed.mesh.model = -1, model_axis
-        for part in (changed.model.vit, changed.model.t5, changed.model.heatmap_head):
-            part.remat = remat
+        changed.update_from_flattened_dict(dict.fromkeys(remat_keys(config), remat))
         try:
             result = measure(changed, topology, step, devices, batch_size)
         except ValueError as error:
@@ -244,14 +275,8 @@ def main(argv):
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     args = flags.FLAGS
     config = args.config
-    batch_size = (
-        args.batch_size
-        or {
-            "train": config.train.batch_size,
-            "evaluate": config.eval.batch_size,
-            "predict": 32,
-        }[args.step]
-    )
+    usual = config.train.batch_size if args.step == "train" else config.eval.batch_size if args.step == "evaluate" else 32
+    batch_size = args.batch_size or usual
     try:
         devices = devices_of(args.topology)
         if args.sweep:
@@ -268,7 +293,7 @@ def main(argv):
             print(f"{result['loops']} loops: FLOPs, bytes and the estimate count the body of each once, Mcycles not at all")
     best = recommended(results)
     if args.sweep and best:
-        remat = "".join(f" --config.model.{part}.remat={best['remat']}" for part in ("vit", "t5", "heatmap_head"))
+        remat = "".join(f" --config.{key}={best['remat']}" for key in remat_keys(config))
         print(f"recommended: --config.mesh.model={best['mesh']['model']}{remat}")
     print(json.dumps(best or results[0]))
     if best is None:

@@ -89,8 +89,10 @@ def batch_shapes(model: folder.Config, size: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def kept(place: pathlib.Path, shape: tuple[int, ...], parts: Callable[[int], Iterator[np.ndarray]]) -> np.ndarray:
-    """An array on disk, float32[*shape], computed part by part; goes on where a killed run left it.
+def kept(
+    place: pathlib.Path, shape: tuple[int, ...], parts: Callable[[int], Iterator[np.ndarray]], dtype=np.float32
+) -> np.ndarray:
+    """An array on disk, dtype[*shape], computed part by part; goes on where a killed run left it.
 
     parts: the number of rows that are there -> arrays of the rows from there on.
     """
@@ -99,7 +101,7 @@ def kept(place: pathlib.Path, shape: tuple[int, ...], parts: Callable[[int], Ite
     if done_file.is_file():
         array, done = np.lib.format.open_memmap(place, "r+"), checkpoints.read_json(done_file)["rows"]
     else:
-        array = np.lib.format.open_memmap(place, "w+", np.float32, shape)
+        array = np.lib.format.open_memmap(place, "w+", dtype, shape)
     if array.shape != shape:
         raise ValueError(f"cache: {place} has the shape {array.shape}, expected {shape}; delete it, it is made again")
     for i, part in enumerate(parts(done) if done < len(array) else (), 1):

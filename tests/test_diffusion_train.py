@@ -1,0 +1,292 @@
+"""Reward-weighted fine-tuning: the loss, the weights, the data, and whole runs of a tiny Stable Diffusion."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+import safetensors.numpy
+import tiny_diffusion
+from flax import linen as nn
+
+from configs import sd_reward
+from rahf import loop, optimizers, partitioning
+from rahf.diffusion import folder, inputs, sample, train
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax promotes freely
+PROMPTS = ["red cat", "a cat", "a red cat"]
+
+
+@pytest.fixture(scope="module")
+def model_folder(unpacked):
+    return tiny_diffusion.write_weights(unpacked("diffusion_tiny") / "first")
+
+
+def table(place: pathlib.Path, count: int, seed: int, prompts=PROMPTS, size=16) -> str:
+    place.mkdir()
+    rng, rows = np.random.default_rng(seed), []
+    for i in range(count):
+        PIL.Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8)).save(place / f"{i}.png")
+        rows.append({"prompt": prompts[i % len(prompts)], "image": f"{i}.png"})
+    (place / "images.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(place)
+
+
+def brightness(images, prompts):
+    return np.asarray(images, np.float32).mean((1, 2, 3)) / 255
+
+
+def config_of(model_folder, tmp_path, **changes):
+    """A run of six steps on both kinds of rows."""
+    config = sd_reward.get_config()
+    config.model.update(folder=str(model_folder), dtype="float32", remat=False)
+    for name, count in (("images", 10), ("pretraining", 6)):
+        place = tmp_path / name
+        config.data[name] = str(place) if place.exists() else table(place, count, count)
+    config.train.update(batch_size=8, num_steps=6)
+    config.optimizer.update(warmup_steps=1, learning_rate=1e-2)
+    config.sample.update(every=3, steps=2, prompts=("a red cat",))
+    config.log_every, config.checkpoint_every, config.mesh.data = 2, 3, -1
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+# ---- Weights, loss --------------------------------------------------------------------------------------------------
+def test_weights_follow_the_weighting():
+    config, rewards = sd_reward.get_config().reward, np.array([0.1, 0.8, 0.4, 0.4])
+    np.testing.assert_allclose(train.weights_of(rewards, config), rewards / 0.8, rtol=1e-6)
+    config.update(weighting="exponential", temperature=0.5)
+    weights = train.weights_of(rewards - 5, config)
+    np.testing.assert_allclose(weights / weights[0], np.exp((rewards - 0.1) / 0.5), rtol=1e-5)
+    config.update(weighting="top", fraction=0.5)
+    np.testing.assert_array_equal(train.weights_of(rewards, config), [0, 1, 1, 0])
+    config.update(weighting="threshold", threshold=0.4)
+    np.testing.assert_array_equal(train.weights_of(rewards, config), [0, 1, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("rewards", "changes", "message"),
+    [
+        ([0.5, np.nan, np.inf], {}, "got 2 of 3 not finite"),
+        ([0.5, 0.5], {}, "got 0.5 for all 2 images"),
+        ([-0.5, 0.5], {}, "got -0.5, expected at least 0 .* take exponential"),
+        ([0.1, 0.2], {"weighting": "threshold"}, "reward.threshold: got 0.5, expected at most 0.2"),
+        ([0.1, 0.2], {"weighting": "exponential", "temperature": 0.0}, "reward.temperature: got 0"),
+        ([0.1, 0.2], {"weighting": "top", "fraction": 1.5}, "reward.fraction: got 1.5"),
+        ([0.1, 0.2], {"weighting": "softmax"}, "reward.weighting: got 'softmax', expected one of"),
+    ],
+)
+def test_rewards_that_weight_nothing_are_refused(rewards, changes, message):
+    config = sd_reward.get_config().reward
+    config.update(changes)
+    with pytest.raises(ValueError, match=message):
+        train.weights_of(np.array(rewards), config)
+
+
+def batch_of(config, size, seed=0):
+    """Rows whose weights differ from device to device, the last quarter of them pre-training pairs."""
+    rng, shapes = np.random.default_rng(seed), inputs.batch_shapes(config, size)
+    batch = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    batch["pretraining"] = (np.arange(size) >= 3 * size // 4).astype(np.float32)
+    batch["weight"] = (np.arange(size) ** 2 * (1 - batch["pretraining"])).astype(np.float32)
+    return batch
+
+
+def test_loss_is_the_weighted_denoising_error(model_folder):
+    """Row by row, as the formula says, from the same random numbers; the parts of a batch add up to the whole's."""
+    held = folder.read(model_folder)
+    batch, key, params = batch_of(held.config, 8), jax.random.key(1), {"unet": held.params["unet"]}
+    loss_fn = train.make_loss(held.config, beta=0.5, lora_alpha=1.0)
+    loss, metrics = jax.jit(loss_fn)(params, batch, train.normalisers_of(batch), key)
+
+    latent_key, time_key, noise_key = jax.random.split(key, 3)
+    mean, logvar = batch["moments"][..., :4], batch["moments"][..., 4:]
+    x0 = held.config.vae.scaling_factor * (mean + np.exp(logvar / 2) * np.asarray(jax.random.normal(latent_key, mean.shape)))
+    noise, times = np.asarray(jax.random.normal(noise_key, x0.shape)), jax.random.randint(time_key, (8,), 0, 1000)
+    alpha = held.config.schedule.alphas_cumprod[np.asarray(times)].reshape(8, 1, 1, 1)
+    noised = (np.sqrt(alpha) * x0 + np.sqrt(1 - alpha) * noise).astype(np.float32)
+    unet = jax.jit(lambda params, *args: held.config.modules["unet"].apply({"params": params}, *args))
+    errors = np.square(np.asarray(unet(params["unet"], noised, times, batch["context"])) - noise).mean((1, 2, 3))
+    weight = batch["weight"]
+    expected = np.sum(weight * errors) / weight.sum() + 0.5 * errors[6:].mean()
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics["pretraining"], errors[6:].mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("rules", ["data_parallel", "fully_sharded"])
+def test_a_step_is_the_same_on_one_and_on_eight_devices(model_folder, tmp_path, rules):
+    """Each device has other weights: an average of averages would differ. So must the parameters after a step."""
+    config = config_of(model_folder, tmp_path, **{"mesh.rules": rules, "optimizer.kind": "adamw", "train.beta": 0.5})
+    held, results = folder.read(model_folder), []
+    batch = batch_of(held.config, 16)
+    per_device = [np.sum(part["weight"]) for part in (jax.tree.map(lambda x, i=i: x[2 * i :][:2], batch) for i in range(8))]
+    assert len(set(per_device)) > 2
+    for devices in (jax.devices()[:1], jax.devices()):
+        mesh = partitioning.mesh_of(config.mesh, devices)
+        optimizer = optimizers.make_optimizer(config.optimizer, config.train.num_steps)
+        schedule = optimizers.make_schedule(config.optimizer, config.train.num_steps)
+        _, shardings = train.state_shardings(held.config, optimizer, config, mesh, jax.random.key(0))
+        step = train.make_train_step(held.config, optimizer, schedule, config, mesh)
+        state = jax.device_get(loop.initial_state({"unet": held.params["unet"]}, optimizer, config)) | {"step": np.int32(2)}
+        state = jax.device_put(state, shardings)
+        with partitioning.activate(mesh, rules):
+            placed = partitioning.shard_batch(batch, partitioning.batch_sharding(mesh))
+            state, metrics = loop.jit_train_step(step, mesh, shardings)(state, placed, jax.random.key(7))
+        results.append(jax.device_get((metrics, state["opt_state"][1][0].mu["unet"])))
+    (one, one_moments), (eight, eight_moments) = results
+    for name in ("loss", "reward_weighted", "pretraining", "gradient_norm"):
+        np.testing.assert_allclose(eight[name], one[name], rtol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(eight_moments), jax.tree.leaves(one_moments), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 * max(np.abs(theirs).max(), 1e-4))
+
+
+def test_lora_begins_as_nothing_and_adds_a_product(model_folder):
+    held = folder.read(model_folder)
+    params = nn.unbox(train.initial_params(held.config, 2, jax.random.key(0)))
+    same = train.merged(params, alpha=4.0)
+    jax.tree.map(np.testing.assert_array_equal, same, params["unet"])
+    assert len(params["lora"]) == sum("/to_" in "/" + name for name in params["lora"]) > 0
+    name, added = next(iter(params["lora"].items()))
+    added["up"] = added["up"] + 1
+    kernel, before = train.merged(params, alpha=4.0), params["unet"]
+    for part in name.split("/"):
+        kernel, before = kernel[part], before[part]
+    product = np.asarray(added["down"]) @ np.asarray(added["up"])
+    np.testing.assert_allclose(kernel["kernel"], before["kernel"] + 4.0 / 2 * product, rtol=1e-5, atol=1e-6)
+
+
+# ---- Data -----------------------------------------------------------------------------------------------------------
+def rows_of(weight, moments=0.0):
+    weight = np.array(weight, np.float32)
+    return inputs.Rows(np.full((len(weight), 2, 2, 8), moments, np.float32), np.zeros(len(weight), np.int32), weight)
+
+
+def test_each_row_comes_once_an_epoch_and_weightless_ones_never():
+    rows = rows_of([1, 0, 2, 3, 0, 1])
+    drawn = np.concatenate([rows.drawn(0, 0, first, 2) for first in range(0, 12, 2)])
+    for epoch in np.split(drawn, 3):
+        assert sorted(epoch) == [0, 2, 3, 5]
+    assert len({tuple(epoch) for epoch in np.split(drawn, 3)}) > 1
+
+
+def test_batches_are_a_function_of_the_step_and_divide_among_processes(model_folder, tmp_path):
+    config = config_of(model_folder, tmp_path, **{"train.pretraining_share": 0.25, "train.text_dropout": 0.5})
+    own, pretraining = rows_of([1, 2, 3], 1.0), rows_of([1] * 5, 2.0)
+    contexts = np.arange(2, dtype=np.float32).reshape(2, 1, 1)
+
+    def take(rows, start):
+        return next(inputs.batches(own, pretraining, contexts, config, np.array(rows), start))
+
+    whole, halves = take(range(8), 3), [take(range(4), 3), take(range(4, 8), 3)]
+    stream = inputs.batches(own, pretraining, contexts, config, np.arange(8), 0)
+    fourth = [next(stream) for _ in range(4)][3]
+    for name in whole:
+        np.testing.assert_array_equal(whole[name], fourth[name])
+        np.testing.assert_array_equal(whole[name], np.concatenate([half[name] for half in halves]))
+    np.testing.assert_array_equal(whole["pretraining"], [0] * 6 + [1] * 2)
+    np.testing.assert_array_equal(whole["moments"][:, 0, 0, 0], [1] * 6 + [2] * 2)
+    assert (whole["weight"][:6] > 0).all() and not whole["weight"][6:].any()
+    dropped = np.mean([next(stream)["context"].mean() for _ in range(100)])  # the last text, 1, is the empty prompt
+    assert abs(dropped - 0.5) < 0.1
+
+
+def test_kept_arrays_go_on_where_a_killed_run_left_them(tmp_path):
+    computed = []
+
+    def parts(done, until):
+        for row in range(done, 20):
+            if row == until:
+                raise KeyboardInterrupt
+            computed.append(row)
+            yield np.full((1, 2), row, np.float32)
+
+    with pytest.raises(KeyboardInterrupt):
+        inputs.kept(tmp_path / "rows.npy", (20, 2), lambda done: parts(done, 13))
+    array = inputs.kept(tmp_path / "rows.npy", (20, 2), lambda done: parts(done, None))
+    np.testing.assert_array_equal(array[:, 0], np.arange(20))
+    assert computed == [*range(13), *range(inputs.SAVE_EVERY, 20)]
+    with pytest.raises(ValueError, match=r"shape \(20, 2\), expected \(21, 2\); delete it"):
+        inputs.kept(tmp_path / "rows.npy", (21, 2), lambda done: iter(()))
+
+
+# ---- Runs -----------------------------------------------------------------------------------------------------------
+def test_a_killed_run_ends_with_the_same_bits(model_folder, tmp_path, monkeypatch, capsys):
+    config = config_of(model_folder, tmp_path)
+    train.train(config, tmp_path / "whole", brightness)
+    assert "rewards of 10 images: mean 0.4966, 0.4821 to 0.505; raw weights" in capsys.readouterr().out
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(sample, "generate", killed)  # what follows the checkpoint of step 3
+        train.train(config, tmp_path / "killed", brightness)
+    train.train(config, tmp_path / "killed", brightness)
+    assert "resumed from step 3" in capsys.readouterr().out
+    unets = [tmp_path / name / "model/unet/diffusion_pytorch_model.safetensors" for name in ("whole", "killed")]
+    assert unets[0].read_bytes() == unets[1].read_bytes()
+
+    trained, start = folder.read(tmp_path / "whole/model"), folder.read(model_folder)
+    changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), trained.params, start.params)
+    assert all(jax.tree.leaves(changed["unet"])) and not any(jax.tree.leaves([changed["vae"], changed["text_encoder"]]))
+    grids = [PIL.Image.open(tmp_path / "whole/samples" / f"step_0000000{step}.png") for step in (3, 6)]
+    images = sample.to_uint8(sample.generate(trained, ["a red cat"], seed=0, steps=2, sampler="dpm++"))
+    np.testing.assert_allclose(np.asarray(grids[1], int), images[0], atol=1)  # the last grid shows the model that is written
+    assert (np.asarray(grids[0]) != np.asarray(grids[1])).any()
+
+
+def test_lora_changes_the_attention_alone_and_is_written_merged(model_folder, tmp_path):
+    config = config_of(model_folder, tmp_path, **{"lora.rank": 2, "data.pretraining": "", "train.beta": 0.0})
+    config.train.num_steps = 3
+    train.train(config, tmp_path / "run", brightness)
+    before, after = (
+        safetensors.numpy.load_file(pathlib.Path(place) / "unet/diffusion_pytorch_model.safetensors")
+        for place in (model_folder, tmp_path / "run/model")
+    )
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed and all(any(f".{part}." in name for part in train.ADAPTED) for name in changed)
+
+
+def test_pairs_alone_train_a_base_model(model_folder, tmp_path):
+    config = config_of(model_folder, tmp_path, **{"data.images": "", "optimizer.kind": "muon"})
+    config.train.num_steps = 2
+    train.train(config, tmp_path / "run")
+    assert (tmp_path / "run/model/model_index.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reward", "message"),
+    [
+        ({"model.folder": ""}, brightness, "model.folder: got '', expected a diffusers folder"),
+        ({"data.images": "", "data.pretraining": ""}, brightness, "data: got neither images nor pretraining"),
+        ({"train.beta": 0.0}, brightness, "train.beta: got 0.0 with data.pretraining="),
+        ({"train.batch_size": 9}, brightness, "train.batch_size: got 9, expected a multiple of 8"),
+        ({"train.text_dropout": 1.0}, brightness, "train.text_dropout: got 1.0"),
+        ({}, None, "reward.source: got '' for data.images"),
+        ({"reward.source": "reward:nowhere"}, None, "nowhere"),
+        ({}, lambda images, prompts: np.ones((len(images), 2)), r"shape .*\(10, 2\)|\[10, 2\]"),
+        ({}, lambda images, prompts: np.full(len(images), np.nan), "finite"),
+        ({}, lambda images, prompts: np.ones(len(images)), "got 1 for all 10 images"),
+    ],
+)
+def test_runs_that_cannot_be_are_refused(model_folder, tmp_path, changes, reward, message):
+    with pytest.raises(ValueError, match=message):
+        train.train(config_of(model_folder, tmp_path, **changes), tmp_path / "run", reward)
+
+
+def test_pictures_and_captions_that_do_not_fit_are_named(model_folder, tmp_path):
+    long = ["a cat", "cat " * 80]
+    config = config_of(model_folder, tmp_path, **{"data.images": table(tmp_path / "long", 2, 0, prompts=long)})
+    with pytest.raises(ValueError, match=r"images.jsonl: row 2: prompt: 'cat cat.* 77; shorten it.*truncate_long_prompts"):
+        train.train(config, tmp_path / "run", brightness)
+    config.data.images = table(tmp_path / "large", 2, 0, size=24)
+    with pytest.raises(ValueError, match=r"row 1: image: got 24 x 24 pixels, expected 16 x 16.*--config.data.resize=True"):
+        train.train(config, tmp_path / "run2", brightness)
+    config.data.resize = True
+    place = tmp_path / "run3"
+    config.train.num_steps, config.sample.every = 1, 1
+    train.train(config, place, brightness)
+    with pytest.raises(ValueError, match="inpainting model"):
+        train.model_config(config, folder.Config(unet=folder.UNetConfig(in_channels=9)))
