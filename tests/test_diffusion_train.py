@@ -115,10 +115,9 @@ def test_loss_is_the_weighted_denoising_error(model_folder):
     np.testing.assert_allclose(metrics["pretraining"], errors[6:].mean(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("rules", ["data_parallel", "fully_sharded"])
-def test_a_step_is_the_same_on_one_and_on_eight_devices(model_folder, tmp_path, rules):
+def test_a_step_is_the_same_on_one_and_on_eight_devices(model_folder, tmp_path):
     """Each device has other weights: an average of averages would differ. So must the parameters after a step."""
-    config = config_of(model_folder, tmp_path, **{"mesh.rules": rules, "optimizer.kind": "adamw", "train.beta": 0.5})
+    config = config_of(model_folder, tmp_path, **{"train.beta": 0.5})
     held, results = folder.read(model_folder), []
     batch = batch_of(held.config, 16)
     per_device = [np.sum(part["weight"]) for part in (jax.tree.map(lambda x, i=i: x[2 * i :][:2], batch) for i in range(8))]
@@ -131,7 +130,7 @@ def test_a_step_is_the_same_on_one_and_on_eight_devices(model_folder, tmp_path, 
         step = train.make_train_step(held.config, optimizer, schedule, config, mesh)
         state = jax.device_get(loop.initial_state({"unet": held.params["unet"]}, optimizer, config)) | {"step": np.int32(2)}
         state = jax.device_put(state, shardings)
-        with partitioning.activate(mesh, rules):
+        with partitioning.activate(mesh, config.mesh.rules):
             placed = partitioning.shard_batch(batch, partitioning.batch_sharding(mesh))
             state, metrics = loop.jit_train_step(step, mesh, shardings)(state, placed, jax.random.key(7))
         results.append(jax.device_get((metrics, state["opt_state"][1][0].mu["unet"])))
@@ -144,7 +143,7 @@ def test_a_step_is_the_same_on_one_and_on_eight_devices(model_folder, tmp_path, 
 
 def test_lora_begins_as_nothing_and_adds_a_product(model_folder):
     held = folder.read(model_folder)
-    params = nn.unbox(train.initial_params(held.config, 2, jax.random.key(0)))
+    params = nn.unbox(jax.jit(train.initial_params, static_argnums=(0, 1))(held.config, 2, jax.random.key(0)))
     same = train.merged(params, alpha=4.0)
     jax.tree.map(np.testing.assert_array_equal, same, params["unet"])
     assert len(params["lora"]) == sum("/to_" in "/" + name for name in params["lora"]) > 0
@@ -286,7 +285,8 @@ def test_pictures_and_captions_that_do_not_fit_are_named(model_folder, tmp_path)
         train.train(config, tmp_path / "run2", brightness)
     config.data.resize = True
     place = tmp_path / "run3"
-    config.train.num_steps, config.sample.every = 1, 1
+    config.train.num_steps = 2
     train.train(config, place, brightness)
+    assert (place / "model/model_index.json").is_file()
     with pytest.raises(ValueError, match="inpainting model"):
         train.model_config(config, folder.Config(unet=folder.UNetConfig(in_channels=9)))
