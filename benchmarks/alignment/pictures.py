@@ -1,0 +1,144 @@
+"""Pictures of RichHF-Synth that show exactly what a prompt says, and captions that are wrong at a known rate.
+
+A table of pictures is a .parquet file with the columns prompt, image (a PNG) and shown: the prompt that says all that there
+is to see, always right.
+"""
+
+import concurrent.futures
+import functools
+import io
+import multiprocessing
+import os
+import pathlib
+import zlib
+
+import cv2
+import numpy as np
+import PIL.Image
+import pyarrow
+import pyarrow.parquet
+from tqdm.auto import tqdm
+
+from rahf.reward import prompts
+from richhf_data import paths
+from richhf_data.synthetic import errors, grammar, layout, render, stream
+
+SIZE = 32  # pixels, both sides
+OVERSAMPLING = 2  # drawn so much larger, then averaged
+WRONG_RATE = 0.15
+WORDS = prompts.Words(  # those of RichHF-Synth that can be told apart at 32 pixels
+    count=grammar.NUMBERS[:4],
+    colour=("red", "yellow", "green", "blue", "purple", "pink", "white"),
+    thing=("cat", "fish/fish", "butterfly/butterflies", "mushroom", "house", "car", "rocket", "cup"),
+    background=("in the forest", "in the city", "in the desert", "in the snow", "on the moon", "in the sea"),
+)
+KINDS = tuple(  # which categories a caption speaks of
+    tuple(name for i, name in enumerate(("count", "colour", "background")) if bits >> i & 1) + ("thing",)
+    for bits in range(1, 8)
+)
+_BACKGROUND = {wording.replace("*", ""): name for name, wording in grammar.BACKGROUNDS.items()}
+_FLAWLESS = errors.Style(0.0, 0.0, 0.0, 0.0)
+
+
+def draw(prompt: prompts.Prompt, seed, words: prompts.Words = WORDS, size: int = SIZE) -> tuple[np.ndarray, prompts.Prompt]:
+    """A flawless picture of what the prompt says, the rest of it at random from the lists; pure in its arguments.
+
+    Args:
+      prompt: of words that RichHF-Synth knows. seed: a number, or a tuple of numbers.
+
+    Returns:
+      uint8[size, size, 3], and the prompt that says all that is to be seen.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = {name: grammar.pick(rng, getattr(words, name)) for name in prompts.CATEGORIES}
+    shown = prompts.Prompt(**{name: getattr(prompt, name) or word for name, word in drawn.items()})
+    group = grammar.Group(shown.thing.partition("/")[0], shown.colour, 1 + grammar.NUMBERS.index(shown.count))
+    background = _BACKGROUND[shown.background]
+    picture = errors.Picture(
+        prompt=grammar.write(rng, grammar.Scene((group,), None, background)),
+        wrong=(),
+        objects=layout.arrange(rng, [(0, group)], None),
+        background=background,
+        artifacts=(),
+        style=_FLAWLESS,
+        latents=(1.0,) * 4,
+        seed=int(rng.integers(2**31)),
+    )
+    image, _ = render.render(picture, OVERSAMPLING * size)
+    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA), shown
+
+
+def caption(shown: prompts.Prompt, kind: tuple[str, ...], wrong_rate: float, seed, words: prompts.Words = WORDS):
+    """The prompt that speaks of the categories of `kind` alone, each replaced by another word at `wrong_rate`."""
+    rng, said = np.random.default_rng(seed), {}
+    for name in prompts.CATEGORIES:
+        others = [word for word in getattr(words, name) if word != getattr(shown, name)]
+        wrong, other = rng.random() < wrong_rate, grammar.pick(rng, others)
+        said[name] = (other if wrong else getattr(shown, name)) if name in kind else None
+    return prompts.Prompt(**said)
+
+
+def captioned(
+    number: int,
+    seed: int,
+    wrong_rate: float = WRONG_RATE,
+    words: prompts.Words = WORDS,
+    size: int = SIZE,
+    workers: int | None = None,
+) -> pyarrow.Table:
+    """So many pictures of all that the lists make, with captions of which each category is wrong at `wrong_rate`.
+
+    A caption names the thing and some of the rest, each kind of caption as often. Row i follows from the arguments and i.
+
+    Args:
+      workers: processes; None = one a core, 0 = this one.
+
+    Returns:
+      The table that the head of this file describes.
+    """
+    make = functools.partial(_row, seed=seed, wrong_rate=wrong_rate, words=words, size=size)
+    bar = functools.partial(tqdm, desc="pictures", unit="picture", total=number, dynamic_ncols=True)
+    if workers == 0:
+        return pyarrow.Table.from_pylist(list(bar(map(make, range(number)))))
+    context = multiprocessing.get_context("spawn")
+    workers = workers or os.cpu_count()
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_start) as pool:
+        return pyarrow.Table.from_pylist(list(bar(pool.map(make, range(number), chunksize=50))))
+
+
+def _start():
+    stream.start_worker()
+    cv2.setNumThreads(1)
+
+
+def _row(i, *, seed, wrong_rate, words, size):
+    image, shown = draw(prompts.Prompt(None, None, None, None), (seed, i), words, size)
+    said = caption(shown, KINDS[i % len(KINDS)], wrong_rate, (seed, i, 1), words)
+    file = io.BytesIO()
+    PIL.Image.fromarray(image).save(file, "PNG")
+    return {"prompt": prompts.text(said), "image": file.getvalue(), "shown": prompts.text(shown)}
+
+
+def write(table: pyarrow.Table, file) -> None:
+    """The table as .parquet, whole or not at all."""
+    encoded = io.BytesIO()
+    pyarrow.parquet.write_table(table, encoded)
+    paths.replace(file, encoded.getvalue())
+
+
+def read(file) -> pyarrow.Table:
+    """A table that `write` wrote."""
+    return pyarrow.parquet.read_table(pathlib.Path(file))
+
+
+def images(table: pyarrow.Table) -> np.ndarray:
+    """uint8[n, size, size, 3], the pictures of a table."""
+    return np.stack([np.asarray(PIL.Image.open(io.BytesIO(encoded))) for encoded in table["image"].to_pylist()])
+
+
+def split_prompts(held_out: float = 0.2, words: prompts.Words = WORDS) -> tuple[list[prompts.Prompt], list[prompts.Prompt]]:
+    """All prompts of the lists as (training, held out): a hash of the text decides, whatever the lists."""
+    parts = [], []
+    for prompt in words.all():
+        parts[zlib.crc32(prompts.text(prompt).encode()) < held_out * 2**32].append(prompt)
+    return parts
