@@ -34,6 +34,7 @@ RESUMABLE = (
     "data.num_workers",
     "mesh",
     "model.heatmap_head.remat",
+    "model.remat",
     "model.t5.remat",
     "model.vit.remat",
     "log_every",
@@ -43,6 +44,8 @@ RESUMABLE = (
     "model.folder",  # identity.* says what these hold
     "data.images",
     "data.pretraining",
+    "reward.source",
+    "sample",
 )
 
 
@@ -134,7 +137,12 @@ def manager(workdir, kind: str) -> Iterator[ocp.CheckpointManager]:
     folder = paths.absolute(workdir) / kind
     checkpoints = ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
     try:
-        yield checkpoints
+        try:
+            yield checkpoints
+        except SystemExit:  # a signal: what was begun is still saved
+            with _clear_save_errors(checkpoints):
+                checkpoints.wait_until_finished()
+            raise
         with _clear_save_errors(checkpoints):
             checkpoints.wait_until_finished()
     finally:

@@ -80,7 +80,7 @@ def devices_of(topology: str) -> list:
 def lowered(config, step: str, mesh, batch_size: int):
     """One of `STEPS` of a config, lowered from abstract shapes, and its parameters: (shapes, shardings)."""
     if config.get("kind") == "diffusion":
-        return lowered_diffusion(config, step, mesh, batch_size)
+        return lowered_diffusion(config, mesh)
     model_config = RAHFConfig.from_dict(config.model.to_dict())
     model = RAHF(model_config)
     batch_sharding = partitioning.batch_sharding(mesh)
@@ -105,10 +105,8 @@ def lowered(config, step: str, mesh, batch_size: int):
         return forward.lower(placed, batch["image"], batch["text_ids"]), params
 
 
-def lowered_diffusion(config, step: str, mesh, batch_size: int):
-    """`lowered` for a config of `rahf.diffusion.train`; its sizes are Stable Diffusion 1.5's where it names no folder."""
-    if step != "train":
-        raise ValueError(f"step: got {step!r}, expected train, which is all that a config of rahf.diffusion.train has")
+def lowered_diffusion(config, mesh):
+    """The train step of a config of `rahf.diffusion.train`, of Stable Diffusion 1.5's sizes where it names no folder."""
     config = diffusion_train.check(config)
     loop.check_batch(config, mesh)
     sizes = folder.read_config(config.model.folder) if config.model.folder else folder.Config()
@@ -120,7 +118,7 @@ def lowered_diffusion(config, step: str, mesh, batch_size: int):
     train_step = diffusion_train.make_train_step(model, optimizer, schedule, config, mesh)
     train_step = loop.jit_train_step(train_step, mesh, shardings)
     sharding = partitioning.batch_sharding(mesh)
-    shapes = inputs.batch_shapes(model, batch_size).items()
+    shapes = inputs.batch_shapes(model, config.train.batch_size).items()
     batch = {name: jax.ShapeDtypeStruct(shape, "float32", sharding=sharding) for name, shape in shapes}
     with partitioning.activate(mesh, config.mesh.rules):
         return train_step.lower(state, batch, key), (state["params"], shardings["params"])
@@ -275,9 +273,13 @@ def main(argv):
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     args = flags.FLAGS
     config = args.config
-    usual = config.train.batch_size if args.step == "train" else config.eval.batch_size if args.step == "evaluate" else 32
-    batch_size = args.batch_size or usual
     try:
+        if config.get("kind") == "diffusion" and args.step != "train":
+            raise ValueError(f"step: got {args.step!r}, expected train, all that a config of rahf.diffusion.train has")
+        section = {"train": "train", "evaluate": "eval"}.get(args.step)
+        batch_size = args.batch_size or (config[section].batch_size if section else 32)
+        if args.step == "train":
+            config.train.batch_size = batch_size
         devices = devices_of(args.topology)
         if args.sweep:
             results = sweep(config, args.topology, args.step, devices, batch_size)

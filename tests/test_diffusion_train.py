@@ -14,6 +14,7 @@ from flax import linen as nn
 from configs import sd_reward
 from rahf import loop, optimizers, partitioning
 from rahf.diffusion import folder, inputs, sample, train
+from rahf.reward.feedback import Pictures
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax promotes freely
 PROMPTS = ["red cat", "a cat", "a red cat"]
@@ -115,15 +116,15 @@ def test_loss_is_the_weighted_denoising_error(model_folder):
     np.testing.assert_allclose(metrics["pretraining"], errors[6:].mean(), rtol=1e-5)
 
 
-def test_a_step_is_the_same_on_one_and_on_eight_devices(model_folder, tmp_path):
-    """Each device has other weights: an average of averages would differ. So must the parameters after a step."""
-    config = config_of(model_folder, tmp_path, **{"train.beta": 0.5})
-    held, results = folder.read(model_folder), []
+def test_a_step_is_the_same_on_every_mesh(model_folder, tmp_path):
+    """Each device has other weights: an average of averages would differ. So must the moments after a step."""
+    config, held, results = config_of(model_folder, tmp_path, **{"train.beta": 0.5}), folder.read(model_folder), []
     batch = batch_of(held.config, 16)
     per_device = [np.sum(part["weight"]) for part in (jax.tree.map(lambda x, i=i: x[2 * i :][:2], batch) for i in range(8))]
     assert len(set(per_device)) > 2
-    for devices in (jax.devices()[:1], jax.devices()):
-        mesh = partitioning.mesh_of(config.mesh, devices)
+    for devices, model_axis in ((1, 1), (8, 1), (8, 2)):
+        config.mesh.model = model_axis
+        mesh = partitioning.mesh_of(config.mesh, jax.devices()[:devices])
         optimizer = optimizers.make_optimizer(config.optimizer, config.train.num_steps)
         schedule = optimizers.make_schedule(config.optimizer, config.train.num_steps)
         _, shardings = train.state_shardings(held.config, optimizer, config, mesh, jax.random.key(0))
@@ -134,16 +135,18 @@ def test_a_step_is_the_same_on_one_and_on_eight_devices(model_folder, tmp_path):
             placed = partitioning.shard_batch(batch, partitioning.batch_sharding(mesh))
             state, metrics = loop.jit_train_step(step, mesh, shardings)(state, placed, jax.random.key(7))
         results.append(jax.device_get((metrics, state["opt_state"][1][0].mu["unet"])))
-    (one, one_moments), (eight, eight_moments) = results
-    for name in ("loss", "reward_weighted", "pretraining", "gradient_norm"):
-        np.testing.assert_allclose(eight[name], one[name], rtol=1e-5)
-    for ours, theirs in zip(jax.tree.leaves(eight_moments), jax.tree.leaves(one_moments), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5 * max(np.abs(theirs).max(), 1e-4))
+    (one, one_moments), *others = results
+    for metrics, moments in others:
+        for name in ("loss", "reward_weighted", "pretraining", "gradient_norm"):
+            np.testing.assert_allclose(metrics[name], one[name], rtol=1e-5)
+        for ours, theirs in zip(jax.tree.leaves(moments), jax.tree.leaves(one_moments), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5 * max(np.abs(theirs).max(), 1e-4))
 
 
 def test_lora_begins_as_nothing_and_adds_a_product(model_folder):
     held = folder.read(model_folder)
-    params = nn.unbox(jax.jit(train.initial_params, static_argnums=(0, 1))(held.config, 2, jax.random.key(0)))
+    lora = jax.jit(lambda key: nn.unbox(train.initial_params(held.config, 2, key))["lora"])(jax.random.key(0))
+    params = {"unet": held.params["unet"], "lora": lora}
     same = train.merged(params, alpha=4.0)
     jax.tree.map(np.testing.assert_array_equal, same, params["unet"])
     assert len(params["lora"]) == sum("/to_" in "/" + name for name in params["lora"]) > 0
@@ -206,8 +209,37 @@ def test_kept_arrays_go_on_where_a_killed_run_left_them(tmp_path):
     array = inputs.kept(tmp_path / "rows.npy", (20, 2), lambda done: parts(done, None))
     np.testing.assert_array_equal(array[:, 0], np.arange(20))
     assert computed == [*range(13), *range(inputs.SAVE_EVERY, 20)]
-    with pytest.raises(ValueError, match=r"shape \(20, 2\), expected \(21, 2\); delete it"):
-        inputs.kept(tmp_path / "rows.npy", (21, 2), lambda done: iter(()))
+    assert inputs.kept(tmp_path / "rows.npy", (20, 2), None).shape == (20, 2)  # whole: nothing is asked for
+
+
+@pytest.mark.parametrize("damage", ["truncated", "deleted", "untold", "another_shape"])
+def test_kept_arrays_that_are_not_whole_are_made_anew(tmp_path, damage):
+    place, rows = tmp_path / "rows.npy", np.arange(1, 41, dtype=np.float32).reshape(20, 2)
+    inputs.kept(place, (20, 2), lambda done: iter(rows[done:, None]))
+    if damage == "truncated":
+        place.write_bytes(place.read_bytes()[:-40])
+    elif damage == "deleted":
+        place.unlink()
+    elif damage == "untold":
+        place.with_suffix(".json").unlink()
+    else:
+        rows = rows[:10]
+    np.testing.assert_array_equal(inputs.kept(place, rows.shape, lambda done: iter(rows[done:, None])), rows)
+
+
+def test_other_pictures_and_other_rewards_are_told_from_those_that_are_kept(model_folder, tmp_path):
+    """Tables that read the same hold other pictures; a function of the same name gives other rewards."""
+    held, mesh, found = folder.read(model_folder), partitioning.make_mesh(), []
+    for seed, reward in ((10, brightness), (11, brightness), (11, lambda images, prompts: 1 - brightness(images, prompts))):
+        place = tmp_path / f"images_{seed}"
+        path = str(place) if place.exists() else table(place, 10, seed)
+        data = inputs.Inputs.of(config_of(model_folder, tmp_path, **{"data.images": path}), held)
+        moments, rewards = data.moments("images", tmp_path / "cache", mesh), data.rewards(reward, tmp_path / "cache")
+        found.append((np.asarray(moments), rewards))
+    assert (tmp_path / "images_10/images.jsonl").read_text() == (tmp_path / "images_11/images.jsonl").read_text()
+    assert not np.allclose(found[0][0], found[1][0]) and not np.allclose(found[0][1], found[1][1])
+    np.testing.assert_array_equal(found[1][0], found[2][0])
+    np.testing.assert_allclose(found[1][1], 1 - found[2][1], rtol=1e-5)
 
 
 # ---- Runs -----------------------------------------------------------------------------------------------------------
@@ -263,6 +295,10 @@ def test_pairs_alone_train_a_base_model(model_folder, tmp_path):
         ({"train.beta": 0.0}, brightness, "train.beta: got 0.0 with data.pretraining="),
         ({"train.batch_size": 9}, brightness, "train.batch_size: got 9, expected a multiple of 8"),
         ({"train.text_dropout": 1.0}, brightness, "train.text_dropout: got 1.0"),
+        ({"train.pretraining_share": 0.01}, brightness, "train.pretraining_share: got 0.01, 0 rows of train.batch_size=8"),
+        ({"model.dtype": "float16"}, brightness, "model.dtype: got 'float16'"),
+        ({"sample.steps": 2000}, brightness, "steps: got 2000 for dpm"),
+        ({"optimizer.freeze": ("unett",)}, brightness, "optimizer.freeze: nothing lies under 'unett'"),
         ({}, None, "reward.source: got '' for data.images"),
         ({"reward.source": "reward:nowhere"}, None, "nowhere"),
         ({}, lambda images, prompts: np.ones((len(images), 2)), r"shape .*\(10, 2\)|\[10, 2\]"),
@@ -273,6 +309,7 @@ def test_pairs_alone_train_a_base_model(model_folder, tmp_path):
 def test_runs_that_cannot_be_are_refused(model_folder, tmp_path, changes, reward, message):
     with pytest.raises(ValueError, match=message):
         train.train(config_of(model_folder, tmp_path, **changes), tmp_path / "run", reward)
+    assert not (tmp_path / "run/config.json").exists()  # so that the mended command can be given
 
 
 def test_pictures_and_captions_that_do_not_fit_are_named(model_folder, tmp_path):
@@ -282,11 +319,7 @@ def test_pictures_and_captions_that_do_not_fit_are_named(model_folder, tmp_path)
         train.train(config, tmp_path / "run", brightness)
     config.data.images = table(tmp_path / "large", 2, 0, size=24)
     with pytest.raises(ValueError, match=r"row 1: image: got 24 x 24 pixels, expected 16 x 16.*--config.data.resize=True"):
-        train.train(config, tmp_path / "run2", brightness)
-    config.data.resize = True
-    place = tmp_path / "run3"
-    config.train.num_steps = 2
-    train.train(config, place, brightness)
-    assert (place / "model/model_index.json").is_file()
+        train.train(config, tmp_path / "run", brightness)
+    assert next(inputs.decoded(Pictures(config.data.images), 16, resize=True)).shape == (16, 16, 3)
     with pytest.raises(ValueError, match="inpainting model"):
         train.model_config(config, folder.Config(unet=folder.UNetConfig(in_channels=9)))

@@ -1,22 +1,26 @@
 """What the frozen parts of a Stable Diffusion make of tables of pictures, kept on disk, and the batches drawn from it.
 
-    cache/<model>/latents-*.npy    the VAE's posterior of each image
-    cache/<model>/texts-*.npy      the text encoder's output for each different prompt
-    cache/rewards-*.npy            the reward of each of the model's own images
+    cache/latents-*.npy    the VAE's posterior of each image, float32: 128 KiB for one of 512 pixels
+    cache/texts-*.npy      the text encoder's output for each different prompt, float32: 231 KiB for Stable Diffusion's
+    cache/rewards-*.npy    the reward of each of the model's own images
+
+A file's name is a digest of all that it depends on.
 """
 
 import dataclasses
+import fcntl
 import functools
 import hashlib
-import io
 import itertools
 import json
+import os
 import pathlib
 from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from tqdm.auto import tqdm
 
 from rahf import checkpoints, partitioning
@@ -29,7 +33,7 @@ REWARDED_AT_ONCE = 64  # images that a reward is given
 SAVE_EVERY = 8  # batches of them between two saves of the cache
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Rows:
     """Images and prompts as the UNet sees them.
 
@@ -44,10 +48,18 @@ class Rows:
 
     def drawn(self, seed: int, purpose: int, first: int, count: int) -> np.ndarray:
         """int64[count]: rows of the endless order from place `first` on; each comes once before any comes again."""
-        rows = np.flatnonzero(self.weight)
         places = np.arange(first, first + count)
-        orders = {e: np.random.default_rng((seed, purpose, e)).permutation(rows) for e in np.unique(places // len(rows))}
-        return np.array([orders[place // len(rows)][place % len(rows)] for place in places], np.int64)
+        size = np.count_nonzero(self.weight)
+        return np.array([self._order(seed, purpose, place // size)[place % size] for place in places], np.int64)
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019  (two epochs of two tables, which live as long as the run)
+    def _order(self, seed: int, purpose: int, epoch: int) -> np.ndarray:
+        return np.random.default_rng((seed, purpose, epoch)).permutation(np.flatnonzero(self.weight))
+
+
+def pretraining_rows(config) -> int:
+    """How many rows of a batch are pre-training pairs, where there are both kinds."""
+    return round(config.train.pretraining_share * config.train.batch_size)
 
 
 def batches(
@@ -59,7 +71,7 @@ def batches(
       contexts: float32[texts, L, D], the last of them the empty prompt's. rows: those of the global batch to give.
     """
     size = config.train.batch_size
-    of_pretraining = size if own is None else 0 if pretraining is None else round(config.train.pretraining_share * size)
+    of_pretraining = size if own is None else 0 if pretraining is None else pretraining_rows(config)
     parts = [(own, size - of_pretraining), (pretraining, of_pretraining)]
     for step in itertools.count(start):
         batch = {name: [] for name in ("moments", "text", "weight", "pretraining")}
@@ -94,22 +106,37 @@ def kept(
 ) -> np.ndarray:
     """An array on disk, dtype[*shape], computed part by part; goes on where a killed run left it.
 
-    parts: the number of rows that are there -> arrays of the rows from there on.
+    A run that wants what another computes at this moment waits for it. Several hosts compute the same parts, each for its
+    own disk, from where the one begins that has the fewest.
+
+    Args:
+      parts: the number of rows that are there -> arrays of the rows from there on.
     """
     done_file, done = place.with_suffix(".json"), 0
     place.parent.mkdir(parents=True, exist_ok=True)
-    if done_file.is_file():
-        array, done = np.lib.format.open_memmap(place, "r+"), checkpoints.read_json(done_file)["rows"]
-    else:
-        array = np.lib.format.open_memmap(place, "w+", dtype, shape)
-    if array.shape != shape:
-        raise ValueError(f"cache: {place} has the shape {array.shape}, expected {shape}; delete it, it is made again")
-    for i, part in enumerate(parts(done) if done < len(array) else (), 1):
-        array[done : done + len(part)] = part
-        done += len(part)
-        if i % SAVE_EVERY == 0 or done == len(array):
-            array.flush()
-            checkpoints.write_json(done_file, {"rows": done})
+    with place.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            found = np.load(place, mmap_mode="r")
+            if found.shape == shape and found.dtype == dtype:
+                done = checkpoints.read_json(done_file)["rows"]
+        except (OSError, ValueError, KeyError):  # not there, cut short, or not told how far it is: anew
+            done = 0
+        if jax.process_count() > 1:
+            done = int(np.min(multihost_utils.process_allgather(np.int64(done))))
+        if done == shape[0]:
+            return np.load(place, mmap_mode="r")
+        if not done:
+            done_file.unlink(missing_ok=True)
+        array = np.lib.format.open_memmap(place, "r+" if done else "w+", dtype, shape)
+        with place.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)  # a full disk is told now
+        for i, part in enumerate(parts(done), 1):
+            array[done : done + len(part)] = part
+            done += len(part)
+            if i % SAVE_EVERY == 0 or done == shape[0]:
+                array.flush()
+                checkpoints.write_json(done_file, {"rows": done})
     return np.load(place, mmap_mode="r")
 
 
@@ -147,25 +174,31 @@ def frozen(model: folder.StableDiffusion, part: str, method: str, mesh) -> tuple
     return call, rows
 
 
-def parts_of(items: Iterator, size: int, desc: str, total: int, done: int) -> Iterator[np.ndarray]:
-    """The items, `size` of them stacked at a time, the last ones fewer; with a progress bar over them."""
+def parts_of(items: Iterator, size: int, desc: str, total: int, done: int = 0) -> Iterator[list]:
+    """Lists of `size` items, the last one shorter; with a progress bar over the items."""
     with tqdm(desc=desc, total=total, initial=done, dynamic_ncols=True, disable=jax.process_index() > 0) as bar:
         while part := list(itertools.islice(items, size)):
-            yield np.stack(part)
+            yield part
             bar.update(len(part))
 
 
 def identity(*parts) -> str:
-    """A name for what texts, numbers and files hold; of a file its length and its end count."""
+    """A name for what numbers, texts, files and dataclasses hold."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, pathlib.Path):
             with part.open("rb") as file:
-                length = file.seek(0, io.SEEK_END)
-                file.seek(max(0, length - 2**20))
-                part = [length, hashlib.sha256(file.read()).hexdigest()]
-        digest.update(json.dumps(part).encode())
+                part = hashlib.file_digest(file, "sha256").hexdigest()
+        elif dataclasses.is_dataclass(part):
+            part = dataclasses.asdict(part)
+        digest.update(json.dumps(part, sort_keys=True).encode())
     return digest.hexdigest()[:16]
+
+
+def identity_of_pictures(table: Pictures, desc: str) -> str:
+    """Of all that a table holds; reads every image."""
+    parts = parts_of(table.images(), REWARDED_AT_ONCE, desc, len(table))
+    return identity(table.prompts, [hashlib.sha256(encoded).hexdigest() for part in parts for _, encoded in part])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,12 +207,14 @@ class Inputs:
 
     Attributes:
       tables: {"images", "pretraining"} -> Pictures, those that the config names. texts: the different prompts, then "".
+      identities: of the tables, and of the whole "model".
     """
 
     config: object
     model: folder.StableDiffusion
     tables: dict[str, Pictures]
     texts: list[str]
+    identities: dict[str, str]
 
     @classmethod
     def of(cls, config, model: folder.StableDiffusion):
@@ -196,49 +231,67 @@ class Inputs:
                     hint = "--config.data.truncate_long_prompts=True drops ends"
                     raise ValueError(f"data.{name}: {table.path}: row {row}: {error}; {hint}") from error
         prompts = dict.fromkeys(prompt for table in tables.values() for prompt in table.prompts if prompt)
-        return cls(config, model, tables, [*prompts, ""])
+        identities = {name: identity_of_pictures(table, f"{name}: digest") for name, table in tables.items()}
+        vocabulary = [path for name in folder.VOCABULARY if (path := model.vocabulary / name).is_file()]
+        sizes = dataclasses.replace(model.config, unet=dataclasses.replace(model.config.unet, remat=False))
+        identities["model"] = identity(sorted(checkpoints.digests(model.params).items()), sizes, *vocabulary)
+        return cls(config, model, tables, [*prompts, ""], identities)
 
     def contexts(self, cache: pathlib.Path, mesh) -> np.ndarray:
         """float32[texts, L, D]."""
         encode, rows = frozen(self.model, "text_encoder", "text_tokens", mesh)
-        tower = self.model.config.text.text
+        tower, truncate = self.model.config.text.text, self.config.data.truncate_long_prompts
+        ids = self.model.text_ids(self.texts, truncate)
 
         def parts(done):
-            for texts in parts_of(iter(self.texts[done:]), rows, "texts", len(self.texts), done):
-                yield encode(self.model.text_ids(texts.tolist(), self.config.data.truncate_long_prompts))
+            return map(encode, map(np.stack, parts_of(iter(ids[done:]), rows, "texts", len(ids), done)))
 
-        return kept(cache / f"texts-{identity(self.texts)}.npy", (len(self.texts), tower.length, tower.width), parts)
+        key = identity(ids.tolist(), self.model.config.text, self._digests("text_encoder"))
+        return kept(cache / f"texts-{key}.npy", (len(ids), tower.length, tower.width), parts)
 
     def moments(self, name: str, cache: pathlib.Path, mesh) -> np.ndarray:
         """Of a table: float32[n, h, w, 2Z]."""
         encode, rows = frozen(self.model, "vae", "encode", mesh)
-        table, unet = self.tables[name], self.model.config.unet
-        size, resize = unet.sample_size * self.model.config.vae.factor, self.config.data.resize
+        table, unet, vae = self.tables[name], self.model.config.unet, self.model.config.vae
+        size = unet.sample_size * vae.factor
 
         def parts(done):
-            images = decoded(table, size, resize, done)
-            return map(encode, parts_of(images, rows, f"{name}: latents", len(table), done))
+            images = decoded(table, size, self.config.data.resize, done)
+            return map(encode, map(np.stack, parts_of(images, rows, f"{name}: latents", len(table), done)))
 
-        shape = len(table), unet.sample_size, unet.sample_size, 2 * self.model.config.vae.latent_channels
-        return kept(cache / f"latents-{identity(table.path, size, resize)}.npy", shape, parts)
+        shape = len(table), unet.sample_size, unet.sample_size, 2 * vae.latent_channels
+        key = identity(self.identities[name], size, self.config.data.resize, vae, self._digests("vae"))
+        return kept(cache / f"latents-{key}.npy", shape, parts)
 
     def rewards(self, reward: Callable, cache: pathlib.Path) -> np.ndarray:
-        """Of the model's own images: float32[n].
+        """Of the model's own images: float32[n]. What the reward says of the first of them tells it from others.
 
         Raises:
           ValueError: what the reward gives is no finite number for each image.
         """
         table = self.tables["images"]
 
-        def parts(done):
-            images = (embed.decode(encoded, where) for where, encoded in itertools.islice(table.images(), done, None))
-            prompts = iter(table.prompts[done:])
-            for part in parts_of(images, REWARDED_AT_ONCE, "rewards", len(table), done):
-                yield sources.checked(reward, part, list(itertools.islice(prompts, len(part))))
+        def rewarded(images, done):
+            images = np.stack(images) if len({image.shape for image in images}) == 1 else images
+            return sources.checked(reward, images, table.prompts[done : done + len(images)])
 
-        return kept(cache / f"rewards-{identity(table.path)}.npy", (len(table),), parts)
+        def images_from(done):
+            return (embed.decode(encoded, where) for where, encoded in itertools.islice(table.images(), done, None))
+
+        def parts(done):
+            for part in parts_of(images_from(done), REWARDED_AT_ONCE, "rewards", len(table), done):
+                yield rewarded(part, done)
+                done += len(part)
+
+        first = rewarded(list(itertools.islice(images_from(0), REWARDED_AT_ONCE)), 0)
+        key = identity(self.identities["images"], first.tolist())
+        rewards = np.asarray(kept(cache / f"rewards-{key}.npy", (len(table),), parts))
+        return multihost_utils.broadcast_one_to_all(rewards) if jax.process_count() > 1 else rewards
 
     def rows(self, name: str, moments: np.ndarray, weight: np.ndarray) -> Rows:
         """A table's rows, their moments and weights given."""
         numbers = {text: i for i, text in enumerate(self.texts)}
         return Rows(moments, np.array([numbers[prompt] for prompt in self.tables[name].prompts], np.int32), weight)
+
+    def _digests(self, part: str) -> list:
+        return sorted(checkpoints.digests(self.model.params[part]).items())

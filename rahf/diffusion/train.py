@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import io
 import pathlib
+import tempfile
 from collections.abc import Callable
 
 import flax.traverse_util
@@ -30,6 +31,7 @@ from ml_collections import config_flags
 
 from rahf import checkpoints, hosts, loop, optimizers, partitioning
 from rahf.diffusion import folder, inputs, sample
+from rahf.diffusion import schedule as sampler
 from rahf.reward import sources
 from richhf_data import paths
 
@@ -156,7 +158,7 @@ def merged(params, alpha: float) -> dict:
 
 # ---- Training -------------------------------------------------------------------------------------------------------
 def model_config(config, of_folder: folder.Config) -> folder.Config:
-    """The sizes of the folder's parts, computed as the config's `model` says.
+    """The sizes of the folder's parts, the UNet computed as the config's `model` says; the frozen parts in float32.
 
     Raises:
       ValueError: an inpainting model, whose UNet reads more than noised latents.
@@ -166,9 +168,10 @@ def model_config(config, of_folder: folder.Config) -> folder.Config:
             f"model.folder: got an inpainting model (unet.in_channels = {of_folder.unet.in_channels}), expected one for "
             f"text to image, with {of_folder.unet.out_channels}"
         )
-    parts = {part: dataclasses.replace(getattr(of_folder, part), dtype=config.model.dtype) for part in ("unet", "vae")}
-    parts["unet"] = dataclasses.replace(parts["unet"], remat=config.model.remat)
-    return dataclasses.replace(of_folder, **parts)
+    if config.model.dtype not in ("float32", "bfloat16"):  # float16 would need its losses scaled
+        raise ValueError(f"model.dtype: got {config.model.dtype!r}, expected 'float32' or 'bfloat16'")
+    unet = dataclasses.replace(of_folder.unet, dtype=config.model.dtype, remat=config.model.remat)
+    return dataclasses.replace(of_folder, unet=unet)
 
 
 def check(config):
@@ -188,6 +191,12 @@ def check(config):
         raise ValueError(
             f"train.beta: got {config.train.beta} with data.pretraining={config.data.pretraining!r}; expected pre-training "
             "pairs with a beta above 0, or none with --config.train.beta=0"
+        )
+    rows = inputs.pretraining_rows(config)
+    if config.data.images and config.data.pretraining and not 0 < rows < config.train.batch_size:
+        raise ValueError(
+            f"train.pretraining_share: got {config.train.pretraining_share}, {rows} rows of train.batch_size="
+            f"{config.train.batch_size}, expected some rows of both kinds"
         )
     config = config.copy_and_resolve_references()
     if config.lora.rank:
@@ -221,68 +230,64 @@ def train(config, workdir, reward: Callable | None = None, cache=None) -> None:
       ValueError: a folder, table or setting that cannot be used, or rewards that weight nothing.
       SystemExit: as `loop.run`.
     """
-    # ---- Model, data ------------------------------------------------------------------------------------------------
+    # ---- Model, optimiser, state ------------------------------------------------------------------------------------
     config = check(config)
     mesh = partitioning.mesh_of(config.mesh)
     loop.check_batch(config, mesh)
     if not config.model.folder:
         raise ValueError("model.folder: got '', expected a diffusers folder to start from: --config.model.folder=DIR")
-    held = folder.read(config.model.folder)
+    held = on_host(folder.read(config.model.folder), mesh)
     held = dataclasses.replace(held, config=model_config(config, held.config))
-    model, data = held.config, inputs.Inputs.of(config, held)
-    whole_everywhere = functools.partial(partitioning.place, sharding=partitioning.replicated(mesh))
-    frozen_params = {part: jax.tree.map(lambda x: whole_everywhere(np.asarray(x)), held.params[part]) for part in FROZEN}
-    held = dataclasses.replace(held, params=held.params | frozen_params)
-    if "images" in data.tables and reward is None and config.reward.source:
-        reward = sources.reward_of(config.reward.source)
-    if "images" in data.tables and reward is None:
-        raise ValueError("reward.source: got '' for data.images, expected reward:DIR, rahf:DIR:SCORE or python:MODULE:NAME")
+    model = held.config
+    sampler.plan(model.schedule, config.sample.sampler, config.sample.steps)
+    schedule = optimizers.make_schedule(config.optimizer, config.train.num_steps)
+    optimizer = optimizers.make_optimizer(config.optimizer, config.train.num_steps)
+    init_key, step_key = jax.random.split(jax.random.key(config.seed))
+    abstract, shardings = state_shardings(model, optimizer, config, mesh, init_key)
+    optimizers.check_freeze(abstract["params"], config.optimizer.freeze)
 
-    # ---- Workdir, what the frozen parts say -------------------------------------------------------------------------
+    # ---- Data, what the frozen parts and the reward say of it -------------------------------------------------------
+    data = inputs.Inputs.of(config, held)
+    if "images" in data.tables and reward is None:
+        if not config.reward.source:
+            expected = "reward:DIR, rahf:DIR:SCORE or python:MODULE:NAME"
+            raise ValueError(f"reward.source: got '' for data.images, expected {expected}")
+        reward = sources.reward_of(config.reward.source)
+    workdir = paths.absolute(workdir)
     with config.unlocked():
-        digests = sorted(checkpoints.digests(held.params).items())
-        config.identity = {name: inputs.identity(table.path) for name, table in data.tables.items()}
-        config.identity.model = inputs.identity(digests)
-    workdir = checkpoints.open_workdir(workdir, config)
-    first = jax.process_index() == 0
-    say = functools.partial(print, flush=True) if first else lambda text: None
-    cache = pathlib.Path(cache or workdir / "cache") / ("" if jax.process_count() == 1 else f"host_{jax.process_index()}")
-    if "://" in str(cache):
-        raise ValueError(f"cache: got {cache}, expected a folder on a disk: --cache=DIR")
-    shared = cache / config.identity.model
-    contexts = data.contexts(shared, mesh)
-    own = pretraining = None
+        config.identity = data.identities
+    if not checkpoints.is_new(workdir):  # else the config is written when its rewards are found to weight something
+        checkpoints.open_workdir(workdir, config)
+    if "://" in str(cache or workdir):
+        raise ValueError(f"cache: got {cache or workdir / 'cache'}, expected a folder on a disk: --cache=DIR")
+    cache = pathlib.Path(cache or workdir / "cache") / (f"host_{jax.process_index()}" if jax.process_count() > 1 else "")
+    say = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda text: None
+    contexts, own, pretraining = data.contexts(cache, mesh), None, None
     if "images" in data.tables:
-        rewards = data.rewards(reward, cache if cache.is_relative_to(workdir) else pathlib.Path(workdir) / "cache")
+        moments, rewards = data.moments("images", cache, mesh), data.rewards(reward, cache)
         weights = weights_of(rewards, config.reward)
         effective = weights.sum(dtype=np.float64) ** 2 / np.sum(np.square(weights, dtype=np.float64))
         say(
             f"rewards of {len(rewards):,} images: mean {rewards.mean():.4g}, {rewards.min():.4g} to {rewards.max():.4g}; "
             f"{config.reward.weighting} weights, worth {effective:,.0f} equal ones"
         )
-        own = data.rows("images", data.moments("images", shared, mesh), weights)
+        own = data.rows("images", moments, weights)
     if "pretraining" in data.tables:
-        moments = data.moments("pretraining", shared, mesh)
+        moments = data.moments("pretraining", cache, mesh)
         pretraining = data.rows("pretraining", moments, np.ones(len(moments), np.float32))
-
-    # ---- State, sharded ---------------------------------------------------------------------------------------------
-    schedule = optimizers.make_schedule(config.optimizer, config.train.num_steps)
-    optimizer = optimizers.make_optimizer(config.optimizer, config.train.num_steps)
-    init_key, step_key = jax.random.split(jax.random.key(config.seed))
-    abstract, shardings = state_shardings(model, optimizer, config, mesh, init_key)
-    optimizers.check_freeze(abstract["params"], config.optimizer.freeze)
+    workdir = checkpoints.open_workdir(workdir, config)
     trained = [leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(abstract["params"])
                if not optimizers.is_frozen(path, config.optimizer.freeze)]  # fmt: skip
     sizes = " x ".join(f"{name} {size}" for name, size in partitioning.sizes(mesh).items())
     say(f"workdir {workdir}: {sum(trained):,} parameters are trained, mesh {sizes}, {config.mesh.rules}")
 
+    # ---- State, sharded ---------------------------------------------------------------------------------------------
     def first_state(params):
         state = loop.initial_state(params, optimizer, config)
         return {name: state[name] for name in state if name != "ema"}
 
     def fresh():
-        unet = jax.tree.map(np.asarray, held.params["unet"])
-        params = {"unet": jax.tree.map(partitioning.place, unet, shardings["params"]["unet"])}
+        params = {"unet": jax.tree.map(partitioning.place, held.params["unet"], shardings["params"]["unet"])}
         if config.lora.rank:
             init = jax.jit(lambda key: nn.unbox(initial_params(model, config.lora.rank, key))["lora"],
                            out_shardings=shardings["params"]["lora"])  # fmt: skip
@@ -294,9 +299,7 @@ def train(config, workdir, reward: Callable | None = None, cache=None) -> None:
     batch_sharding = partitioning.batch_sharding(mesh)
     own_rows = partitioning.local_rows(batch_sharding, config.train.batch_size)
     train_step = loop.jit_train_step(make_train_step(model, optimizer, schedule, config, mesh), mesh, shardings)
-    finished = jax.jit(
-        lambda params: merged(params, config.lora.alpha), out_shardings=partitioning.gathered(shardings["params"]["unet"])
-    )
+    finished = jax.jit(lambda params: merged(params, config.lora.alpha), out_shardings=partitioning.replicated(mesh))
     prompts = list(config.sample.prompts) or [text for text in data.texts if text][:8]
 
     def update(state, rows):
@@ -312,17 +315,36 @@ def train(config, workdir, reward: Callable | None = None, cache=None) -> None:
         )
         grid = grid_of(images)
         writer.add_image("samples", grid, step, dataformats="HWC")
-        if first:
-            file = io.BytesIO()
-            PIL.Image.fromarray(grid).save(file, "png")
-            paths.replace(workdir / "samples" / f"step_{step:08d}.png", file.getvalue())
-        if step == config.train.num_steps and first and not (pathlib.Path(workdir) / "model" / folder.INDEX).exists():
-            folder.write(now, workdir / "model")
+        if jax.process_index() > 0:
+            return
+        file = io.BytesIO()
+        PIL.Image.fromarray(grid).save(file, "png")
+        paths.replace(workdir / "samples" / f"step_{step:08d}.png", file.getvalue())
+        if step == config.train.num_steps and not (workdir / "model" / folder.INDEX).exists():
+            write_model(now, workdir / "model")
             say(f"{workdir / 'model'}: the trained model")
 
     # ---- Loop -------------------------------------------------------------------------------------------------------
     batches_from = functools.partial(inputs.batches, own, pretraining, contexts, config, own_rows)
     loop.run(config, workdir, abstract, shardings, fresh, batches_from, update, config.sample.every, look)
+
+
+def on_host(model: folder.StableDiffusion, mesh) -> folder.StableDiffusion:
+    """The model with its UNet in numpy, off the devices, and its frozen parts on all of the mesh."""
+    params = jax.tree.map(np.asarray, model.params)
+    everywhere = functools.partial(partitioning.place, sharding=partitioning.replicated(mesh))
+    return dataclasses.replace(model, params=params | {part: jax.tree.map(everywhere, params[part]) for part in FROZEN})
+
+
+def write_model(model: folder.StableDiffusion, place) -> None:
+    """`folder.write`, also into a bucket."""
+    if "://" not in str(place):
+        return folder.write(model, place)
+    with tempfile.TemporaryDirectory() as local:
+        folder.write(model, pathlib.Path(local) / "model")
+        files = [path for path in pathlib.Path(local).rglob("*") if path.is_file()]
+        for path in sorted(files, key=lambda path: path.name == folder.INDEX):
+            paths.replace(place / str(path.relative_to(pathlib.Path(local) / "model")), path.read_bytes())
 
 
 def grid_of(images: np.ndarray, columns: int = 4) -> np.ndarray:
