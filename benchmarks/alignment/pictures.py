@@ -25,7 +25,7 @@ from richhf_data.synthetic import errors, grammar, layout, render, stream
 
 SIZE = 32  # pixels, both sides
 OVERSAMPLING = 2  # drawn so much larger, then averaged
-WRONG_RATE = 0.15
+WRONG_RATE = 0.15  # of each category that a caption names
 WORDS = prompts.Words(  # those of RichHF-Synth that can be told apart at 32 pixels
     count=grammar.NUMBERS[:4],
     colour=("red", "yellow", "green", "blue", "purple", "pink", "white"),

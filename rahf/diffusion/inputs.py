@@ -223,13 +223,12 @@ class Inputs:
             raise ValueError("data: got neither images nor pretraining, expected a table: --config.data.images=FILE")
         tables = {name: Pictures(config.data[name]) for name in ("images", "pretraining") if config.data[name]}
         for name, table in tables.items():
-            rows = {prompt: row for row, prompt in reversed(list(enumerate(table.prompts, 1)))}
-            for prompt, row in rows.items():
+            for prompt, place in dict(zip(reversed(table.prompts), reversed(table.places), strict=True)).items():
                 try:
                     model.text_ids([prompt], config.data.truncate_long_prompts)
                 except ValueError as error:
                     hint = "--config.data.truncate_long_prompts=True drops ends"
-                    raise ValueError(f"data.{name}: {table.path}: row {row}: {error}; {hint}") from error
+                    raise ValueError(f"data.{name}: {table.path}: {place}: {error}; {hint}") from error
         prompts = dict.fromkeys(prompt for table in tables.values() for prompt in table.prompts if prompt)
         identities = {name: identity_of_pictures(table, f"{name}: digest") for name, table in tables.items()}
         vocabulary = [path for name in folder.VOCABULARY if (path := model.vocabulary / name).is_file()]

@@ -288,9 +288,10 @@ def read_prompts(path) -> list[str]:
         if line.strip() and path.suffix == ".jsonl":
             try:
                 prompts.append(json.loads(line)["prompt"].strip())
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                got = f'got {line[:80]!r}, expected {{"prompt": text}}'
-                raise ValueError(f"prompts: {path} line {number}: {got}") from error
+            except (ValueError, KeyError, TypeError, AttributeError):
+                prompts.append("")
+            if not prompts[-1]:
+                raise ValueError(f'prompts: {path} line {number}: got {line[:80]!r}, expected {{"prompt": text}}')
         elif line.strip():
             prompts.append(line.strip())
     if not prompts:

@@ -25,7 +25,7 @@ class Pictures:
       path: a .jsonl or .parquet file, or a folder with an images.jsonl, which `rahf.diffusion.sample` writes.
 
     Attributes:
-      path: the file. prompts: list of texts.
+      path: the file. prompts: list of texts. places: as many names of rows, for errors: "row 3".
 
     Raises:
       ValueError: no such file, another format, a column that is missing, rows that are not as above; names the file, the
@@ -45,7 +45,7 @@ class Pictures:
         if self.path.suffix not in readers:
             raise ValueError(f"{self.name}: {path} ends in {self.path.suffix!r}, expected one of {sorted(readers)}")
         self._rows = readers[self.path.suffix]
-        rows, faults = [], []
+        rows, faults, self.places = [], [], []
         small = [name for name in self.columns if name != "image" or self.path.suffix == ".jsonl"]
         for where, row in self._rows(small):
             if isinstance(row, str):
@@ -53,6 +53,7 @@ class Pictures:
             else:
                 faults += [f"{where}: {fault}" for fault in self._faults(row)]
                 rows.append(row)
+                self.places.append(where)
         self._refuse(faults)
         if not rows:
             raise ValueError(f"{self.name}: {self.path} has no rows, expected a row an image with {', '.join(self.columns)}")

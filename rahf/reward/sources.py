@@ -13,6 +13,7 @@ Features are clip:DIR, the image embeddings of a folder of `rahf.convert --sourc
 import functools
 import importlib
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -28,7 +29,7 @@ def reward_of(spec: str) -> Callable:
     Raises:
       ValueError: another spec, a folder that does not hold it, an unknown score, a module or a name that is not there.
     """
-    kinds = {"reward": lambda rest: rahf_reward.load(*rest.split(":", 1)), "rahf": _rahf}
+    kinds = {"reward": lambda rest: rahf_reward.load(*re.split(":(?!//)", rest, maxsplit=1)), "rahf": _rahf}
     return _source("reward", spec, kinds | {"python": functools.partial(_python, "reward")})
 
 

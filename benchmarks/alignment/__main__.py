@@ -1,0 +1,291 @@
+"""Paper B's loop, measured in small: does a reward learnt from labels make a diffusion show more of what its prompts say?
+
+    python -m benchmarks.alignment --workdir=DIR
+
+A judge, trained on flawless pictures of RichHF-Synth, stands for the raters: it labels pictures, and gives the verdict at
+the end. Nothing else of it is used. Each stage has its folder and is skipped when that is finished; a killed one goes on:
+
+    pictures     with captions that are wrong at a known rate; flawless ones for FID
+    judge        what a picture shows: count, colour, thing, background
+    clip         trained on the wrongly captioned pictures: text encoder, the reward's features, CLIP score
+    start        the VAE, and an untrained UNet
+    base         the diffusion, trained on the wrongly captioned pictures
+    samples      its own pictures of training prompts, half of them labelled
+    reward       with the auxiliary loss (reward) and without (reward_plain)
+    tuned/*      the base, fine-tuned on its own pictures
+    verdicts     of held-out prompts: alignment by the judge, FID, reward, CLIP score, diversity
+    table.md, results.json, report.html
+"""
+
+import functools
+import io
+import itertools
+import pathlib
+import time
+
+import jax
+import numpy as np
+import PIL.Image
+import pyarrow
+import tabulate
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from benchmarks.alignment import foundation, judge, pictures
+from rahf import checkpoints
+from rahf import reward as rahf_reward
+from rahf.diffusion import evaluate, folder, inputs, sample
+from rahf.diffusion import train as diffusion_train
+from rahf.reward import embed, metrics, predict, prompts
+from rahf.reward import train as reward_train
+from rahf.reward.feedback import Pictures
+from richhf_data import paths
+
+AT_ONCE = 100  # pictures that are drawn at a time
+ACCURATE = 0.98  # what the judge must be
+BASE = "base"
+PREDICTORS = {"reward": "reward", "clip_score": "CLIP score"}
+TUNED = {  # name -> (what is told of it, the reward's folder, beta)
+    "beta_1": ("reward-weighted, beta 1", "reward", 1.0),
+    "beta_03": ("reward-weighted, beta 0.3", "reward", 0.3),
+    "beta_0": ("reward-weighted, beta 0", "reward", 0.0),
+    "beta_1_plain": ("reward-weighted, beta 1, no auxiliary loss", "reward_plain", 1.0),
+    "unweighted": ("all weights alike, beta 1", "reward", 1.0),
+}
+
+
+def seed_of(config, number: int) -> int:
+    """A seed of its own for each thing that is random; all of them follow from `config.seed`."""
+    return 1000 * config.seed + number
+
+
+# ---- Stages ---------------------------------------------------------------------------------------------------------
+def make_pictures(config, place: pathlib.Path) -> None:
+    """train.parquet and clean.parquet."""
+    for name, number, rate in (("clean", 1, 0.0), ("train", 0, config.pictures.wrong_rate)):
+        if not (place / f"{name}.parquet").is_file():
+            table = pictures.captioned(config.pictures[name], seed_of(config, number), rate)
+            pictures.write(table, place / f"{name}.parquet")
+
+
+def make_start(config, root: pathlib.Path) -> None:
+    """The CLIP, the VAE, and the diffusion that knows nothing yet."""
+    table = pictures.read(root / "pictures/train.parquet")
+    if not (root / "clip/config.json").is_file():
+        foundation.fit_clip(root / "clip", pictures.images(table), table["prompt"].to_pylist(), seed=seed_of(config, 20))
+    if not (root / "start" / folder.INDEX).is_file():
+        vae = foundation.fit_vae(pictures.images(table), seed=seed_of(config, 30))
+        foundation.start(root / "start", root / "clip", vae, seed=seed_of(config, 40))
+
+
+def fit_base(config, root: pathlib.Path) -> None:
+    """The diffusion, on the wrongly captioned pictures."""
+    settings = config.base.copy_and_resolve_references()
+    settings.seed = seed_of(config, 0)
+    settings.model.folder, settings.data.pretraining = str(root / "start"), str(root / "pictures/train.parquet")
+    diffusion_train.train(settings, root / "base", cache=root / "cache")
+
+
+def drawn(model_folder, texts: list[str], seed: int, sampling, place: pathlib.Path) -> np.ndarray:
+    """uint8[n, S, S, 3]: a picture of each prompt, kept in a file; goes on where a killed run left it."""
+    size = pictures.SIZE
+
+    def parts(done):
+        model = folder.read(model_folder)
+
+        def images():
+            for first in range(done, len(texts), AT_ONCE):
+                part = texts[first : first + AT_ONCE]
+                padded = part + part[-1:] * (AT_ONCE - len(part))  # one compiled shape
+                yield from sample.to_uint8(sample.generate(model, padded, seed=seed, first=first, **sampling))[: len(part)]
+
+        return inputs.parts_of(images(), AT_ONCE, f"draw {place.stem}", len(texts), done)
+
+    return np.asarray(inputs.kept(place, (len(texts), size, size, 3), parts, np.uint8))
+
+
+def write_table(file: pathlib.Path, images, texts, **columns) -> None:
+    """A .parquet table of pictures."""
+
+    def png(image):
+        encoded = io.BytesIO()
+        PIL.Image.fromarray(image).save(encoded, "PNG")
+        return encoded.getvalue()
+
+    pictures.write(pyarrow.table({"prompt": texts, "image": [png(image) for image in images], **columns}), file)
+
+
+def make_samples(config, root: pathlib.Path, raters) -> None:
+    """The base's own pictures: feedback.parquet, those that are labelled, and own.parquet, all of them."""
+    place, settings = root / "samples", config.samples
+    if (place / "own.parquet").is_file():
+        return
+    training = [prompts.text(prompt) for prompt in pictures.split_prompts()[0]]
+    training = np.random.default_rng(seed_of(config, 60)).permutation(training).tolist()
+    texts = list(itertools.islice(itertools.cycle(training), settings.labelled + settings.unlabelled))
+    images = drawn(root / "base/model", texts, seed_of(config, 61), config.sampling, place / "own.npy")
+    labels = raters(images[: settings.labelled], texts[: settings.labelled])["all"].astype(np.int64)
+    write_table(place / "feedback.parquet", images[: settings.labelled], texts[: settings.labelled], label=labels)
+    write_table(place / "own.parquet", images, texts)
+
+
+def fit_rewards(config, root: pathlib.Path) -> dict[str, list[dict]]:
+    """Both rewards; what their results.json have."""
+    found = {}
+    for name, weight in (("reward", config.reward.loss.classification_weight), ("reward_plain", 0.0)):
+        settings = config.reward.copy_and_resolve_references()
+        settings.prompts = {name: tuple(getattr(pictures.WORDS, name)) for name in prompts.CATEGORIES}
+        settings.loss.classification_weight, settings.seed = weight, seed_of(config, 70)
+        feedback = root / "samples/feedback.parquet"
+        found[name] = reward_train.train(settings, feedback, root / "clip", root / name, root / "clip/cache")
+    return found
+
+
+def tune(config, root: pathlib.Path, name: str) -> None:
+    """The base, fine-tuned as `TUNED` says. As many of its own pictures a step with pre-training pairs as without."""
+    _, reward, beta = TUNED[name]
+    settings = config.tuning.copy_and_resolve_references()
+    settings.model.folder, settings.data.images = str(root / "base/model"), str(root / "samples/own.parquet")
+    settings.reward.source, settings.train.beta, settings.seed = f"reward:{root / reward}", beta, seed_of(config, 80)
+    if name == "unweighted":
+        settings.reward.update(weighting="top", fraction=1.0)
+    if beta:
+        settings.data.pretraining = str(root / "pictures/train.parquet")
+    else:
+        settings.train.batch_size //= 2
+    diffusion_train.train(settings, root / "tuned" / name, cache=root / "cache")
+
+
+# ---- Verdicts -------------------------------------------------------------------------------------------------------
+def judged(config, root: pathlib.Path, raters) -> list[evaluate.Evaluated]:
+    """All generators on held-out prompts, from the same noise; writes results.json and report.html."""
+    place, strong = root / "verdicts", config.sampling.to_dict() | {"guidance_scale": config.eval.strong_guidance}
+    held_out = [prompts.text(prompt) for prompt in pictures.split_prompts()[1]]
+    chosen = np.random.default_rng(seed_of(config, 90)).permutation(held_out)[: config.eval.prompts].tolist()
+    texts = [text for text in chosen for _ in range(config.eval.images)]
+    reward, count = rahf_reward.load(root / "reward"), config.eval.candidates
+
+    def draw(model, name, texts=texts, sampling=config.sampling):
+        return drawn(root / model / "model", texts, seed_of(config, 91), sampling, place / f"{name}.npy")
+
+    candidates = draw("base", "candidates", texts * count)
+    candidates = candidates.reshape(count, len(texts), *candidates.shape[1:]).swapaxes(0, 1)
+    kept, _ = predict.keep_best(reward, candidates, texts)
+    sets = {BASE: candidates[:, 0]}
+    sets[f"base, best of {count} by the reward"] = candidates[np.arange(len(texts)), kept]
+    for name, (told, *_) in TUNED.items():
+        sets[told] = draw(f"tuned/{name}", name)
+    guidance = f"guidance {config.eval.strong_guidance:g}"
+    sets[f"base, {guidance}"] = draw("base", "base_strong", sampling=strong)
+    sets[f"{TUNED['beta_1'][0]}, {guidance}"] = draw("tuned/beta_1", "beta_1_strong", sampling=strong)
+    start = folder.read(root / "start")
+    flawless = [pictures.draw(pictures.WORDS.parse(text), (seed_of(config, 92), i))[0] for i, text in enumerate(texts)]
+    through = foundation.reconstruct(start.config.vae, start.params["vae"], np.stack(flawless))
+    sets["flawless pictures, through the VAE"] = through
+    tables = {}
+    for number, (told, images) in enumerate(sets.items()):
+        file = place / f"{number}.parquet"
+        write_table(file, images, texts)
+        tables[told] = Pictures(file)
+    return evaluate.compare(
+        tables,
+        root,
+        features=raters.features,
+        reference=Pictures(root / "pictures/clean.parquet"),
+        reward=reward,
+        clip=embed.Clip(root / "clip"),
+        judge=raters,
+        words=pictures.WORDS,
+    )
+
+
+def predictors(found: list[evaluate.Evaluated]) -> list[dict[str, float]]:
+    """How well reward and CLIP score tell the base's right pictures of held-out prompts from its wrong ones: AUC."""
+    (base,) = (one for one in found if one.name == BASE)
+    right, kinds = base.values["alignment/all"], np.array(evaluate.kinds_of(base.prompts, pictures.WORDS))
+    return [
+        {"held-out prompts": kind, "pictures": int(rows.sum())}
+        | {label: metrics.auc(base.values[name][rows], right[rows]) for name, label in PREDICTORS.items()}
+        for kind, rows in [("all", kinds == kinds), *((kind, kinds == kind) for kind in sorted(set(kinds)))]
+    ]
+
+
+def table(found: list[evaluate.Evaluated], rewards) -> str:
+    """All tables, as Markdown."""
+    shown = {"alignment/all": "all right", **{f"alignment/{name}": name for name in prompts.CATEGORIES}}
+    lines = []
+    for one in found:
+        of = one.results
+        share = {label: f"{100 * of[key]:.1f} ± {100 * of[f'{key}/se']:.1f}" for key, label in shown.items()}
+        others = {"reward": "reward/all", "CLIP score": "clip_score/all", "diversity": "diversity"}
+        others = {"FID": f"{of['fid']:.1f}", **{label: f"{of[key]:.3f}" for label, key in others.items()}}
+        lines.append({"judge's verdict, %": one.name, **share, **others})
+    markdown = functools.partial(tabulate.tabulate, headers="keys", tablefmt="github", disable_numparse=True)
+    verdicts = markdown(lines)
+    on_held_out = tabulate.tabulate(predictors(found), headers="keys", tablefmt="github", floatfmt=".3f")
+    names = {"reward": "with the auxiliary loss", "reward_plain": "without"}
+    lines = [
+        {"reward": names[name], "training labels": entry["train"]}
+        | {f"{metric}, {told}": f"{entry[who][metric]:.3f}" for metric in ("auc", "accuracy", "f1")
+           for who, told in PREDICTORS.items()}
+        for name, entries in rewards.items() for entry in entries
+    ]  # fmt: skip
+    return "\n\n".join((verdicts, on_held_out, markdown(lines))) + "\n"
+
+
+def run(config, workdir) -> None:
+    """All stages; each tells how long it took."""
+    root = paths.absolute(workdir)
+    checkpoints.open_workdir(root, config)
+    seconds_file = root / "seconds.json"
+    seconds = checkpoints.read_json(seconds_file) if seconds_file.is_file() else {}
+
+    def stage(name, function, *args, unless=None):
+        print(f"== {name}", flush=True)
+        start = time.monotonic()
+        try:
+            return None if unless and unless.is_file() else function(*args)
+        finally:
+            seconds[name] = seconds.get(name, 0) + time.monotonic() - start
+            checkpoints.write_json(seconds_file, seconds)
+
+    stage("pictures", make_pictures, config, root / "pictures")
+    fit_judge = functools.partial(judge.fit, root / "judge", seed=seed_of(config, 10))
+    stage("judge", fit_judge, unless=root / "judge/config.json")
+    raters = judge.load(root / "judge")
+    accuracies = checkpoints.read_json(root / "judge/config.json")["accuracy"]
+    if min(accuracies.values()) < ACCURATE:
+        raise ValueError(f"judge: got accuracies {accuracies} on held-out pictures, expected at least {ACCURATE} of each")
+    stage("clip, start", make_start, config, root)
+    stage("base", fit_base, config, root, unless=root / "base/model" / folder.INDEX)
+    stage("samples", make_samples, config, root, raters)
+    rewards = stage("rewards", fit_rewards, config, root)
+    for name in TUNED:
+        stage(f"tuned/{name}", tune, config, root, name, unless=root / "tuned" / name / "model" / folder.INDEX)
+        jax.clear_caches()
+    found = stage("verdicts", judged, config, root, raters)
+
+    told = table(found, rewards)
+    total = ", ".join(f"{name} {value / 60:.1f}" for name, value in seconds.items())
+    told += "\nThe judge on held-out flawless pictures: " + ", ".join(f"{name} {v:.3f}" for name, v in accuracies.items())
+    told += f"\nMinutes: {total}; {sum(seconds.values()) / 60:.0f} in all\n"
+    paths.replace(root / "table.md", told.encode())
+    print(f"\n{told}\n{root}: table.md, results.json, report.html")
+
+
+def main(argv):
+    """The command."""
+    logging.set_verbosity(logging.WARNING)
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    try:
+        run(flags.FLAGS.config, flags.FLAGS.workdir)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", str(pathlib.Path(__file__).parent / "config.py"), "Sizes and settings.")
+    flags.DEFINE_string("workdir", None, "For everything; a killed run goes on from it.")
+    flags.mark_flags_as_required(["workdir"])
+    app.run(main)

@@ -1,0 +1,47 @@
+"""The measured loop: what `python -m benchmarks.alignment` runs unless told otherwise."""
+
+import ml_collections
+
+from benchmarks.alignment import pictures
+from configs import reward_clip, sd_reward
+
+
+def get_config():
+    """All that can be told: --config.pictures.train=1000, --config.base.num_steps=100, ..."""
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.pictures = dict(train=24_000, clean=2_000, wrong_rate=pictures.WRONG_RATE)
+    config.sampling = dict(steps=12, sampler="dpm++", guidance_scale=2.0)
+    config.samples = dict(  # the base's own, of training prompts
+        labelled=4_000,  # seen by the judge, who labels them
+        unlabelled=4_000,
+    )
+    config.eval = dict(  # on held-out prompts
+        prompts=400,
+        images=2,  # of each
+        candidates=4,  # of rejection sampling
+        strong_guidance=4.0,  # beside sampling.guidance_scale
+    )
+
+    reward = reward_clip.get_config()
+    reward.model.hidden = (512, 512)
+    reward.eval.data_sizes = (0.125, 0.25, 0.5, 1.0)
+    config.reward = reward
+
+    common = sd_reward.get_config()
+    common.model.update(dtype="float32", remat=False)
+    common.optimizer.update(kind="muon", weight_decay=0.01, b2=0.98, warmup_steps=50)
+    common.sample.update(every=500, steps=12, guidance_scale=2.0)
+    common.log_every, common.checkpoint_every = 20, 250
+
+    base = common.copy_and_resolve_references()
+    base.train.update(batch_size=64, num_steps=3_000)
+    base.optimizer.update(learning_rate=2e-3, final_learning_rate=0.0, ema_decay=0.995)
+    config.base = base
+
+    tuning = common.copy_and_resolve_references()
+    tuning.train.update(batch_size=64, num_steps=400)
+    tuning.optimizer.update(learning_rate=5e-4, final_learning_rate=0.0, ema_decay=0.98)
+    config.tuning = tuning
+    return config
+
