@@ -14,13 +14,14 @@ the end. Nothing else of it is used. Each stage has its folder and is skipped wh
     reward       with the auxiliary loss (reward) and without (reward_plain)
     tuned/*      the base, fine-tuned on its own pictures
     verdicts     of held-out prompts: alignment by the judge, FID, reward, CLIP score, diversity
-    table.md, results.json, report.html
+    table.md, figure.png, results.json, report.html
 """
 
 import functools
 import io
 import itertools
 import pathlib
+import textwrap
 import time
 
 import jax
@@ -42,6 +43,7 @@ from rahf.reward.feedback import Pictures
 from richhf_data import paths
 
 AT_ONCE = 100  # pictures that are drawn at a time
+SHOWN = ("beta_1", "beta_03", "beta_0")  # of the fine-tuned, in the figure
 ACCURATE = 0.98  # what the judge must be
 BASE = "base"
 PREDICTORS = {"reward": "reward", "clip_score": "CLIP score"}
@@ -233,9 +235,36 @@ def table(found: list[evaluate.Evaluated], rewards) -> str:
     return "\n\n".join((verdicts, on_held_out, markdown(lines))) + "\n"
 
 
+def figure(found: list[evaluate.Evaluated], root: pathlib.Path, columns: int = 12) -> bytes:
+    """A PNG: the first picture of the first prompts by the base and the fine-tuned, framed as the judge finds them."""
+    from matplotlib.figure import Figure
+
+    names = [BASE, *(TUNED[name][0] for name in SHOWN)]
+    step = len(found[0].prompts) // len(set(found[0].prompts))
+    drawing = Figure(figsize=(1.05 * columns, 1.25 * len(names) + 0.5), layout="constrained")
+    grid = drawing.subplots(len(names), columns)
+    for number, one in enumerate(found):
+        if one.name not in names:
+            continue
+        images = pictures.images(pictures.read(root / f"verdicts/{number}.parquet"))
+        for column, axes in enumerate(grid[names.index(one.name)]):
+            row = column * step
+            axes.imshow(images[row], interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            for spine in axes.spines.values():
+                spine.set(linewidth=2.5, edgecolor="#1a8f3c" if one.values["alignment/all"][row] else "#c81e1e")
+            if one.name == BASE:
+                axes.set_title("\n".join(textwrap.wrap(one.prompts[row], 15)), fontsize=7)
+            if column == 0:
+                axes.set_ylabel("\n".join(textwrap.wrap(one.name, 16)), fontsize=8)
+    file = io.BytesIO()
+    drawing.savefig(file, format="png", dpi=100)
+    return file.getvalue()
+
+
 def run(config, workdir) -> None:
     """All stages; each tells how long it took."""
-    root = paths.absolute(workdir)
+    root = pathlib.Path(workdir).absolute()
     checkpoints.open_workdir(root, config)
     seconds_file = root / "seconds.json"
     seconds = checkpoints.read_json(seconds_file) if seconds_file.is_file() else {}
@@ -270,7 +299,8 @@ def run(config, workdir) -> None:
     told += "\nThe judge on held-out flawless pictures: " + ", ".join(f"{name} {v:.3f}" for name, v in accuracies.items())
     told += f"\nMinutes: {total}; {sum(seconds.values()) / 60:.0f} in all\n"
     paths.replace(root / "table.md", told.encode())
-    print(f"\n{told}\n{root}: table.md, results.json, report.html")
+    paths.replace(root / "figure.png", figure(found, root))
+    print(f"\n{told}\n{root}: table.md, figure.png, results.json, report.html")
 
 
 def main(argv):
