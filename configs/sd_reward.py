@@ -50,7 +50,7 @@ def get_config():
         freeze=(),
     )
     config.train = dict(
-        batch_size=64,
+        batch_size=32,
         pretraining_share=0.5,  # of the batch's rows, where there are both kinds
         beta=1.0,  # of the pre-training term; 0 = without
         num_steps=10_000,
