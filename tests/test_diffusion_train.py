@@ -256,6 +256,8 @@ def test_a_killed_run_ends_with_the_same_bits(model_folder, tmp_path, monkeypatc
         train.train(config, tmp_path / "killed", brightness)
     train.train(config, tmp_path / "killed", brightness)
     assert "resumed from step 3" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"holds a run with other rewards \(of mean 0.4966.*these 0.9932"):
+        train.train(config, tmp_path / "killed", lambda images, prompts: 2 * brightness(images, prompts))
     unets = [tmp_path / name / "model/unet/diffusion_pytorch_model.safetensors" for name in ("whole", "killed")]
     assert unets[0].read_bytes() == unets[1].read_bytes()
 

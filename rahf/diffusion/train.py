@@ -8,9 +8,10 @@
 
 Only the UNet is trained. What the frozen parts say of the data is computed once and kept:
 
-    workdir/cache/     the VAE's posteriors of the images, the texts' embeddings, the rewards; --cache puts them elsewhere
-    workdir/samples/   grids of the same prompts and seeds as training goes on; in TensorBoard too
-    workdir/model/     at the end, the folder that diffusers and `rahf.diffusion.sample` read
+    workdir/cache/          the VAE's posteriors, the texts' embeddings, the rewards; --cache puts them elsewhere
+    workdir/rewards.json    which rewards the run began with
+    workdir/samples/        grids of the same prompts and seeds as training goes on; in TensorBoard too
+    workdir/model/          at the end, the folder that diffusers and `rahf.diffusion.sample` read
 """
 
 import dataclasses
@@ -276,6 +277,8 @@ def train(config, workdir, reward: Callable | None = None, cache=None) -> None:
         moments = data.moments("pretraining", cache, mesh)
         pretraining = data.rows("pretraining", moments, np.ones(len(moments), np.float32))
     workdir = checkpoints.open_workdir(workdir, config)
+    if "images" in data.tables:
+        same_rewards(workdir / "rewards.json", rewards)
     trained = [leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(abstract["params"])
                if not optimizers.is_frozen(path, config.optimizer.freeze)]  # fmt: skip
     sizes = " x ".join(f"{name} {size}" for name, size in partitioning.sizes(mesh).items())
@@ -327,6 +330,19 @@ def train(config, workdir, reward: Callable | None = None, cache=None) -> None:
     # ---- Loop -------------------------------------------------------------------------------------------------------
     batches_from = functools.partial(inputs.batches, own, pretraining, contexts, config, own_rows)
     loop.run(config, workdir, abstract, shardings, fresh, batches_from, update, config.sample.every, look)
+
+
+def same_rewards(file, rewards: np.ndarray) -> None:
+    """Writes what the rewards are, or refuses others than the run began with."""
+    told = {"digest": inputs.identity(rewards.tolist()), "images": len(rewards), "mean": float(rewards.mean())}
+    if not file.exists() and jax.process_index() == 0:
+        checkpoints.write_json(file, told)
+    hosts.wait("rewards")
+    if (held := checkpoints.read_json(file)) != told:
+        raise ValueError(
+            f"reward: {file.parent} holds a run with other rewards (of mean {held['mean']:.6g}, these {told['mean']:.6g}); "
+            "take another --workdir, or the reward that it began with"
+        )
 
 
 def on_host(model: folder.StableDiffusion, mesh) -> folder.StableDiffusion:
