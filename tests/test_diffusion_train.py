@@ -116,13 +116,13 @@ def test_loss_is_the_weighted_denoising_error(model_folder):
     np.testing.assert_allclose(metrics["pretraining"], errors[6:].mean(), rtol=1e-5)
 
 
-def test_a_step_is_the_same_on_every_mesh(model_folder, tmp_path):
+def test_a_step_is_the_same_on_one_and_on_eight_devices(model_folder, tmp_path):
     """Each device has other weights: an average of averages would differ. So must the moments after a step."""
     config, held, results = config_of(model_folder, tmp_path, **{"train.beta": 0.5}), folder.read(model_folder), []
     batch = batch_of(held.config, 16)
     per_device = [np.sum(part["weight"]) for part in (jax.tree.map(lambda x, i=i: x[2 * i :][:2], batch) for i in range(8))]
-    assert len(set(per_device)) > 2
-    for devices, model_axis in ((1, 1), (8, 1), (8, 2)):
+    assert len(set(per_device)) > 4
+    for devices, model_axis in ((1, 1), (8, 2)):
         config.mesh.model = model_axis
         mesh = partitioning.mesh_of(config.mesh, jax.devices()[:devices])
         optimizer = optimizers.make_optimizer(config.optimizer, config.train.num_steps)
@@ -135,12 +135,11 @@ def test_a_step_is_the_same_on_every_mesh(model_folder, tmp_path):
             placed = partitioning.shard_batch(batch, partitioning.batch_sharding(mesh))
             state, metrics = loop.jit_train_step(step, mesh, shardings)(state, placed, jax.random.key(7))
         results.append(jax.device_get((metrics, state["opt_state"][1][0].mu["unet"])))
-    (one, one_moments), *others = results
-    for metrics, moments in others:
-        for name in ("loss", "reward_weighted", "pretraining", "gradient_norm"):
-            np.testing.assert_allclose(metrics[name], one[name], rtol=1e-5)
-        for ours, theirs in zip(jax.tree.leaves(moments), jax.tree.leaves(one_moments), strict=True):
-            np.testing.assert_allclose(ours, theirs, atol=1e-5 * max(np.abs(theirs).max(), 1e-4))
+    (one, one_moments), (eight, eight_moments) = results
+    for name in ("loss", "reward_weighted", "pretraining", "gradient_norm"):
+        np.testing.assert_allclose(eight[name], one[name], rtol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(eight_moments), jax.tree.leaves(one_moments), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 * max(np.abs(theirs).max(), 1e-4))
 
 
 def test_lora_begins_as_nothing_and_adds_a_product(model_folder):
@@ -283,7 +282,7 @@ def test_lora_changes_the_attention_alone_and_is_written_merged(model_folder, tm
 
 
 def test_pairs_alone_train_a_base_model(model_folder, tmp_path):
-    config = config_of(model_folder, tmp_path, **{"data.images": "", "optimizer.kind": "muon"})
+    config = config_of(model_folder, tmp_path, **{"data.images": ""})
     config.train.num_steps = 2
     train.train(config, tmp_path / "run")
     assert (tmp_path / "run/model/model_index.json").is_file()
