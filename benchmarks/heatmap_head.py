@@ -1,6 +1,6 @@
 """What the TPU compiler says of one heatmap head of the paper's size, forward and backward, alone on one core.
 
-    python -m benchmarks.heatmap_head [--topology=v3:2x2] [--images=2]
+    python -m benchmarks.heatmap_head [--topology=v3:2x2] [--images=2] [--strips=4]
 
 Prints FLOPs, bytes, the compiler's estimate, the scheduler's, and the time at the chip's peak. Needs libtpu, no TPU.
 """
@@ -22,7 +22,7 @@ def main(argv):
     args = flags.FLAGS
     device = compiling.devices_of(args.topology)[0]
     sharding = jax.sharding.SingleDeviceSharding(device)
-    head = HeatmapHead(HeatmapHeadConfig(), jnp.bfloat16)
+    head = HeatmapHead(HeatmapHeadConfig(strips=args.strips), jnp.bfloat16)
 
     def abstract(shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -38,6 +38,7 @@ def main(argv):
     cost, cycles = compiled.cost_analysis(), compiling.scheduler_cycles(compiled.as_text())
     row = {
         "images": args.images,
+        "strips": args.strips,
         "TFLOP": f"{cost['flops'] / 1e12:.3f}",
         "GB": f"{cost['bytes accessed'] / 1e9:.1f}",
         "estimated ms": f"{cost['optimal_seconds'] * 1e3:.1f}",
@@ -51,4 +52,5 @@ def main(argv):
 if __name__ == "__main__":
     flags.DEFINE_string("topology", "v3:2x2", "Of a TPU.")
     flags.DEFINE_integer("images", 2, "Of one core.", lower_bound=1)
+    flags.DEFINE_integer("strips", 4, "`model.heatmap_head.strips`.", lower_bound=1)
     app.run(main)

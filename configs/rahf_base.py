@@ -51,7 +51,13 @@ def get_config():
             scan=False,
         ),
         score_head=dict(filters=(768, 384, 128, 64), kernel_size=2, padding="VALID", dense=(2048, 1024)),
-        heatmap_head=dict(filters=(768, 384), deconv_filters=(768, 384, 384, 192), output_hidden=192, remat=False),
+        heatmap_head=dict(
+            filters=(768, 384),
+            deconv_filters=(768, 384, 384, 192),
+            output_hidden=192,
+            remat=False,
+            strips=4,  # that each image is cut into, for TPUs, slow at few images; 1 elsewhere, with the same result
+        ),
     )
     config.data = dict(
         source="seqio",  # or "stream": RichHF-Synth drawn endlessly, no files, no TensorFlow

@@ -17,7 +17,7 @@ def get_config():
         vit=dict(patch_size=8, width=16, depth=1, num_heads=2, mlp_dim=32),
         t5=dict(emb_dim=32, num_heads=2, head_dim=8, num_encoder_layers=1, num_decoder_layers=1, mlp_dim=32),
         score_head=dict(filters=(8,), dense=(16,)),
-        heatmap_head=dict(filters=(8,), deconv_filters=(8, 4), output_hidden=4),
+        heatmap_head=dict(filters=(8,), deconv_filters=(8, 4), output_hidden=4, strips=2),
     )
     config.data.num_workers = 0
     config.optimizer.warmup_steps = 2

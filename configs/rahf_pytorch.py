@@ -25,7 +25,7 @@ def get_config():
         score_head=dict(
             filters=(768, 384, 192, 96, 48, 12), kernel_size=3, padding="SAME", dense=(512, 128), style="pytorch"
         ),
-        heatmap_head=dict(style="pytorch"),
+        heatmap_head=dict(style="pytorch", strips=1),
     )
     config.data.update(text_length=128, keyword_length=128)
     config.optimizer.update(schedule="cosine", learning_rate=2e-5, final_learning_rate=1e-5, weight_decay=2e-3)

@@ -28,7 +28,7 @@ def get_config():
             dropout=0.0,
         ),
         score_head=dict(filters=(64, 32), dense=(128,)),
-        heatmap_head=dict(filters=(64,), deconv_filters=(32,), output_hidden=16),
+        heatmap_head=dict(filters=(64,), deconv_filters=(32,), output_hidden=16, strips=1),
     )
     config.data.update(text_length=24, keyword_length=40, augment=False)
     config.optimizer.update(kind="muon", schedule="cosine", learning_rate=2e-3, warmup_steps=150, weight_decay=0.05)

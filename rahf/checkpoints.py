@@ -34,6 +34,7 @@ RESUMABLE = (
     "data.num_workers",
     "mesh",
     "model.heatmap_head.remat",
+    "model.heatmap_head.strips",
     "model.remat",
     "model.t5.remat",
     "model.vit.remat",

@@ -128,7 +128,7 @@ def initialise(params, tensors: Tensors):
 
 
 # What a configuration may choose whatever the weights are of; for a ViT alone also its class token.
-FREE = {"image_size", "dtype", "dropout", "remat", "scan", "mask_padding"}
+FREE = {"image_size", "dtype", "dropout", "remat", "scan", "strips", "mask_padding"}
 
 
 def _check_same_function(pretrained: Pretrained, config: RAHFConfig, what: str) -> None:

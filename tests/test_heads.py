@@ -1,5 +1,8 @@
 """Heads: the deconvolution against lax.conv_transpose, shapes, ranges, errors."""
 
+import dataclasses
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,25 +16,52 @@ SMALL_SCORE = heads.ScoreHeadConfig(filters=(8, 4), dense=(8, 4))
 SMALL_HEATMAP = heads.HeatmapHeadConfig(filters=(8,), deconv_filters=(8, 4), output_hidden=4)
 
 
-def transpose(x, kernel):
-    return jax.lax.conv_transpose(x, kernel, (2, 2), "SAME")
+def transpose(x, kernel, style="paper"):
+    return jax.lax.conv_transpose(x, kernel, (2, 2), "SAME" if style == "paper" else ((1, 2), (1, 2)))
 
 
-def test_deconv2x_equals_conv_transpose():
+def value_and_gradients(f, cotangent, *arguments):
+    def both(*arguments):
+        value, pull_back = jax.vjp(f, *arguments)
+        return value, *pull_back(cotangent)
+
+    return jax.jit(both)(*arguments)
+
+
+@pytest.mark.parametrize("style", heads.STYLES)
+@pytest.mark.parametrize("strips", [1, 3])
+def test_deconv2x_equals_conv_transpose(style, strips):
     rng = np.random.default_rng(0)
-    shapes = (2, 5, 3, 6), (3, 3, 6, 7), (2, 10, 6, 7)
+    shapes = (2, 5, 6, 4), (3, 3, 4, 7), (2, 10, 12, 7)
     x, kernel, cotangent = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
 
-    def value_and_gradients(f):
-        def both(x, kernel):
-            value, pull_back = jax.vjp(f, x, kernel)
-            return value, *pull_back(cotangent)
+    def ours(x, kernel):
+        cut = heads.deconv2x(heads.to_strips(x, strips), kernel, style, strips)
+        return jnp.moveaxis(heads.from_strips(jnp.moveaxis(cut, -1, 0), strips), 0, -1)
 
-        return jax.jit(both)(x, kernel)
+    found = value_and_gradients(ours, cotangent, x, kernel)
+    wanted = value_and_gradients(lambda x, kernel: transpose(x, kernel, style), cotangent, x, kernel)
+    assert all(np.abs(theirs).max() > 1 for theirs in wanted)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4, rtol=1e-5), found, wanted)
 
-    for ours, theirs in zip(value_and_gradients(heads.deconv2x), value_and_gradients(transpose), strict=True):
-        assert np.abs(theirs).max() > 1
-        np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=1e-5)
+
+@pytest.mark.parametrize("strips", [1, 2, 6])
+@pytest.mark.parametrize("columns", [(1, 1), (1, 0), (0, 1), (0, 0)])
+def test_convolution_of_strips_equals_that_of_the_image(strips, columns):
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(2, 1 + sum(columns), 4, 3)).astype(np.float32)
+    x, cotangent = rng.normal(size=(2, 5, 6, 4)).astype(np.float32), rng.normal(size=(2, 5, 6, 3)).astype(np.float32)
+
+    def ours(x, kernel):
+        cut = heads.convolve(heads.to_strips(x, strips), kernel, strips, (0, 1), columns)
+        return jnp.moveaxis(heads.from_strips(jnp.moveaxis(cut, -1, 0), strips), 0, -1)
+
+    def plain(x, kernel):
+        padding = ((0, 1), columns)
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=heads.CONV_DIMENSIONS)
+
+    found, wanted = (value_and_gradients(f, cotangent, x, kernel) for f in (ours, plain))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5), found, wanted)
 
 
 def test_deconv2x_trains_without_dilation_on_cpu():
@@ -76,8 +106,10 @@ class PlainHeatmapHead(nn.Module):
         return nn.sigmoid(x[..., 0])
 
 
+@pytest.mark.parametrize("strips", [1, 2, 8])  # cut at once, and from the second deconvolution on
 @pytest.mark.usefixtures("standard_promotion")  # flax's modules promote freely
-def test_heatmap_head_equals_its_layers_written_plainly_in_output_and_gradients():
+def test_heatmap_head_equals_its_layers_written_plainly_in_output_and_gradients(strips):
+    config = dataclasses.replace(SMALL_HEATMAP, strips=strips)
     x = np.random.default_rng(0).normal(size=(2, 4, 4, 6)).astype(np.float32)
     params = tiny_model.random_params(heads.HeatmapHead(SMALL_HEATMAP), x)
     weights = np.random.default_rng(1).normal(size=(2, 16, 16)).astype(np.float32)
@@ -89,7 +121,7 @@ def test_heatmap_head_equals_its_layers_written_plainly_in_output_and_gradients(
 
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, x)
 
-    found, wanted = (value_and_gradients(kind(SMALL_HEATMAP)) for kind in (heads.HeatmapHead, PlainHeatmapHead))
+    found, wanted = (value_and_gradients(kind(config)) for kind in (heads.HeatmapHead, PlainHeatmapHead))
     for (path, ours), theirs in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(wanted), strict=True):
         scale = max(np.abs(theirs).max(), 1e-2)  # a bias before a norm has next to no gradient
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * scale, rtol=0, err_msg=jax.tree_util.keystr(path))

@@ -133,6 +133,17 @@ def test_initial_weights_of_another_model_are_refused(parts):
         pretrained.starting_tensors(config.init, {}, RAHFConfig.from_dict(config.model.to_dict()))
 
 
+def test_weights_of_images_cut_otherwise_are_taken(tmp_path):
+    config = ci_config()
+    wanted = initial(config)
+    model = config.model.to_dict() | {"heatmap_head": config.model.heatmap_head.to_dict() | {"strips": 1}}
+    assert model != config.model.to_dict()
+    pretrained.write(Pretrained("rahf", {"model": model}, tensors_of(wanted)), tmp_path)
+    config.seed, config.init.rahf = 1, str(tmp_path)
+    for ours, theirs in zip(jax.tree.leaves(initial(config)), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_freezing_nothing_or_starting_from_nothing_leaves_no_workdir(tmp_path):
     with pytest.raises(ValueError, match=r"optimizer.freeze: nothing lies under 'vitt', expected one of"):
         train.train(ci_config(freeze=("vitt",)), tmp_path / "run")

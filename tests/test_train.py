@@ -232,6 +232,14 @@ def test_another_config_in_the_workdir_is_refused_key_by_key(tmp_path):
         checkpoints.open_workdir(tmp_path, config)
 
 
+def test_a_run_begun_before_images_were_cut_into_strips_goes_on(tmp_path):
+    config = ci_config()
+    begun = config.to_dict()
+    del begun["model"]["heatmap_head"]["strips"]
+    checkpoints.write_json(tmp_path / "config.json", begun)
+    assert checkpoints.open_workdir(tmp_path, config) == tmp_path
+
+
 def test_checkpoint_of_another_architecture_names_the_mismatches(tmp_path):
     wanted = {"dense": {"kernel": jax.ShapeDtypeStruct((2, 4), np.float32)}}
     with checkpoints.manager(tmp_path, "checkpoints") as manager:
