@@ -37,7 +37,7 @@ RULE_SETS = {
 }
 
 
-def make_mesh(data: int = -1, model: int = 1, shard_group: int = 16, devices=None) -> Mesh:
+def make_mesh(data: int = -1, model: int = 1, shard_group: int = 32, devices=None) -> Mesh:
     """A mesh over all devices; `data` = -1 takes what `model` leaves, `shard_group` is the largest size of `shard`.
 
     Raises:
@@ -91,7 +91,7 @@ def compute_copy(param: jax.Array, axes: tuple[str | None, ...], dtype) -> jax.A
         return param.astype(dtype)
     mesh = jax.sharding.get_abstract_mesh()
     whole = _to_mesh(axes)
-    shared = _divided(mesh.shape["shard"], param.shape, whole) if RULE_SETS[rules] else whole
+    shared = _divided(mesh, param.shape, whole) if RULE_SETS[rules] else whole
 
     @jax.custom_vjp
     def copy(param):
@@ -137,7 +137,7 @@ def param_shardings(mesh: Mesh, boxed_params, sharded: bool = False):
                     f"{jax.tree_util.keystr(path)}: axis {name!r} of size {size} does not divide by mesh axis {axis!r} "
                     f"of {mesh.shape[axis]} devices; choose another --config.mesh.{axis}"
                 )
-        return NamedSharding(mesh, _divided(mesh.shape["shard"], shape.shape, spec) if sharded else spec)
+        return NamedSharding(mesh, _divided(mesh, shape.shape, spec) if sharded else spec)
 
     return jax.tree_util.tree_map_with_path(
         place, specs, shapes, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
@@ -147,8 +147,12 @@ def param_shardings(mesh: Mesh, boxed_params, sharded: bool = False):
 def gathered(shardings):
     """The same shardings, not divided over `shard`."""
 
+    def without(axes):
+        kept = [axis for axis in (axes if isinstance(axes, tuple) else (axes,)) if axis != "shard"]
+        return kept[0] if kept else None
+
     def gather(sharding):
-        return NamedSharding(sharding.mesh, PartitionSpec(*[None if axis == "shard" else axis for axis in sharding.spec]))
+        return NamedSharding(sharding.mesh, PartitionSpec(*map(without, sharding.spec)))
 
     return jax.tree.map(gather, shardings)
 
@@ -199,13 +203,16 @@ def _to_mesh(logical) -> PartitionSpec:
     return PartitionSpec(*[dict(RULES).get(name) for name in logical])
 
 
-def _divided(shard: int, shape, spec: PartitionSpec) -> PartitionSpec:
-    """The spec, with the first dimension that is free and divides given to `shard`; vectors stay as they are."""
+def _divided(mesh, shape, spec: PartitionSpec) -> PartitionSpec:
+    """The spec, with the first dimension that divides given to `shard` beside what it has; vectors stay as they are.
+
+    If it is the first of all, what is gathered lies in memory as it came, and no tile of the last two is left half empty.
+    """
     axes = [*spec, *[None] * (len(shape) - len(spec))]
-    if len(shape) > 1 and shard > 1:
+    if len(shape) > 1 and mesh.shape["shard"] > 1:
         for index, (size, axis) in enumerate(zip(shape, axes, strict=True)):
-            if axis is None and size % shard == 0:
-                axes[index] = "shard"
+            if size % (mesh.shape["shard"] * (mesh.shape[axis] if axis else 1)) == 0:
+                axes[index] = (axis, "shard") if axis else "shard"
                 break
     return PartitionSpec(*axes)
 

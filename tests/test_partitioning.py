@@ -62,7 +62,8 @@ def test_rule_sets_divide_what_they_name(rules, kind):
             if leaf.ndim >= 2 and any(size % 4 == 0 for size in leaf.shape)
         ]
         assert divisible
-        assert all(("shard" in spec) == (part in partitioning.RULE_SETS[rules]) for spec in divisible)
+        for spec in divisible:
+            assert ("shard" in jax.tree.leaves(tuple(spec))) == (part in partitioning.RULE_SETS[rules])
 
 
 def test_an_unknown_rule_set_is_refused():
@@ -85,7 +86,7 @@ def test_largest_replicated_names_what_no_rule_divides():
 
 def base_shardings() -> str:
     """A line for each parameter of the base config on 64 x 2 devices: name, shape, where it lives."""
-    mesh = AbstractMesh((4, 16, 2), (*partitioning.DATA, "model"))
+    mesh = AbstractMesh((2, 32, 2), (*partitioning.DATA, "model"))
     abstract, placed = shardings(mesh, config=rahf_base.get_config())
     assert placed["ema"] == placed["params"]
     lines = [
