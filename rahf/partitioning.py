@@ -107,6 +107,25 @@ def compute_copy(param: jax.Array, axes: tuple[str | None, ...], dtype) -> jax.A
     return copy(param)
 
 
+def product(x: jax.Array, kernel: jax.Array, axes: tuple[str | None, str | None]) -> jax.Array:
+    """dtype[B, I] x float32[I, O] -> dtype[B, O], where kernels may be much larger than the rows.
+
+    Then the rows of a group of devices are gathered where the kernel is sharded, instead of the kernel (`compute_copy`):
+    each device multiplies its part of their inputs, and the products are summed up to where the rows came from.
+    """
+    rules = _rules.get()
+    if rules is None:
+        return x @ kernel.astype(x.dtype)
+    mesh, whole = jax.sharding.get_abstract_mesh(), _to_mesh(axes)
+    shared = _divided(mesh, kernel.shape, whole)
+    sent = x.shape[0] // mesh.shape["replica"] * sum(kernel.shape)
+    if not RULE_SETS[rules] or shared[0] != "shard" or sent >= kernel.size:
+        return x @ compute_copy(kernel, axes, x.dtype)
+    constrain = jax.lax.with_sharding_constraint
+    x = constrain(x, PartitionSpec("replica", "shard"))
+    return constrain(x @ constrain(kernel.astype(x.dtype), shared), PartitionSpec(DATA, whole[1]))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Splits the leading axis of a batch's arrays over `data`."""
     return NamedSharding(mesh, PartitionSpec(DATA))

@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,28 @@ def test_rule_sets_divide_what_they_name(rules, kind):
         assert divisible
         for spec in divisible:
             assert ("shard" in jax.tree.leaves(tuple(spec))) == (part in partitioning.RULE_SETS[rules])
+
+
+@pytest.mark.parametrize("rules", ["optimizer_sharded", "fully_sharded"])
+def test_product_sends_the_rows_instead_of_the_kernel(rules):
+    mesh = partitioning.make_mesh(4, 2, shard_group=2)
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(8, 32)).astype(np.float32), rng.normal(size=(32, 64)).astype(np.float32)
+    axes = ("score_in", "score_out")
+    boxed = {"kernel": nn.LogicallyPartitioned(jax.ShapeDtypeStruct((32, 64), "float32"), axes)}
+    sharding = partitioning.param_shardings(mesh, boxed, rules == "fully_sharded")["kernel"]
+    placed = jax.device_put(x, partitioning.batch_sharding(mesh)), jax.device_put(kernel, sharding)
+
+    def loss(x, kernel):
+        return jnp.sum(jnp.sin(partitioning.product(x, kernel, axes)))
+
+    with partitioning.activate(mesh, rules):
+        compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*placed).compile()
+        found = compiled(*placed)
+    wanted = jax.value_and_grad(lambda x, kernel: jnp.sum(jnp.sin(x @ kernel)), argnums=(0, 1))(x, kernel)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, wanted)
+    gathered = re.findall(r"f32\[([\d,]+)\]\S* all-gather", compiled.as_text())
+    assert "32,32" not in gathered and "32,64" not in gathered, gathered
 
 
 def test_an_unknown_rule_set_is_refused():

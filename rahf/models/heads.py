@@ -10,8 +10,8 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
 from rahf.models.t5 import RMSNorm
-from rahf.models.vit import LayerNorm, Projection
-from rahf.partitioning import compute_copy
+from rahf.models.vit import LayerNorm
+from rahf.partitioning import compute_copy, product
 
 Array = jax.Array
 KERNEL_AXES = ("conv_height", "conv_width", "conv_in", "conv_out")
@@ -285,6 +285,21 @@ class ConvToOne(nn.Module):
         return bias.reshape(1, 1, 1) + sum(taps[i, j, :, i : i + h, j : j + w] for i in range(3) for j in range(3))
 
 
+class Dense(nn.Module):
+    """x @ kernel + bias, [B, I] -> [B, O]; the kernel may be much larger than the rows (`partitioning.product`)."""
+
+    features: int
+    axis: str | None
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        axes, shape = ("score_in", self.axis), (x.shape[-1], self.features)
+        kernel = self.param("kernel", partitioned(nn.initializers.he_normal(), axes), shape, jnp.float32)
+        bias = self.param("bias", partitioned(nn.initializers.zeros, axes[1:]), shape[1:], jnp.float32)
+        return product(x.astype(self.dtype), kernel, axes) + bias.astype(self.dtype).reshape(1, -1)
+
+
 class ScoreHead(nn.Module):
     """Feature map -> one score: convolutions, dense layers, sigmoid."""
 
@@ -307,14 +322,9 @@ class ScoreHead(nn.Module):
             )
             x = nn.relu(conv(x))
         x = x.reshape(x.shape[0], -1)  # [B, h' * w' * F]
-
-        def dense(features, axis, dtype, name):
-            init = nn.initializers.he_normal()
-            return Projection((features,), ("score_in", axis), dtype=dtype, kernel_init=init, name=name)
-
         for i, features in enumerate(config.dense):
-            x = nn.relu(dense(features, "score_out", self.dtype, f"dense_{i}")(x))
-        x = dense(1, None, jnp.float32, "output")(x)  # [B, 1]
+            x = nn.relu(Dense(features, "score_out", self.dtype, name=f"dense_{i}")(x))
+        x = Dense(1, None, jnp.float32, name="output")(x)  # [B, 1]
         return nn.sigmoid(x[:, 0])
 
 
