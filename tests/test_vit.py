@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rahf import convert, weights
-from rahf.models.vit import ViT, ViTConfig
+from rahf.models.vit import ViT, ViTConfig, softmax
 
 TINY = {"patch_size": 8, "width": 24, "depth": 2, "num_heads": 4, "mlp_dim": 40}
 
@@ -40,6 +40,24 @@ def test_vit_remat_changes_no_gradient(unpacked):
         return loss(params)
 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-4), gradient(True), gradient(False))
+
+
+@pytest.mark.parametrize("common", [0, 20])  # to a row's cotangents: without effect
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 5e-3)])
+def test_softmax_and_its_gradient_are_those_of_jax(dtype, tolerance, common):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(2, 5, 64)).astype(np.float32)
+    cotangent = (common + rng.normal(size=logits.shape)).astype(dtype)
+
+    def value_and_gradient(f):
+        value, pull_back = jax.vjp(f, logits)
+        return np.asarray(value, np.float32), *pull_back(cotangent)
+
+    found = value_and_gradient(lambda x: softmax(x, dtype))
+    wanted = value_and_gradient(lambda x: jax.nn.softmax(x).astype(dtype))
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.dtype == np.float32
+        np.testing.assert_allclose(ours, theirs, atol=tolerance * np.abs(theirs).max())
 
 
 def test_vit_dropout_acts_in_training_alone(unpacked):

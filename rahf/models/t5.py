@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from rahf.models.vit import scan_layers
+from rahf.models.vit import scan_layers, softmax
 from rahf.partitioning import compute_copy
 
 Array = jax.Array
@@ -173,7 +173,7 @@ class Attention(nn.Module):
         logits = jnp.einsum("bqak,bnak->baqn", query, keys_values.keys, preferred_element_type=jnp.float32)
         if bias is not None:
             logits = logits + bias
-        weights = jax.nn.softmax(jnp.where(mask, logits, MASKED)).astype(self.dtype)  # [B, A, Q, N]
+        weights = softmax(jnp.where(mask, logits, MASKED), self.dtype)  # [B, A, Q, N]
         weights = self.drop(weights, deterministic=not train)
         x = jnp.einsum("baqn,bnak->bqak", weights, keys_values.values)  # [B, Q, A, K]
         return self.out(x.reshape(*x.shape[:-2], -1))  # [B, Q, D]

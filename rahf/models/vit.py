@@ -10,6 +10,7 @@ small patches instead of from pixels, as early convolutions help ViTs on little 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
@@ -79,6 +80,28 @@ class Projection(nn.Module):
         return x.reshape(*x.shape[:-1], *self.features)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def softmax(logits: Array, dtype: DTypeLike) -> Array:
+    """float32[..., N] -> dtype[..., N], summing to 1; the backward pass reads what it gave, instead of the logits."""
+    return jax.nn.softmax(logits).astype(dtype)
+
+
+def _softmax_forward(logits, dtype):
+    weights = softmax(logits, dtype)
+    return weights, weights
+
+
+def _softmax_backward(dtype, weights, cotangent):
+    del dtype
+    weights, cotangent = weights.astype(jnp.float32), cotangent.astype(jnp.float32)
+    # Rounded weights do not sum to 1, but what is common to a row's cotangents is to give nothing.
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return (weights * (cotangent - jnp.sum(weights * cotangent, axis=-1, keepdims=True) / total),)
+
+
+softmax.defvjp(_softmax_forward, _softmax_backward)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention; softmax in float32."""
 
@@ -97,7 +120,7 @@ class Attention(nn.Module):
 
         query, key, value = project("query") * head_dim**-0.5, project("key"), project("value")
         logits = jnp.einsum("bqak,bnak->baqn", query, key, preferred_element_type=jnp.float32)  # [B, A, N, N]
-        weights = jax.nn.softmax(logits).astype(self.dtype)
+        weights = softmax(logits, self.dtype)
         x = jnp.einsum("baqn,bnak->bqak", weights, value)  # [B, N, A, K]
         return Projection((width,), ("heads", "kv", "embed"), contract=2, dtype=self.dtype, name="out")(x)  # [B, N, D]
 
