@@ -3,6 +3,7 @@
 import flax.linen as nn
 import flax.traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -86,6 +87,18 @@ def test_longer_padding_changes_nothing(unpacked):
     padded = apply({"params": params}, np.pad(ids, ((0, 1), (0, 6))), np.pad(inputs, ((0, 1), (0, 4))))
     np.testing.assert_allclose(padded[:2, : inputs.shape[1]], logits, atol=1e-5, rtol=0)
     assert np.isfinite(padded).all()  # also in the row that has no key at all
+
+
+def test_matmul_gives_its_gradients_in_the_dtype_of_its_factors():
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((2, 5, 4), (4, 3)))
+    value, pull_back = jax.vjp(lambda *factors: t5.matmul(*factors, jnp.float32), x, kernel)
+    cotangent = rng.normal(size=(2, 5, 3)).astype(np.float32)
+    exact = jax.vjp(jnp.matmul, *(np.asarray(factor, np.float32) for factor in (x, kernel)))
+    np.testing.assert_allclose(value, exact[0], rtol=1e-5)
+    for ours, theirs in zip(pull_back(cotangent), exact[1](cotangent), strict=True):
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.asarray(ours, np.float32), theirs, atol=1e-2 * np.abs(theirs).max())
 
 
 def test_relative_position_buckets():

@@ -12,6 +12,7 @@ key/value cache of decoding is a value passed around, not module state.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -55,6 +56,25 @@ class T5Config:
             raise ValueError(f"t5.mlp_activations: got {self.mlp_activations}, expected names of {sorted(ACTIVATIONS)}")
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(x: Array, kernel: Array, output_dtype: DTypeLike) -> Array:
+    """x @ kernel, summed up and given in `output_dtype`; the gradients are computed and sent in the dtype of the factors."""
+    return jnp.matmul(x, kernel, preferred_element_type=output_dtype)
+
+
+def _matmul_forward(x, kernel, output_dtype):
+    return matmul(x, kernel, output_dtype), (x, kernel)
+
+
+def _matmul_backward(output_dtype, factors, cotangent):
+    del output_dtype
+    _, pull_back = jax.vjp(jnp.matmul, *factors)
+    return pull_back(cotangent.astype(factors[0].dtype))
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
 class Dense(nn.Module):
     """x @ kernel, no bias."""
 
@@ -69,7 +89,7 @@ class Dense(nn.Module):
         shape = x.shape[-1], self.features
         kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape, jnp.float32)
         kernel = compute_copy(kernel, self.axes, self.dtype)
-        return jnp.matmul(x.astype(self.dtype), kernel, preferred_element_type=output_dtype)
+        return matmul(x.astype(self.dtype), kernel, output_dtype or self.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -128,11 +148,13 @@ class RelativePositionBias(nn.Module):
         buckets = relative_position_buckets(
             length_q, length_k, self.bidirectional, config.num_buckets, config.max_distance
         )
-        # A product with a one-hot: its gradient is a product too, where a gather's is a slow scatter.
-        one_hot = jax.nn.one_hot(buckets, config.num_buckets, dtype=jnp.float32)
+        # A product with a one-hot: its gradient is a product too, where a gather's is a slow scatter. Keys before queries is
+        # how a TPU lays out the logits, whose gradients are summed for it.
+        one_hot = jax.nn.one_hot(buckets.T, config.num_buckets, dtype=jnp.float32)
 
         def bias(table):
-            return jnp.einsum("ar,qkr->aqk", table, one_hot, precision=jax.lax.Precision.HIGHEST)[None]
+            by_key = jnp.einsum("ar,kqr->akq", table, one_hot, precision=jax.lax.Precision.HIGHEST)
+            return jnp.swapaxes(by_key, 1, 2)[None]
 
         return [bias(tables)] * self.depth if shared else [bias(table) for table in tables]
 
@@ -364,8 +386,7 @@ class TokenEmbedder(nn.Module):
     def logits(self, x: Array) -> Array:
         """[B, T, D] -> float32[B, T, V], scaled as T5 v1.0 does when it shares the embedding."""
         table = compute_copy(self.embedding, ("vocab", "embed"), self.dtype)
-        logits = jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
-        return logits * self.config.emb_dim**-0.5
+        return matmul(x, table.T, jnp.float32) * self.config.emb_dim**-0.5
 
 
 class T5(nn.Module):
