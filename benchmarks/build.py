@@ -20,7 +20,9 @@ import time
 
 import psutil
 import tabulate
-from absl import app, flags
+from absl import flags
+
+from richhf_data import command
 
 ROOT = pathlib.Path(__file__).parent.parent
 SIDE = 512  # pixels
@@ -139,8 +141,7 @@ def run(folder: pathlib.Path, data_dir: pathlib.Path, workers: int, num_shards: 
     return {"seconds": seconds, "peaks": peaks, "opened": {name[:4] for name in opened.counts}, "finished": finished}
 
 
-def main(argv):
-    del argv
+def main():
     args = flags.FLAGS
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
@@ -179,4 +180,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("megabytes", 500, "All of them together.")
     flags.DEFINE_integer("rows_per_group", 25, "Rows of a row group, two images each.")
     flags.DEFINE_integer("workers", 2, "The build's --workers.")
-    app.run(main)
+    command.run(main)

@@ -8,17 +8,17 @@ Prints FLOPs, bytes, the compiler's estimate, the scheduler's, and the time at t
 import jax
 import jax.numpy as jnp
 import tabulate
-from absl import app, flags
+from absl import flags
 from flax import linen as nn
 
 from rahf import compile as compiling
 from rahf.models.heads import HeatmapHead, HeatmapHeadConfig
+from richhf_data import command
 
 CLOCK = 940e6  # of a v3, Hz
 
 
-def main(argv):
-    del argv
+def main():
     args = flags.FLAGS
     device = compiling.devices_of(args.topology)[0]
     sharding = jax.sharding.SingleDeviceSharding(device)
@@ -53,4 +53,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("topology", "v3:2x2", "Of a TPU.")
     flags.DEFINE_integer("images", 2, "Of one core.", lower_bound=1)
     flags.DEFINE_integer("strips", 4, "`model.heatmap_head.strips`.", lower_bound=1)
-    app.run(main)
+    command.run(main)

@@ -10,10 +10,10 @@ import time
 from collections.abc import Iterator
 
 import tabulate
-from absl import app, flags, logging
+from absl import flags, logging
 
 from rahf import features
-from richhf_data import tasks
+from richhf_data import command, tasks
 from richhf_data.tensorflow_cpu import seqio, tf
 
 
@@ -42,8 +42,7 @@ def stages(task_name: str, batch_size: int, count: int) -> Iterator[tuple[str, f
             yield name, 1000 * cpu / (count * batch_size)
 
 
-def main(argv):
-    del argv
+def main():
     logging.set_verbosity(logging.WARNING)  # TFDS tells of each file it opens
     args = flags.FLAGS
     per_host, rows = args.batch_size // args.num_shards, []
@@ -72,4 +71,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("num_shards", 1, "Hosts that share a batch; the first one's reading is measured.")
     flags.DEFINE_integer("examples", 2000, "How many are timed.")
     flags.mark_flag_as_required("data_dir")
-    app.run(main)
+    command.run(main)

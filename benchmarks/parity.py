@@ -15,13 +15,14 @@ import numpy as np
 import tabulate
 import torch
 import transformers
-from absl import app, flags
+from absl import flags
 
 from rahf import convert, predict, sources, weights
 from rahf.models import clip, t5
 from rahf.models.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from rahf.models.rahf import RAHF, RAHFConfig, dummy_inputs
 from rahf.models.vit import ViT, ViTConfig
+from richhf_data import command
 from richhf_data.synthetic import stream
 
 T5_BASE = {"d_model": 768, "num_heads": 12, "d_kv": 64, "num_layers": 12, "vocab_size": 32128}
@@ -130,8 +131,7 @@ def drift_rows(name, config, params, *inputs):
         yield row(name, output, *values)
 
 
-def main(argv):
-    del argv
+def main():
     torch.manual_seed(0)
     rows, workdir = [], flags.FLAGS.workdir
     for part in (
@@ -149,4 +149,4 @@ def main(argv):
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "A trained run, to measure its drift in bfloat16 as well.")
-    app.run(main)
+    command.run(main)

@@ -18,9 +18,10 @@ import numpy as np
 import tabulate
 import torch
 import transformers
-from absl import app, flags
+from absl import flags
 
 from rahf.diffusion import folder, sample
+from richhf_data import command
 
 UNET = {
     "sample_size": 64,
@@ -148,8 +149,7 @@ def with_ours(path) -> dict:
     )
 
 
-def main(argv):
-    del argv
+def main():
     torch.manual_seed(0)
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -167,4 +167,4 @@ def main(argv):
 
 if __name__ == "__main__":
     flags.DEFINE_integer("steps", 3, "Of the samplers.", lower_bound=1)
-    app.run(main)
+    command.run(main)

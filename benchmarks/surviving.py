@@ -23,7 +23,9 @@ import time
 
 import numpy as np
 import tabulate
-from absl import app, flags
+from absl import flags
+
+from richhf_data import command
 
 ROOT = pathlib.Path(__file__).parent.parent
 CHECKPOINT_EVERY = 3  # so often that a save is nearly always under way
@@ -116,10 +118,9 @@ def equal(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
 
 def go_on(workdir, steps: int) -> tuple[str, str]:
     """Trains to the end in this process; returns what was printed, and warned."""
-    from configs import rahf_ci
-    from rahf import train
+    from rahf import experiments, train
 
-    config = rahf_ci.get_config()
+    config = experiments.load("rahf_ci")
     config.update_from_flattened_dict(overrides(steps))
     with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.redirect_stderr(io.StringIO()) as warned:
         train.train(config, workdir)
@@ -139,8 +140,7 @@ def digest_seconds() -> float:
     return time.monotonic() - started
 
 
-def main(argv):
-    del argv
+def main():
     times, steps = flags.FLAGS.times, flags.FLAGS.steps
     rng = random.Random(flags.FLAGS.seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -185,4 +185,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("times", 20, "Kills, and corruptions.")
     flags.DEFINE_integer("steps", 600, "Of the whole run, a multiple of 3.")
     flags.DEFINE_integer("seed", 0, "Of the moments, files and places.")
-    app.run(main)
+    command.run(main)

@@ -9,16 +9,15 @@ import time
 
 import jax
 import tabulate
-from absl import app, flags
+from absl import flags
 from flax import linen as nn
-from ml_collections import config_flags
 
-from rahf import optimizers, partitioning, sources, train
+from rahf import experiments, optimizers, partitioning, sources, train
 from rahf.models.rahf import RAHF, RAHFConfig
+from richhf_data import command
 
 
-def main(argv):
-    del argv
+def main():
     config, steps = flags.FLAGS.config, flags.FLAGS.steps
     config.data.source, config.data.num_workers = "stream", 0
     mesh = partitioning.mesh_of(config.mesh)
@@ -71,7 +70,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "A file of configs/.")
     flags.DEFINE_integer("steps", 10, "Timed steps.")
-    flags.mark_flag_as_required("config")
-    app.run(main)
+    command.run(main, experiments.reader())

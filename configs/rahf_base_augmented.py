@@ -5,10 +5,10 @@
   result     not yet measured
 """
 
-from configs import rahf_base
+from rahf import experiments
 
 
 def get_config():
-    config = rahf_base.get_config()
+    config = experiments.load("rahf_base")
     config.model.variant = "augmented_prompt"
     return config

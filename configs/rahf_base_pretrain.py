@@ -14,11 +14,11 @@ The paper adds natural image captions (WebLI) to its pre-training mixture and gi
 ours. Captions alone: --config.data.mixture="()" --config.data.data_dir=data/captions.
 """
 
-from configs import rahf_base
+from rahf import experiments
 
 
 def get_config():
-    config = rahf_base.get_config()
+    config = experiments.load("rahf_base")
     config.data.update(mixture=(("data/richhf", 0.2), ("data/captions", 0.8)), truncate_long_prompts=True)
     config.train.num_steps = 50_000
     return config

@@ -5,11 +5,11 @@
   result     none: it learns nothing of use
 """
 
-from configs import rahf_synth_tiny
+from rahf import experiments
 
 
 def get_config():
-    config = rahf_synth_tiny.get_config()
+    config = experiments.load("rahf_synth_tiny")
     config.log_every = 1
     config.checkpoint_every = 2
     config.model.update(

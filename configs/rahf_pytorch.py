@@ -12,11 +12,11 @@ prompt's padding and counts it in the loss: `model.mask_padding` and `train.coun
 what is right.
 """
 
-from configs import rahf_base
+from rahf import experiments
 
 
 def get_config():
-    config = rahf_base.get_config()
+    config = experiments.load("rahf_base")
     config.model.update(
         image_size=384,
         decoder_attends="text",

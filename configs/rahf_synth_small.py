@@ -6,11 +6,11 @@
   result     mean PLCC .718 on test, .735 on test_novel: 79 % and 80 % of the ceiling; tables in README.md
 """
 
-from configs import rahf_synth_tiny
+from rahf import experiments
 
 
 def get_config():
-    config = rahf_synth_tiny.get_config()
+    config = experiments.load("rahf_synth_tiny")
     config.checkpoint_every = 250
     config.data.update(source="stream", num_workers=1)
     config.optimizer.update(warmup_steps=300, ema_decay=0.998)

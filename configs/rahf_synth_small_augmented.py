@@ -5,11 +5,11 @@
   result     mean PLCC .700 on test, .723 on test_novel: 77 % and 79 % of the ceiling; tables in README.md
 """
 
-from configs import rahf_synth_small
+from rahf import experiments
 
 
 def get_config():
-    config = rahf_synth_small.get_config()
+    config = experiments.load("rahf_synth_small")
     config.model.variant = "augmented_prompt"
     config.train.num_steps = 5400  # an image costs seven passes of the encoder here
     return config

@@ -5,11 +5,11 @@
   result     in README.md
 """
 
-from configs import rahf_base
+from rahf import experiments
 
 
 def get_config():
-    config = rahf_base.get_config()
+    config = experiments.load("rahf_base")
     config.log_every = 20
     config.checkpoint_every = 200
     config.model.update(

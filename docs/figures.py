@@ -9,10 +9,10 @@ import textwrap
 
 import matplotlib.figure
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from rahf import predict, report
-from richhf_data import keywords, pictures, schema, synthetic
+from richhf_data import command, keywords, pictures, schema, synthetic
 
 HERE = pathlib.Path(__file__).parent
 
@@ -34,8 +34,7 @@ def annotated(path, count=16, columns=4, size=192):
     figure.savefig(path, dpi=60)
 
 
-def main(argv):
-    del argv
+def main():
     annotated(HERE / "richhf_synth.png")
     model = predict.load(flags.FLAGS.workdir)
     examples, _ = predict.dataset_examples(flags.FLAGS.data_dir, "test", 40)
@@ -48,4 +47,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", "demo/run", "A training run.")
     flags.DEFINE_string("data_dir", "demo/data", "The demo's dataset.")
     flags.DEFINE_list("indices", ["2", "6", "7"], "Which test examples to show.")
-    app.run(main)
+    command.run(main)

@@ -29,6 +29,8 @@ import sys
 import tempfile
 import time
 
+from richhf_data.errors import UserError
+
 ROOT = pathlib.Path(__file__).parent.parent
 PREEMPTED = 75  # os.EX_TEMPFAIL
 RETRIES = 3  # failed gcloud calls in a row, or restarts on one machine, before an error
@@ -228,19 +230,19 @@ def commit() -> str:
     """The commit that is checked out.
 
     Raises:
-      ValueError: no git checkout, or tracked files that differ from the commit.
+      UserError: no git checkout, or tracked files that differ from the commit.
     """
     git = ["git", "-C", str(ROOT)]
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
     if head.returncode:
-        raise ValueError(
+        raise UserError(
             f"{ROOT}: got no git checkout, the workers install a commit; clone the repository: {head.stderr.strip()}"
         )
     changed = subprocess.run(
         [*git, "diff", "--name-only", "HEAD"], capture_output=True, text=True, check=True
     ).stdout.split()
     if changed:
-        raise ValueError(
+        raise UserError(
             f"uncommitted changes: got {', '.join(changed)}; the workers install a commit: commit or stash them"
         )
     return head.stdout.strip()
@@ -301,10 +303,10 @@ def run(pod: Pod, command: list[str]) -> None:
     """Starts `command` on all workers.
 
     Raises:
-      ValueError: a job runs already.
+      UserError: a job runs already.
     """
     if "running" in pod.jobs().values():
-        raise ValueError(f"{pod.args.name}: a job runs already; follow it with `logs`, or end it with `delete`")
+        raise UserError(f"{pod.args.name}: a job runs already; follow it with `logs`, or end it with `delete`")
     pod.call(pod.ssh_command(start_script(command)))
 
 
@@ -461,12 +463,12 @@ def main(argv: list[str]) -> int:
     pod = Pod(args)
     try:
         if args.verb in ("train", "run") and not job:
-            raise ValueError(f"{args.verb}: got no arguments after `--`, expected the flags of rahf.train or a command")
+            raise UserError(f"{args.verb}: got no arguments after `--`, expected the flags of rahf.train or a command")
         if args.verb not in ("train", "run") and job:
-            raise ValueError(f"{args.verb}: got {shlex.join(job)} after `--`, expected nothing")
+            raise UserError(f"{args.verb}: got {shlex.join(job)} after `--`, expected nothing")
         if args.verb == "train":
             if not args.workdir.startswith("gs://"):
-                raise ValueError(
+                raise UserError(
                     f"--workdir: got {args.workdir}, expected gs://BUCKET/FOLDER: a preempted machine loses its disk"
                 )
             job = ["python", "-m", "rahf.train", f"--workdir={args.workdir}", *job]
@@ -492,9 +494,9 @@ def main(argv: list[str]) -> int:
             else:
                 pod.call(pod.delete_command())
                 print(f"{args.name}: deleted; the run is in {args.workdir}")
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     except CloudError as error:
         print(f"error: {error}\n{pod.left()}", file=sys.stderr)
         return 1

@@ -28,6 +28,8 @@ from ml_collections import config_flags  # noqa: E402
 from xmanager import xm, xm_local  # noqa: E402
 
 from launch import tpu_vm  # noqa: E402
+from richhf_data import command  # noqa: E402
+from richhf_data.errors import UserError  # noqa: E402
 
 config_flags.DEFINE_config_file("config", None, "The experiment: a file of configs/. --config.KEY=VALUE overrides a value.")
 flags.DEFINE_string("workdir", None, "As rahf.train takes it; gs://BUCKET/FOLDER on Vertex AI.")
@@ -47,19 +49,19 @@ def trials(sweeps: list[str], config) -> list[dict[str, str]]:
     """Every combination of the values: ["a.b=1,2"] -> [{"a.b": "1"}, {"a.b": "2"}]; one empty one of no sweeps.
 
     Raises:
-      ValueError: not KEY=VALUE,...; a key that the config does not have, or twice; a value twice.
+      UserError: not KEY=VALUE,...; a key that the config does not have, or twice; a value twice.
     """
     choices = {}
     for sweep in sweeps:
         key, _, text = sweep.partition("=")
         values = re.split(r",(?![^(\[]*[)\]])", text)  # not at the commas of tuples
         if not key or "" in values or len(set(values)) < len(values) or key in choices:
-            raise ValueError(f"--sweep: got {sweep}, expected KEY=VALUE,VALUE with distinct values, each key once")
+            raise UserError(f"--sweep: got {sweep}, expected KEY=VALUE,VALUE with distinct values, each key once")
         node = config
         for part in key.split("."):
             if not hasattr(node, "keys") or part not in node:
                 known = ", ".join(node.keys()) if hasattr(node, "keys") else "none"
-                raise ValueError(f"--sweep: got {key}, the config has no {part} there; expected one of: {known}")
+                raise UserError(f"--sweep: got {key}, the config has no {part} there; expected one of: {known}")
             node = node[part]
         choices[key] = values
     return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
@@ -69,11 +71,11 @@ def job_args(trial: dict[str, str]) -> dict[str, str]:
     """rahf.train's flags of one run."""
     overrides = config_flags.get_override_values(FLAGS["config"])
     if both := sorted(set(overrides) & set(trial)):
-        raise ValueError(f"--sweep: got {', '.join(both)} in --config.{both[0]} as well, expected it in one of them")
+        raise UserError(f"--sweep: got {', '.join(both)} in --config.{both[0]} as well, expected it in one of them")
     path = pathlib.Path(config_flags.get_config_filename(FLAGS["config"])).resolve()
     if FLAGS.executor == "vertex":
         if not path.is_relative_to(ROOT):
-            raise ValueError(f"--config: got {path}, expected a file of {ROOT}, whose commit becomes the image")
+            raise UserError(f"--config: got {path}, expected a file of {ROOT}, whose commit becomes the image")
         path = path.relative_to(ROOT)
     name = ",".join(f"{key.split('.')[-1]}={value}" for key, value in trial.items())
     folder = re.sub(r"[^\w.,=+-]", "_", name)
@@ -85,23 +87,23 @@ def requirements(texts: list[str]) -> xm.JobRequirements:
     """["cpu=8", "ram=64", "tpu_v3=8"] -> what a job asks for.
 
     Raises:
-      ValueError: no such resource, or TPUs that Vertex AI does not have.
+      UserError: no such resource, or TPUs that Vertex AI does not have.
     """
     amounts = {}
     for text in texts:
         name, _, amount = text.partition("=")
         if not re.fullmatch(r"\d+(\.\d+)?", amount):
-            raise ValueError(f"--requirements: got {text}, expected NAME=NUMBER")
+            raise UserError(f"--requirements: got {text}, expected NAME=NUMBER")
         amounts[name.lower()] = float(amount) * xm.GiB if name.lower() == "ram" else int(float(amount))
     for name, amount in amounts.items():
         if name.startswith("tpu") and (name not in ("tpu_v2", "tpu_v3") or amount != 8):
-            raise ValueError(
+            raise UserError(
                 f"--requirements: got {name}={amount}, Vertex AI takes tpu_v2=8 or tpu_v3=8; others: launch/tpu_vm.py"
             )
     try:
         return xm.JobRequirements(**amounts)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"--requirements: got {','.join(texts)}, expected XManager's resources: {error}") from error
+        raise UserError(f"--requirements: got {','.join(texts)}, expected XManager's resources: {error}") from error
 
 
 def local_packageable() -> xm.Packageable:
@@ -154,9 +156,9 @@ def main(argv):
             for name in names:
                 if bool(FLAGS[name].value) != (executor == FLAGS.executor):
                     which = "expected it" if executor == FLAGS.executor else f"it is for --executor={executor}"
-                    raise ValueError(f"--{name}: got {FLAGS[name].value or 'none'}, {which}")
+                    raise UserError(f"--{name}: got {FLAGS[name].value or 'none'}, {which}")
         if FLAGS.executor == "vertex" and not FLAGS.workdir.startswith("gs://"):
-            raise ValueError(f"--workdir: got {FLAGS.workdir}, expected gs://BUCKET/FOLDER: Vertex AI keeps no disk")
+            raise UserError(f"--workdir: got {FLAGS.workdir}, expected gs://BUCKET/FOLDER: Vertex AI keeps no disk")
         needs = requirements(FLAGS.requirements)
         runs = [job_args(trial) for trial in trials(FLAGS.sweep, FLAGS.config)]
         if FLAGS.executor == "vertex":
@@ -166,8 +168,8 @@ def main(argv):
             vertex.set_default_client(vertex.Client(FLAGS.project, FLAGS.location))
         with tempfile.TemporaryDirectory() as folder:
             asyncio.run(launch(runs, needs, pathlib.Path(folder)))
-    except (ValueError, xm.ExperimentUnitError) as error:
-        raise SystemExit(f"error: {error}") from error
+    except (UserError, xm.ExperimentUnitError) as error:
+        command.fail(str(error))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from etils import epath
 
 from rahf import hosts
 from richhf_data import paths
+from richhf_data.errors import UserError
 
 # What may differ between the config of a workdir and the one a run is resumed with: nothing that changes its result.
 RESUMABLE = (
@@ -59,7 +60,7 @@ def open_workdir(workdir, config: ml_collections.ConfigDict) -> epath.Path:
     """Makes the folder and writes its config, or checks that it holds this very config. Process 0 does it for all.
 
     Raises:
-      ValueError: the folder holds another config; names each key that differs. Or the processes do not share the folder.
+      UserError: the folder holds another config; names each key that differs. Or the processes do not share the folder.
     """
     workdir = paths.absolute(workdir)
     path = workdir / "config.json"
@@ -67,7 +68,7 @@ def open_workdir(workdir, config: ml_collections.ConfigDict) -> epath.Path:
         write_json(path, config.to_dict())
     hosts.wait("workdir")
     if is_new(workdir):
-        raise ValueError(
+        raise UserError(
             f"workdir: process {jax.process_index()} finds no {path}, which process 0 has; expected one folder that all "
             "machines share: gs://BUCKET/FOLDER, or on a file system that all have mounted"
         )
@@ -78,7 +79,7 @@ def open_workdir(workdir, config: ml_collections.ConfigDict) -> epath.Path:
         if old.get(key) != new.get(key) and not key.startswith(RESUMABLE)
     ]
     if differences:
-        raise ValueError(
+        raise UserError(
             f"workdir: {workdir} holds a run with another config:\n"
             + "\n".join(differences)
             + "\nTake another --workdir, or pass the config that the workdir holds."
@@ -90,14 +91,14 @@ def read_config(workdir) -> ml_collections.ConfigDict:
     """The locked config of a workdir.
 
     Raises:
-      ValueError: the folder is not a workdir.
+      UserError: the folder is not a workdir.
     """
     path = epath.Path(workdir) / "config.json"
     if not path.is_file():
-        raise ValueError(f"workdir: {workdir} has no config.json; expected a folder written by `python -m rahf.train`")
+        raise UserError(f"workdir: {workdir} has no config.json; expected a folder written by `python -m rahf.train`")
     config = read_json(path)
     if (kind := config.get("kind", "rahf")) != "rahf":
-        raise ValueError(f"workdir: {workdir} holds the weights of a {kind}, expected those of a whole RAHF")
+        raise UserError(f"workdir: {workdir} holds the weights of a {kind}, expected those of a whole RAHF")
     return ml_collections.ConfigDict(config).lock()
 
 
@@ -105,14 +106,14 @@ def read_json(path) -> dict:
     """The object of a JSON file.
 
     Raises:
-      ValueError: the file is not JSON, or another value than an object.
+      UserError: the file is not JSON, or another value than an object.
     """
     try:
         value = json.loads(epath.Path(path).read_text())
     except ValueError as error:
-        raise ValueError(f"{path}: damaged, expected JSON ({error}); write or fetch it again") from error
+        raise UserError(f"{path}: damaged, expected JSON ({error}); write or fetch it again") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: got a JSON {type(value).__name__}, expected an object")
+        raise UserError(f"{path}: got a JSON {type(value).__name__}, expected an object")
     return value
 
 
@@ -221,15 +222,15 @@ def read_metadata(checkpoints: ocp.CheckpointManager, step: int) -> dict:
     """What `save` was given beside the state, with `step` and `digests`.
 
     Raises:
-      ValueError: it is not what was saved.
+      UserError: it is not what was saved.
     """
     where = checkpoints.directory / str(step)
     try:
         metadata = checkpoints.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))["metadata"]
     except Exception as error:
-        raise ValueError(f"checkpoint: {where} is damaged, its metadata cannot be read: {_reason(error)}") from error
+        raise UserError(f"checkpoint: {where} is damaged, its metadata cannot be read: {_reason(error)}") from error
     if not isinstance(metadata, dict) or metadata.get("seal") != _seal(metadata) or metadata["step"] != step:
-        raise ValueError(
+        raise UserError(
             f"checkpoint: {where} is damaged: its metadata is not what was saved (or is that of a version of this code that "
             "kept no digests)"
         )
@@ -240,7 +241,7 @@ def restore(checkpoints: ocp.CheckpointManager, step: int, abstract_state):
     """The state saved as `step`, placed as `abstract_state` (ShapeDtypeStructs with shardings) says.
 
     Raises:
-      ValueError: the checkpoint does not read as it was saved; or it holds another architecture: names the first
+      UserError: the checkpoint does not read as it was saved; or it holds another architecture: names the first
         parameters that do not match.
     """
     where = checkpoints.directory / str(step)
@@ -259,10 +260,10 @@ def restore(checkpoints: ocp.CheckpointManager, step: int, abstract_state):
             raise hosts.EndNow(
                 f"{message}\nMove that folder away, or give the command once on one host, which goes on from the one before."
             ) from error
-        raise ValueError(message) from error
+        raise UserError(message) from error
     check_shapes(found, wanted, where)
     if wrong := [name for name, digest in digests(state).items() if digest != saved_digests.get(name)]:
-        raise ValueError(
+        raise UserError(
             f"checkpoint: {where} is damaged: {len(wrong)} of {len(wanted)} arrays do not read as they were saved, the "
             f"first is {wrong[0]}"
         )
@@ -275,7 +276,7 @@ def restore_latest(checkpoints: ocp.CheckpointManager, abstract_state):
     A newer one that does not is set aside, with a warning. For the run that writes here: removes what it left half-written.
 
     Raises:
-      ValueError: none of those that were saved can be read.
+      UserError: none of those that were saved can be read.
     """
     _remove_half_written(checkpoints)
     failures = {}
@@ -284,7 +285,7 @@ def restore_latest(checkpoints: ocp.CheckpointManager, abstract_state):
             state = restore(checkpoints, step, abstract_state)
         except hosts.EndNow:
             raise
-        except ValueError as error:
+        except UserError as error:
             failures[step] = error
             continue
         for bad, error in failures.items():
@@ -292,7 +293,7 @@ def restore_latest(checkpoints: ocp.CheckpointManager, abstract_state):
             _warn(f"{error}\nGoing on from the one before, {used}. The damaged one is now {place}")
         return state, read_metadata(checkpoints, step)
     if failures:
-        raise ValueError(
+        raise UserError(
             "\n".join(str(error) for error in failures.values())
             + f"\nNo training state is left in {checkpoints.directory}. Put a copy back, or train anew in another --workdir "
             "(what was evaluated as best may still be there to predict with)."
@@ -326,7 +327,7 @@ def _warn(message) -> None:
 
 
 def check_shapes(found: Mapping[str, tuple], wanted: Mapping[str, tuple], where) -> None:
-    """Refuses parameters that are not the config's model's: ValueError with the first names and both sides' shapes."""
+    """Refuses parameters that are not the config's model's: UserError with the first names and both sides' shapes."""
     mismatches = [
         f"  {key}: the checkpoint has {found.get(key, 'nothing')}, the config's model {wanted.get(key, 'nothing')}"
         for key in sorted(found.keys() | wanted.keys())
@@ -334,7 +335,7 @@ def check_shapes(found: Mapping[str, tuple], wanted: Mapping[str, tuple], where)
     ]
     if mismatches:
         more = f"\n  and {len(mismatches) - 5} more" if len(mismatches) > 5 else ""
-        raise ValueError(
+        raise UserError(
             f"checkpoint: {where} is of another architecture than the config:\n" + "\n".join(mismatches[:5]) + more
         )
 
@@ -343,16 +344,16 @@ def restore_params(workdir, abstract_params):
     """The parameters to predict with: those of the best evaluation so far.
 
     Raises:
-      ValueError: the workdir has no checkpoint, or one of another architecture.
+      UserError: the workdir has no checkpoint, or one of another architecture.
     """
     with manager(workdir, "best") as best:
         return restore(best, best_step(best), abstract_params)
 
 
 def best_step(best: ocp.CheckpointManager) -> int:
-    """The step of the best evaluation so far. Raises ValueError where there is none."""
+    """The step of the best evaluation so far. Raises UserError where there is none."""
     if (step := best.latest_step()) is None:
-        raise ValueError(
+        raise UserError(
             f"workdir: {best.directory.parent} has no finished evaluation yet, expected a checkpoint in {best.directory}; "
             "go on training until step eval.every"
         )
@@ -370,7 +371,7 @@ def best_value(best: ocp.CheckpointManager) -> float | None:
         return None
     try:
         return read_metadata(best, step)["value"]
-    except ValueError as error:
+    except UserError as error:
         _warn(f"{error}\nThe next evaluation takes its place. The damaged one is now {_set_aside(best, step)}")
         return None
 

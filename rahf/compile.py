@@ -19,13 +19,14 @@ import time
 
 import jax
 import tabulate
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
 
-from rahf import loop, optimizers, partitioning, predict, sources, train
+from rahf import experiments, loop, optimizers, partitioning, predict, sources, train
 from rahf.diffusion import folder, inputs
 from rahf.diffusion import train as diffusion_train
 from rahf.models.rahf import RAHF, RAHFConfig
+from richhf_data import command
+from richhf_data.errors import UserError
 
 GIB = 2**30
 STEPS = ("train", "predict", "evaluate")
@@ -55,13 +56,13 @@ def devices_of(topology: str) -> list:
     """The devices of a topology: `v3:8x8` (64 chips) to `v6e:2x2` of a TPU, or `cpu`, `gpu`: this machine's.
 
     Raises:
-      ValueError: an unknown topology, or no libtpu.
+      UserError: an unknown topology, or no libtpu.
     """
     if topology in ("cpu", "gpu"):
         try:
             return jax.devices(topology)
         except RuntimeError as error:
-            raise ValueError(f"topology: got {topology!r}, but JAX finds no such device here ({error})") from error
+            raise UserError(f"topology: got {topology!r}, but JAX finds no such device here ({error})") from error
     from jax.experimental import topologies
 
     jax.config.update("jax_platforms", "cpu")  # nothing runs: a TPU that is or is not here stays alone
@@ -71,7 +72,7 @@ def devices_of(topology: str) -> list:
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except Exception as error:  # XLA raises several kinds
-        raise ValueError(
+        raise UserError(
             f"topology: got {topology!r} ({str(error).splitlines()[0]}), expected such as v2:2x2, v3:8x8, v4:2x2x1, "
             "v5e:4x4, v5p:2x2x1, v6e:2x2, cpu or gpu; a TPU needs libtpu: pip install -e '.[tpu]'"
         ) from error
@@ -143,7 +144,7 @@ def measure(config, topology: str, step: str, devices, batch_size: int) -> dict:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise ValueError(f"{topology}, {step} step: does not fit: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"{topology}, {step} step: does not fit: {str(error).strip().splitlines()[0]}") from error
     seconds = time.monotonic() - start
     hlo = compiled.as_text()
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
@@ -222,7 +223,7 @@ def sweep(config, topology: str, step: str, devices, batch_size: int) -> list[di
         changed.update_from_flattened_dict(dict.fromkeys(remat_keys(config), remat))
         try:
             result = measure(changed, topology, step, devices, batch_size)
-        except ValueError as error:
+        except UserError as error:
             print(f"model={model_axis}, remat={remat}: {error}", file=sys.stderr)
             continue
         results.append(result | {"remat": remat})
@@ -267,26 +268,21 @@ def _table(results: list[dict]) -> str:
     return tabulate.tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
 
 
-def main(argv):
+def main():
     """The command."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     args = flags.FLAGS
     config = args.config
-    try:
-        if config.get("kind") == "diffusion" and args.step != "train":
-            raise ValueError(f"step: got {args.step!r}, expected train, all that a config of rahf.diffusion.train has")
-        section = {"train": "train", "evaluate": "eval"}.get(args.step)
-        batch_size = args.batch_size or (config[section].batch_size if section else 32)
-        if args.step == "train":
-            config.train.batch_size = batch_size
-        devices = devices_of(args.topology)
-        if args.sweep:
-            results = sweep(config, args.topology, args.step, devices, batch_size)
-        else:
-            results = [measure(config, args.topology, args.step, devices, batch_size)]
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
+    if config.get("kind") == "diffusion" and args.step != "train":
+        raise UserError(f"step: got {args.step!r}, expected train, all that a config of rahf.diffusion.train has")
+    section = {"train": "train", "evaluate": "eval"}.get(args.step)
+    batch_size = args.batch_size or (config[section].batch_size if section else 32)
+    if args.step == "train":
+        config.train.batch_size = batch_size
+    devices = devices_of(args.topology)
+    if args.sweep:
+        results = sweep(config, args.topology, args.step, devices, batch_size)
+    else:
+        results = [measure(config, args.topology, args.step, devices, batch_size)]
     print(_table(results))
     for result in results[:1]:
         replicated = ", ".join(f"{name} {size / 2**20:.2f} MiB" for name, size in result["largest_replicated"].items())
@@ -303,10 +299,8 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "The experiment: a file of configs/.")
     flags.DEFINE_string("topology", "cpu", "v3:8x8 and such, or cpu or gpu: this machine's devices.")
     flags.DEFINE_enum("step", "train", STEPS, "Which step to compile.")
     flags.DEFINE_integer("batch_size", None, "Rows of the global batch; the config's by default.", lower_bound=1)
     flags.DEFINE_bool("sweep", False, "Compare meshes and remat policies, and recommend one.")
-    flags.mark_flags_as_required(["config"])
-    app.run(main)
+    command.run(main, experiments.reader())

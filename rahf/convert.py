@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping
 import flax.traverse_util
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 from flax import linen as nn
 
 from rahf import checkpoints, names, predict, pretrained, weights
@@ -31,8 +31,9 @@ from rahf.models.t5 import T5, T5Config
 from rahf.models.vit import ViT, ViTConfig
 from rahf.pretrained import Pretrained, matched
 from rahf.weights import Tensor, Tensors
-from richhf_data import schema
+from richhf_data import command, schema
 from richhf_data import vocabulary as vocabularies
+from richhf_data.errors import UserError
 
 LENGTHS = {"text_length": 128, "keyword_length": 128}  # of a model that names none; the release reads and writes any
 
@@ -115,7 +116,7 @@ def vit_config_from_hugging_face(config: Mapping) -> ViTConfig:
     """Our configuration of a ViT from Hugging Face's config.json (or one with its names)."""
     _require(config, ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"), "ViT")
     if config.get("hidden_act", "gelu") != "gelu":
-        raise ValueError(f"ViT: got the activation {config['hidden_act']!r}, expected 'gelu'")
+        raise UserError(f"ViT: got the activation {config['hidden_act']!r}, expected 'gelu'")
     return ViTConfig(
         patch_size=config["patch_size"],
         width=config["hidden_size"],
@@ -191,11 +192,11 @@ def t5_config_from_hugging_face(config: Mapping) -> T5Config:
     """Our configuration of a T5 from Hugging Face's config.json."""
     _require(config, ("vocab_size", "d_model", "num_heads", "d_kv", "num_layers", "d_ff"), "T5")
     if (epsilon := config.get("layer_norm_epsilon", 1e-6)) != 1e-6:
-        raise ValueError(f"T5: got layer_norm_epsilon {epsilon}, expected 1e-6, T5's own")
+        raise UserError(f"T5: got layer_norm_epsilon {epsilon}, expected 1e-6, T5's own")
     activations = {"relu": ("relu",), "gated-gelu": ("gelu", "linear")}
     kind = config.get("feed_forward_proj", "relu")
     if kind not in activations:
-        raise ValueError(f"T5: got feed_forward_proj {kind!r}, expected one of {sorted(activations)}")
+        raise UserError(f"T5: got feed_forward_proj {kind!r}, expected one of {sorted(activations)}")
     return T5Config(
         vocab_size=config["vocab_size"],
         emb_dim=config["d_model"],
@@ -240,7 +241,7 @@ def clip_config_from_hugging_face(config: Mapping) -> CLIPConfig:
     for name, default in (("hidden_act", "quick_gelu"), ("layer_norm_eps", 1e-5)):
         if text.get(name, default) != vision.get(name, default):
             got = f"{text.get(name, default)!r} for text and {vision.get(name, default)!r} for images"
-            raise ValueError(f"CLIP: got {name} {got}, expected one for both, as in OpenAI's")
+            raise UserError(f"CLIP: got {name} {got}, expected one for both, as in OpenAI's")
 
     def sizes(values, defaults):
         theirs = {
@@ -324,7 +325,7 @@ def _release_config(theirs: Tensors, num_heads: int | None, what: str) -> RAHFCo
 
     width, _, patch, _ = shape("vit.embeddings.patch_embeddings.projection.weight")
     if not num_heads and width not in HEADS:
-        raise ValueError(
+        raise UserError(
             f"{what}: got a ViT of width {width}, whose heads the file does not tell; expected a width of {list(HEADS)}, or "
             'beside it a config.json such as {"vit": {"num_heads": 16}}'
         )
@@ -402,7 +403,7 @@ def unstacked(theirs: Tensors, prefix: str, axis: int, layers: str = "") -> Tens
 
 def _require(theirs: Mapping, needed: Iterable[str], what: str) -> None:
     if missing := [name for name in needed if name not in theirs]:
-        raise ValueError(f"{what}: lacks {missing}, has {sorted(theirs)[: pretrained.MAX_NAMED]} ...; is it another format?")
+        raise UserError(f"{what}: lacks {missing}, has {sorted(theirs)[: pretrained.MAX_NAMED]} ...; is it another format?")
 
 
 def _count(theirs: Tensors, pattern: str) -> int:
@@ -413,10 +414,10 @@ def _hugging_face_config(path, expected: str) -> dict:
     path = pathlib.Path(path)
     file = (path if path.is_dir() else path.parent) / "config.json"
     if not file.is_file():
-        raise ValueError(f"weights: no {file}, expected Hugging Face's config.json beside the weights")
+        raise UserError(f"weights: no {file}, expected Hugging Face's config.json beside the weights")
     config = checkpoints.read_json(file)
     if config.get("model_type") not in (None, expected):
-        raise ValueError(f"weights: {file} is of a {config['model_type']!r}, expected {expected!r}; choose another --source")
+        raise UserError(f"weights: {file} is of a {config['model_type']!r}, expected {expected!r}; choose another --source")
     return config
 
 
@@ -475,19 +476,19 @@ def convert(source: str, path, output, vocabulary=None) -> Pretrained:
     """What the command does; a RAHF comes with its vocabulary and as StableHLO, a CLIP with its tokenizer's files.
 
     Raises:
-      ValueError: an input that `source` does not describe; a RAHF without a vocabulary, or with too large a one.
+      UserError: an input that `source` does not describe; a RAHF without a vocabulary, or with too large a one.
     """
     converted, output = READERS[source](path), pathlib.Path(output)
     held = output / "config.json"
     if output.absolute() == pathlib.Path(path).absolute() or (
         held.is_file() and "kind" not in checkpoints.read_json(held)
     ):
-        raise ValueError(f"output: {output} holds a config.json that rahf.convert did not write; choose another folder")
+        raise UserError(f"output: {output} holds a config.json that rahf.convert did not write; choose another folder")
     if converted.kind == "rahf":
         if source == "workdir":
             vocabulary = pathlib.Path(path) / "vocabulary.model"
         elif not vocabulary:
-            raise ValueError(f"vocabulary: got none, {path} needs the SentencePiece model of its T5; pass --vocabulary=PATH")
+            raise UserError(f"vocabulary: got none, {path} needs the SentencePiece model of its T5; pass --vocabulary=PATH")
         vocabulary = vocabularies.Vocabulary(vocabulary)
         predict.check_vocabulary(RAHFConfig.from_dict(converted.config["model"]), vocabulary)
     for name in ("config.json", "weights.safetensors", "predict.stablehlo", "vocabulary.model", *TOKENIZER_FILES):
@@ -505,16 +506,10 @@ def convert(source: str, path, output, vocabulary=None) -> Pretrained:
     return converted
 
 
-def main(argv):
+def main():
     """The command."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of each step it takes
     args = flags.FLAGS
-    try:
-        converted = convert(args.source, args.input, args.output, args.vocabulary)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
+    converted = convert(args.source, args.input, args.output, args.vocabulary)
     parameters = sum(int(np.prod(tensor.shape)) for tensor in converted.tensors.values())
     print(f"{args.output}: {converted.kind}, {parameters:,} parameters\n{json.dumps(converted.config, indent=2)}")
 
@@ -525,4 +520,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("output", None, "The folder to write.")
     flags.DEFINE_string("vocabulary", None, "rahf-pytorch: T5's SentencePiece model, or a tokenizer folder that has it.")
     flags.mark_flags_as_required(["source", "input", "output"])
-    app.run(main)
+    command.run(main)

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import flags
 from tqdm.auto import tqdm
 
-from rahf import checkpoints, hosts, predict, sources
-from richhf_data import metrics, paths, schema
+from rahf import checkpoints, experiments, hosts, predict, sources
+from richhf_data import command, metrics, paths, schema
+from richhf_data.errors import UserError
 
 CONSTANT_EXAMPLES = 500  # of the stream's training split, for the constant predictor's means
 
@@ -38,7 +38,7 @@ def prepare(config, vocabulary, split: str, num_examples: int | None = None) -> 
     """Reads a split once: through seqio's Evaluator where there is a built dataset, else drawn from the stream.
 
     Raises:
-      ValueError: no such dataset or split.
+      UserError: no such dataset or split.
     """
     if config.data.source == "seqio" or config.data.data_dir:
         return _from_seqio(config, vocabulary, split, num_examples)
@@ -110,7 +110,7 @@ def selection(results: dict[str, float]) -> float:
     Where it has none, it is the mean correlation of heatmaps; without these, the F1 of keywords, then of captions.
 
     Raises:
-      ValueError: none of them was measured.
+      UserError: none of them was measured.
     """
     groups = (
         [f"score/{kind}/{name}" for kind in ("plcc", "srcc") for name in schema.SCORES],
@@ -121,7 +121,7 @@ def selection(results: dict[str, float]) -> float:
     for names in groups:
         if measured := [results[name] for name in names if np.isfinite(results.get(name, np.nan))]:
             return float(np.mean(measured))
-    raise ValueError(
+    raise UserError(
         f"evaluation: got {results['num_examples']:.0f} examples without a target to compare with (scores need two "
         "examples), expected some; see the build's report, and raise eval.num_examples"
     )
@@ -160,21 +160,17 @@ def evaluate(config, workdir, split: str, num_examples: int | None = None) -> di
     return results
 
 
-def main(argv):
+def main():
     """The command."""
-    logging.set_verbosity(logging.WARNING)  # Orbax and seqio tell of each step they take
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     args = flags.FLAGS
     with hosts.joined():
         evaluate(args.config, args.workdir, args.split, args.num_examples)
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "The run's experiment: a file of configs/.")
     flags.DEFINE_string("workdir", None, "The training run.")
     flags.DEFINE_string("split", "test", "Which split of the dataset.")
     flags.DEFINE_integer("num_examples", None, "The first so many only; all by default.", lower_bound=1)
     hosts.define_flags()
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    flags.mark_flag_as_required("workdir")
+    command.run(main, experiments.reader(of_workdir=checkpoints.read_config))

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from richhf_data import schema, tasks
+from richhf_data.errors import UserError
 from richhf_data.tensorflow_cpu import seqio, tf
 
 _Spec = seqio.FeatureConverter.FeatureSpec
@@ -78,11 +79,11 @@ def evaluator(task_name: str, split: str, num_examples: int | None = None) -> se
     with values in [0, 1]; the three lists in the same order, whichever it is; each index once and no padding row.
 
     Raises:
-      ValueError: no such task or split, or a task without metrics, of which seqio would silently evaluate nothing.
+      UserError: no such task or split, or a task without metrics, of which seqio would silently evaluate nothing.
     """
     task = _task(task_name)
     if not task.metric_fns:
-        raise ValueError(f"task {task_name!r} has no metric functions, expected some; register it with augment=False")
+        raise UserError(f"task {task_name!r} has no metric functions, expected some; register it with augment=False")
     _check_split(task, split)
     return seqio.Evaluator(
         task_name, _converter(task), eval_split=split, num_examples=num_examples, async_compute_metrics=False
@@ -119,11 +120,11 @@ def training_batches(
       rows: which rows of each global batch are read and yielded, in this order; all by default.
 
     Raises:
-      ValueError: no such task or split, or `rows` are not of the batch, or a rate is below 1 / 10,000.
+      UserError: no such task or split, or `rows` are not of the batch, or a rate is below 1 / 10,000.
     """
     rows = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
     if not len(rows) or rows.min() < 0 or rows.max() >= batch_size:
-        raise ValueError(f"rows: got {rows.tolist()} of a batch of {batch_size}, expected some of 0 to {batch_size - 1}")
+        raise UserError(f"rows: got {rows.tolist()} of a batch of {batch_size}, expected some of 0 to {batch_size - 1}")
     names, rates = zip(*tasks.components(task_name), strict=True)
     mixed = [_task(name) for name in names]
     for task in mixed:
@@ -159,7 +160,7 @@ class _Pattern:
             before[row] = totals[which[row]]
             totals[which[row]] += 1
         if not totals.all():
-            raise ValueError(f"mixture: got a rate of {shares.min():g} of all, expected at least 1 / {_PERIOD:,}")
+            raise UserError(f"mixture: got a rate of {shares.min():g} of all, expected at least 1 / {_PERIOD:,}")
         return cls(which, before, totals)
 
     def place(self, position):
@@ -215,7 +216,7 @@ def _task(name: str) -> seqio.Task:
 
 def _check_split(task: seqio.Task, split: str) -> None:
     if split not in task.splits:
-        raise ValueError(f"split: got {split!r}, expected one of the dataset's: {', '.join(task.splits)}")
+        raise UserError(f"split: got {split!r}, expected one of the dataset's: {', '.join(task.splits)}")
 
 
 def _converter(task: seqio.Task) -> RAHFFeatureConverter:

@@ -19,6 +19,9 @@ import jax
 from absl import flags
 from orbax.checkpoint import multihost
 
+from richhf_data import command
+from richhf_data.errors import UserError
+
 JOIN_SECONDS = 300  # that the processes may start apart
 HEARTBEAT_SECONDS = 100  # after which a process that says nothing counts as dead
 LOST = (
@@ -27,7 +30,7 @@ LOST = (
 )
 
 
-class EndNow(ValueError):
+class EndNow(UserError):
     """An error after which the process ends at once, since threads of libraries would keep it."""
 
 
@@ -51,16 +54,18 @@ def joined(preemptible: bool = False):
     args = flags.FLAGS
     try:
         several = _join(args.coordinator, args.num_processes, args.process_id)
-    except ValueError as error:
-        _end(error)
+    except UserError as error:
+        _end(error, command.USER_ERROR)
     if not several:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's preemption service took it, and nobody here asks that
         try:
             yield
         except EndNow as error:
-            _end(error)
-        except (OSError, ValueError) as error:
-            raise SystemExit(f"error: {_message(error)}") from error
+            _end(error, command.USER_ERROR)
+        except OSError as error:
+            if error.errno and not error.filename:  # a full disk has no name
+                raise UserError(f"{args.workdir}: {error.strerror}") from error
+            raise
         return
     who = f"process {jax.process_index()} of {jax.process_count()}"
     with _last_words(f"error: {who}: killed, or ended by JAX because another process died. {LOST}") as silent:
@@ -70,26 +75,20 @@ def joined(preemptible: bool = False):
         except SystemExit:
             raise
         except BaseException as error:
-            if not isinstance(error, OSError | ValueError | jax.errors.JaxRuntimeError):
+            text, lost = command.message(error), ""
+            if isinstance(error, jax.errors.JaxRuntimeError):
+                text, lost = str(error).strip().partition("\n")[0][:400], f"\n{LOST}"
+            elif text is None:
                 traceback.print_exc()
             silent()
-            lost = f"\n{LOST}" if isinstance(error, jax.errors.JaxRuntimeError) else ""
-            _end(f"{who}: {_message(error)}{lost}")
+            _end(f"{who}: {text or error or type(error).__name__}{lost}", command.USER_ERROR if text and not lost else 1)
 
 
-def _message(error) -> str:
-    if isinstance(error, OSError):
-        return f"{error.filename or flags.FLAGS.workdir}: {error.strerror or error}"
-    if isinstance(error, jax.errors.JaxRuntimeError):
-        return str(error).strip().partition("\n")[0][:400]
-    return str(error) or type(error).__name__
-
-
-def _end(message) -> None:
+def _end(message, code: int) -> None:
     """Ends this process at once, without waiting for threads or for other processes."""
     sys.stdout.flush()
     print(f"error: {message}", file=sys.stderr, flush=True)
-    os._exit(1)
+    os._exit(code)
 
 
 @contextlib.contextmanager
@@ -116,7 +115,7 @@ def _join(coordinator: str | None, num_processes: int | None, process_id: int | 
     """Joins the run's other processes; returns when all are there: whether there are any. For before JAX looks for devices.
 
     Raises:
-      ValueError: arguments that do not fit together; or the others do not answer.
+      UserError: arguments that do not fit together; or the others do not answer.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     if num_processes == 1 and not process_id:
@@ -125,11 +124,11 @@ def _join(coordinator: str | None, num_processes: int | None, process_id: int | 
     who = "the coordinator that JAX found (--num_processes=1 goes alone)"
     if any(value is not None for value in given.values()):
         if missing := [f"--{name}" for name, value in given.items() if value is None]:
-            raise ValueError(f"{', '.join(missing)}: got nothing, expected --coordinator, --num_processes and --process_id")
+            raise UserError(f"{', '.join(missing)}: got nothing, expected --coordinator, --num_processes and --process_id")
         if process_id >= num_processes:
-            raise ValueError(f"--process_id: got {process_id}, expected 0 to {num_processes - 1}, below --num_processes")
+            raise UserError(f"--process_id: got {process_id}, expected 0 to {num_processes - 1}, below --num_processes")
         if not re.fullmatch(r".+:\d+", coordinator):
-            raise ValueError(f"--coordinator: got {coordinator!r}, expected HOST:PORT of process 0, such as 10.0.0.1:8476")
+            raise UserError(f"--coordinator: got {coordinator!r}, expected HOST:PORT of process 0, such as 10.0.0.1:8476")
         asked |= {"coordinator_address": coordinator, "cluster_detection_method": "deactivate"} | {
             name: given[name] for name in ("num_processes", "process_id")
         }
@@ -145,7 +144,7 @@ def _join(coordinator: str | None, num_processes: int | None, process_id: int | 
             if "coordinator_address should be defined" in str(error):
                 return False  # no cluster that JAX knows: one machine
             reason, *_ = str(error).partition("\n")
-            raise ValueError(f"{problem} ({reason[:200]})") from error
+            raise UserError(f"{problem} ({reason[:200]})") from error
     return jax.process_count() > 1
 
 

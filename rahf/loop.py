@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from rahf import checkpoints, optimizers, partitioning
 from richhf_data import paths
+from richhf_data.errors import UserError
 
 
 def initial_state(params, optimizer, config) -> dict:
@@ -103,7 +104,7 @@ def state_shardings(boxed, config, mesh):
     """The training state as shapes (unboxed), and where each of its arrays lives; from a boxed abstract `initial_state`."""
     abstract = nn.unbox(boxed)
     if config.mesh.rules not in partitioning.RULE_SETS:
-        raise ValueError(f"mesh.rules: got {config.mesh.rules!r}, expected one of {sorted(partitioning.RULE_SETS)}")
+        raise UserError(f"mesh.rules: got {config.mesh.rules!r}, expected one of {sorted(partitioning.RULE_SETS)}")
     divided = partitioning.RULE_SETS[config.mesh.rules]
     like_params = {
         name: partitioning.param_shardings(mesh, boxed["params"], name in divided) for name in ("params", "ema", "opt_state")
@@ -122,7 +123,7 @@ def check_batch(config, mesh) -> None:
     data = partitioning.sizes(mesh)["data"]
     unit = data * config.train.accumulation_steps
     if config.train.batch_size % unit:
-        raise ValueError(
+        raise UserError(
             f"train.batch_size: got {config.train.batch_size}, expected a multiple of {unit} = "
             f"{data} (mesh.data) x {config.train.accumulation_steps} (train.accumulation_steps)"
         )
@@ -150,7 +151,7 @@ class SkippedSteps:
         """Looks at the last step.
 
         Raises:
-          ValueError: that makes `limit` in a row.
+          UserError: that makes `limit` in a row.
         """
         if self._waiting is None:
             return
@@ -165,7 +166,7 @@ class SkippedSteps:
         for old in sorted(self._folder.glob(f"*_host_{jax.process_index()}.npz"))[: -self._limit]:
             old.unlink()
         if self.in_a_row >= self._limit:
-            raise ValueError(
+            raise UserError(
                 f"the loss or its gradient was not finite in {self.in_a_row} steps in a row, up to step {step}; expected "
                 f"fewer than train.max_bad_steps={self._limit}. Their updates were skipped, their batches are in "
                 f"{self._folder}. Look at these, lower --config.optimizer.learning_rate (in another --workdir), or raise "
@@ -255,7 +256,7 @@ def run(
 
     Raises:
       SystemExit: SIGTERM (code 75) or SIGINT (130) came; the state is saved.
-      ValueError: too many steps in a row whose loss or gradient is not finite.
+      UserError: too many steps in a row whose loss or gradient is not finite.
     """
     num_steps, batch_size = config.train.num_steps, config.train.batch_size
     first = jax.process_index() == 0  # of the processes: the one that writes and tells

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from rahf.models.rahf import Outputs
 from richhf_data import schema
+from richhf_data.errors import UserError
 
 Array = jax.Array
 # The paper (arXiv 2312.10240, section 4.1) has a weighted sum of three losses and does not give the weights.
@@ -47,10 +48,10 @@ def heatmap_loss_sum(predicted: Array, target: Array, mask: Array) -> Array:
       predicted: float32[B, h, w, 2] in [0, 1]. target: uint8[B, h, w, 2], 255 = 1. mask: bool[B, 2].
 
     Raises:
-      ValueError: the target has another resolution than the model predicts.
+      UserError: the target has another resolution than the model predicts.
     """
     if predicted.shape != target.shape:
-        raise ValueError(
+        raise UserError(
             f"heatmaps: got targets of shape {target.shape}, expected the model's {predicted.shape}; set the data's "
             "heatmap size to that of the model (RAHFConfig.heatmap_size)"
         )
@@ -102,10 +103,10 @@ def rahf_loss(
       of the whole. A kind without any target gives 0.
 
     Raises:
-      ValueError: other names in `weights`; heatmap targets of another resolution than the model's.
+      UserError: other names in `weights`; heatmap targets of another resolution than the model's.
     """
     if set(weights) != set(DEFAULT_WEIGHTS):
-        raise ValueError(f"loss weights: got {sorted(weights)}, expected exactly {sorted(DEFAULT_WEIGHTS)}")
+        raise UserError(f"loss weights: got {sorted(weights)}, expected exactly {sorted(DEFAULT_WEIGHTS)}")
     if normalisers is None:
         normalisers = loss_normalisers(batch, count_padding)
     divide = {name: jnp.maximum(normalisers[name], 1.0) for name in DEFAULT_WEIGHTS}  # counts, so 0 / 1 where none

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
+from richhf_data.errors import UserError
+
 
 def make_schedule(config, num_steps: int) -> optax.Schedule:
     """Step -> learning rate.
@@ -16,7 +18,7 @@ def make_schedule(config, num_steps: int) -> optax.Schedule:
     runs: linear warm-up, then a cosine from `learning_rate` to `final_learning_rate` at `num_steps`.
 
     Raises:
-      ValueError: an unknown schedule, or a cosine whose warm-up takes all steps.
+      UserError: an unknown schedule, or a cosine whose warm-up takes all steps.
     """
     peak, warmup = config.learning_rate, config.warmup_steps
     if config.schedule == "rsqrt":
@@ -28,7 +30,7 @@ def make_schedule(config, num_steps: int) -> optax.Schedule:
         return rsqrt
     if config.schedule == "cosine":
         if warmup >= num_steps:
-            raise ValueError(f"optimizer.warmup_steps: got {warmup}, expected fewer than train.num_steps={num_steps}")
+            raise UserError(f"optimizer.warmup_steps: got {warmup}, expected fewer than train.num_steps={num_steps}")
         return optax.warmup_cosine_decay_schedule(
             init_value=0.0,
             peak_value=peak,
@@ -36,7 +38,7 @@ def make_schedule(config, num_steps: int) -> optax.Schedule:
             decay_steps=num_steps,
             end_value=config.final_learning_rate,
         )
-    raise ValueError(f"optimizer.schedule: got {config.schedule!r}, expected 'rsqrt' or 'cosine'")
+    raise UserError(f"optimizer.schedule: got {config.schedule!r}, expected 'rsqrt' or 'cosine'")
 
 
 def make_optimizer(config, num_steps: int) -> optax.GradientTransformation:
@@ -50,7 +52,7 @@ def make_optimizer(config, num_steps: int) -> optax.GradientTransformation:
     no moments, and count for no norm.
 
     Raises:
-      ValueError: another `kind` or part, or a schedule that `make_schedule` refuses.
+      UserError: another `kind` or part, or a schedule that `make_schedule` refuses.
     """
     schedule = make_schedule(config, num_steps)
     if config.kind == "adamw":
@@ -67,11 +69,11 @@ def make_optimizer(config, num_steps: int) -> optax.GradientTransformation:
             consistent_rms=0.2,
         )
     else:
-        raise ValueError(f"optimizer.kind: got {config.kind!r}, expected 'adamw' or 'muon'")
+        raise UserError(f"optimizer.kind: got {config.kind!r}, expected 'adamw' or 'muon'")
     steps = [optax.clip_by_global_norm(config.clip_norm), optimizer]
     multipliers = dict(config.get("learning_rate_multipliers", dict.fromkeys(PARTS, 1.0)))  # RAHF's alone has parts
     if set(multipliers) != set(PARTS):
-        raise ValueError(f"optimizer.learning_rate_multipliers: got {sorted(multipliers)}, expected {sorted(PARTS)}")
+        raise UserError(f"optimizer.learning_rate_multipliers: got {sorted(multipliers)}, expected {sorted(PARTS)}")
     if any(multiplier != 1.0 for multiplier in multipliers.values()):
         steps.append(_scaled_by_part(multipliers))
     optimizer = optax.chain(*steps)
@@ -108,7 +110,7 @@ def check_freeze(params, freeze: Sequence[str]) -> None:
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     for prefix in freeze:
         if not any(is_frozen(path, (prefix,)) for path in paths):
-            raise ValueError(f"optimizer.freeze: nothing lies under {prefix!r}, expected one of {sorted(params)} or deeper")
+            raise UserError(f"optimizer.freeze: nothing lies under {prefix!r}, expected one of {sorted(params)} or deeper")
 
 
 def _scaled_by_part(multipliers) -> optax.GradientTransformation:

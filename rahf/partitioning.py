@@ -16,6 +16,8 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from richhf_data.errors import UserError
+
 DATA = ("replica", "shard")
 
 # Logical axis -> mesh axes. An axis that is not listed is whole on every device.
@@ -41,24 +43,24 @@ def make_mesh(data: int = -1, model: int = 1, shard_group: int = 32, devices=Non
     """A mesh over all devices; `data` = -1 takes what `model` leaves, `shard_group` is the largest size of `shard`.
 
     Raises:
-      ValueError: the axes do not multiply to the number of devices.
+      UserError: the axes do not multiply to the number of devices.
     """
     devices = np.asarray(jax.devices() if devices is None else devices)
     if data == -1 and model > 0 and devices.size % model == 0:
         data = devices.size // model
     if data * model != devices.size:
-        raise ValueError(
+        raise UserError(
             f"mesh: got data={data}, model={model} for {devices.size} devices; their product must be {devices.size} "
             "(--config.mesh.data=-1 takes what model leaves)"
         )
     if shard_group < 1:
-        raise ValueError(f"mesh.shard_group: got {shard_group}, expected 1 or more")
+        raise UserError(f"mesh.shard_group: got {shard_group}, expected 1 or more")
     shard = math.gcd(data, shard_group)
     return Mesh(devices.reshape(data // shard, shard, model), (*DATA, "model"))
 
 
 def mesh_of(config, devices=None) -> Mesh:
-    """The mesh of a config's `mesh` section. Raises ValueError where the devices cannot be divided so."""
+    """The mesh of a config's `mesh` section. Raises UserError where the devices cannot be divided so."""
     return make_mesh(config.data, config.model, config.shard_group, devices)
 
 
@@ -143,7 +145,7 @@ def param_shardings(mesh: Mesh, boxed_params, sharded: bool = False):
       sharded: whether they are divided over `shard` beside what the logical axes say.
 
     Raises:
-      ValueError: a dimension does not divide by the mesh axis that the table gives it; names the parameter.
+      UserError: a dimension does not divide by the mesh axis that the table gives it; names the parameter.
     """
     specs = nn.get_partition_spec(boxed_params)
     shapes = nn.meta.unbox(boxed_params)
@@ -152,7 +154,7 @@ def param_shardings(mesh: Mesh, boxed_params, sharded: bool = False):
         spec = _to_mesh(logical)
         for size, axis, name in zip(shape.shape, spec, logical, strict=False):
             if axis and size % mesh.shape[axis]:
-                raise ValueError(
+                raise UserError(
                     f"{jax.tree_util.keystr(path)}: axis {name!r} of size {size} does not divide by mesh axis {axis!r} "
                     f"of {mesh.shape[axis]} devices; choose another --config.mesh.{axis}"
                 )

@@ -23,14 +23,15 @@ import flax.traverse_util
 import jax
 import numpy as np
 import PIL.Image
-from absl import app, flags, logging
+from absl import flags
 from flax import linen as nn
 from tqdm.auto import tqdm
 
 from rahf import checkpoints, hosts, partitioning, report, weights
 from rahf.models import rahf as rahf_model
-from richhf_data import keywords, metrics, paths, schema
+from richhf_data import command, keywords, metrics, paths, schema
 from richhf_data import vocabulary as vocabularies
+from richhf_data.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,15 +98,15 @@ class Model:
         """One row of a batch from an RGB image uint8[H, W, 3] of any size and its prompt.
 
         Raises:
-          ValueError: the image is not uint8[H, W, 3], or the prompt is longer than the model's text length.
+          UserError: the image is not uint8[H, W, 3], or the prompt is longer than the model's text length.
         """
         image = np.asarray(image)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-            raise ValueError(f"image: got {image.dtype}{list(image.shape)}, expected uint8[H, W, 3], RGB")
+            raise UserError(f"image: got {image.dtype}{list(image.shape)}, expected uint8[H, W, 3], RGB")
         length = self.config.data.text_length
         texts = schema.task_prompts(prompt, self.model_config.variant)
         if (longest := max(map(self.vocabulary.num_ids, texts))) > length:
-            raise ValueError(
+            raise UserError(
                 f"prompt: {prompt[:80]!r} takes {longest} ids with its end, the model reads data.text_length={length}; "
                 "shorten it"
             )
@@ -118,10 +119,10 @@ class Model:
         """Feedback for B RGB images, uint8[H, W, 3] of any sizes, and their B prompts.
 
         Raises:
-          ValueError: different numbers of images and prompts; an image or a prompt that `prepare` refuses.
+          UserError: different numbers of images and prompts; an image or a prompt that `prepare` refuses.
         """
         if len(images) != len(prompts):
-            raise ValueError(f"prompts: got {len(prompts)} for {len(images)} images, expected one each")
+            raise UserError(f"prompts: got {len(prompts)} for {len(images)} images, expected one each")
         inputs = (self.prepare(image, prompt) for image, prompt in zip(images, prompts, strict=True))
         return _feedback(list(self.predict_rows(inputs, min(batch_size, len(images)))), prompts)
 
@@ -159,7 +160,7 @@ def load(workdir) -> Model:
     """The model of a workdir, as its best evaluation so far found it; or of a folder that rahf.convert wrote.
 
     Raises:
-      ValueError: the folder holds no run, or no checkpoint, or one of another architecture.
+      UserError: the folder holds no run, or no checkpoint, or one of another architecture.
     """
     workdir = paths.absolute(workdir)
     config = checkpoints.read_config(workdir)
@@ -172,7 +173,7 @@ def load(workdir) -> Model:
     targets = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), shardings)
     if (file := workdir / "weights.safetensors").is_file():
         if "://" in str(workdir):
-            raise ValueError(f"workdir: {workdir} holds weights of rahf.convert, expected them on a disk; copy the folder")
+            raise UserError(f"workdir: {workdir} holds weights of rahf.convert, expected them on a disk; copy the folder")
         model.params = _read_params(file, targets)
     else:
         model.params = checkpoints.restore_params(workdir, targets)
@@ -191,7 +192,7 @@ def _read_params(file, targets):
 def check_vocabulary(model_config: rahf_model.RAHFConfig, vocabulary: vocabularies.Vocabulary) -> None:
     """Refuses a vocabulary with more pieces than the model has embeddings."""
     if vocabulary.size > model_config.t5.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"vocabulary: {vocabulary.path} has {vocabulary.size} pieces, the model embeds "
             f"model.t5.vocab_size={model_config.t5.vocab_size}; raise it, or train a smaller vocabulary"
         )
@@ -208,12 +209,12 @@ def read_image(path) -> np.ndarray:
     """An image file as uint8[H, W, 3], RGB.
 
     Raises:
-      ValueError: the file is missing or does not decode.
+      UserError: the file is missing or does not decode.
     """
     data = np.fromfile(path, np.uint8) if pathlib.Path(path).is_file() else np.zeros(0, np.uint8)
     image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
     if image is None:
-        raise ValueError(f"image: {path} is missing or is not a readable image (JPEG, PNG, WebP)")
+        raise UserError(f"image: {path} is missing or is not a readable image (JPEG, PNG, WebP)")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
@@ -221,12 +222,12 @@ def read_inputs(spec: str, prompt: str | None) -> list[tuple[str, str]]:
     """(path, prompt) of every image of a glob or a .jsonl file.
 
     Raises:
-      ValueError: nothing matches; a line is not {"image": ..., "prompt": ...}; an image without a prompt.
+      UserError: nothing matches; a line is not {"image": ..., "prompt": ...}; an image without a prompt.
     """
     if spec.endswith(".jsonl"):
         folder, inputs = pathlib.Path(spec).parent, []
         if not pathlib.Path(spec).is_file():
-            raise ValueError(f"images: no file {spec}")
+            raise UserError(f"images: no file {spec}")
         for number, line in enumerate(pathlib.Path(spec).read_text().splitlines(), 1):
             if not line.strip():
                 continue
@@ -234,7 +235,7 @@ def read_inputs(spec: str, prompt: str | None) -> list[tuple[str, str]]:
                 row = json.loads(line)
                 inputs.append((str(folder / row["image"]), str(row["prompt"])))
             except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(
+                raise UserError(
                     f'images: {spec} line {number}: got {line[:80]!r}, expected {{"image": path, "prompt": text}}'
                 ) from error
     else:
@@ -242,12 +243,12 @@ def read_inputs(spec: str, prompt: str | None) -> list[tuple[str, str]]:
         for path in sorted(glob.glob(spec, recursive=True)):
             beside = pathlib.Path(path).with_suffix(".txt")
             if prompt is None and not beside.is_file():
-                raise ValueError(
+                raise UserError(
                     f"images: {path} has no prompt; pass --prompt, write {beside.name} beside it, or use .jsonl"
                 )
             inputs.append((path, prompt if prompt is not None else beside.read_text().strip()))
     if not inputs:
-        raise ValueError(f"images: nothing matches {spec}")
+        raise UserError(f"images: nothing matches {spec}")
     return inputs
 
 
@@ -339,15 +340,12 @@ def evaluation_tables(workdir, split: str) -> list[list[list[str]]]:
     return metrics.tables({"this model": results} | references)
 
 
-def main(argv):
+def main():
     """The command."""
-    logging.set_verbosity(logging.WARNING)  # Orbax and seqio tell of each step they take
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]} (quote a glob: --images='photos/*.jpg')")
     args = flags.FLAGS
     with hosts.joined():
         if (args.images is None) == (args.data_dir is None):
-            raise ValueError("pass either --images=GLOB|JSONL or --data_dir=DIR")
+            raise UserError("pass either --images=GLOB|JSONL or --data_dir=DIR")
         model = load(args.workdir)
         tables = []
         if args.data_dir:
@@ -375,4 +373,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("batch_size", 32, "Images at a time.", lower_bound=1)
     hosts.define_flags()
     flags.mark_flags_as_required(["workdir", "output"])
-    app.run(main)
+    command.run(main)

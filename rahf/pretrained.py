@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from rahf import checkpoints, names, partitioning, weights
 from rahf.models.rahf import RAHFConfig
 from rahf.weights import Tensor, Tensors
+from richhf_data.errors import UserError
 
 MAX_NAMED = 5  # mismatches in a message
 
@@ -50,13 +51,13 @@ def read(folder, kind: str) -> Pretrained:
     """A folder that `write` made.
 
     Raises:
-      ValueError: no such folder, or one of another kind.
+      UserError: no such folder, or one of another kind.
     """
     file = pathlib.Path(folder) / "config.json"
     config = checkpoints.read_json(file) if file.is_file() else {}
     if (found := config.pop("kind", None)) != kind:
         holds = f"holds a {found}" if found else "is no folder that rahf.convert wrote"
-        raise ValueError(f"init.{kind}: {folder} {holds}, expected one that it wrote from a {kind}")
+        raise UserError(f"init.{kind}: {folder} {holds}, expected one that it wrote from a {kind}")
     return Pretrained(kind, config, weights.open_safetensors(pathlib.Path(folder) / "weights.safetensors"))
 
 
@@ -70,7 +71,7 @@ def matched(
       unused: a regular expression of their tensors that our model has no use for.
 
     Raises:
-      ValueError: missing, extra or wrongly shaped tensors; names the first ones with both shapes.
+      UserError: missing, extra or wrongly shaped tensors; names the first ones with both shapes.
     """
     problems, out, used = [], {}, set()
     for name, shape in ours.items():
@@ -91,7 +92,7 @@ def matched(
             problems.append(f"{name} {theirs[name].shape}: no parameter of ours takes it")
     if problems:
         more = f"\n  and {len(problems) - MAX_NAMED} more" if len(problems) > MAX_NAMED else ""
-        raise ValueError(f"{what}: tensors do not match:\n  " + "\n  ".join(sorted(problems)[:MAX_NAMED]) + more)
+        raise UserError(f"{what}: tensors do not match:\n  " + "\n  ".join(sorted(problems)[:MAX_NAMED]) + more)
     order = {name: i for i, name in enumerate(theirs)}  # what lies together is read together
     return {name: out[name] for name in sorted(out, key=lambda name: order[table[name][0]])}
 
@@ -107,7 +108,7 @@ def starting_tensors(init: Mapping[str, str], ours: Mapping, config: RAHFConfig)
       ours: the model's parameters as shapes.
 
     Raises:
-      ValueError: a folder of another kind or size, or made for another function than the config's (such as the GELU).
+      UserError: a folder of another kind or size, or made for another function than the config's (such as the GELU).
     """
     ours, out = flax.traverse_util.flatten_dict(ours, sep="/"), {}
     for kind in ("rahf", "vit", "t5"):
@@ -143,7 +144,7 @@ def _check_same_function(pretrained: Pretrained, config: RAHFConfig, what: str) 
         if name.rpartition(".")[2] not in free and ours[name] != value
     ]
     if differ:
-        raise ValueError(f"{what} is for another model:\n  " + "\n  ".join(differ[:MAX_NAMED]) + "\nset --config.KEY=VALUE")
+        raise UserError(f"{what} is for another model:\n  " + "\n  ".join(differ[:MAX_NAMED]) + "\nset --config.KEY=VALUE")
 
 
 def _fitted(tensors: Tensors, ours: Mapping, prefix: str, what: str) -> Tensors:
@@ -173,5 +174,5 @@ def grid_side(patches: int, what: str = "ViT") -> int:
     """h = w of so many patches."""
     side = round(patches**0.5)
     if side * side != patches:
-        raise ValueError(f"{what}: got {patches} position embeddings besides a class token's, expected a square number")
+        raise UserError(f"{what}: got {patches} position embeddings besides a class token's, expected a square number")
     return side

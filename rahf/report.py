@@ -25,6 +25,7 @@ import matplotlib.figure
 import numpy as np
 
 from richhf_data import keywords, paths, pictures
+from richhf_data.errors import UserError
 
 INLINED_SIDE = 384  # pixels: longer sides are shrunk before they go into the page
 _WORD_COLORS = {"": "#222222", "misaligned": "#c81e1e", "missing": "#999999"}
@@ -47,7 +48,7 @@ def write(
       tables: above the items, as `richhf_data.metrics.tables` gives them: lines of cells, header first.
 
     Raises:
-      ValueError: an item's field has the wrong shape, type or range; the message names it. Nothing is written then.
+      UserError: an item's field has the wrong shape, type or range; the message names it. Nothing is written then.
     """
     page = _TEMPLATES.get_template("report.html.jinja").render(
         title=title,
@@ -65,10 +66,10 @@ def figure(items: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
       path: the PNG, replaced in one step; the folder is made if it is not there.
 
     Raises:
-      ValueError: there is no item, or one has a field of the wrong shape, type or range.
+      UserError: there is no item, or one has a field of the wrong shape, type or range.
     """
     if not items:
-        raise ValueError("items: got none, expected at least one")
+        raise UserError("items: got none, expected at least one")
     for i, item in enumerate(items):
         _check_item(i, item)
     names = list(items[0]["heatmaps"])
@@ -201,10 +202,10 @@ def _check_item(i, item):
             pictures.check_heatmap(f"items[{i}]{side}['heatmaps'][{name!r}]", heatmap)
     for name, score in item["scores"].items():
         if not np.isfinite(score):
-            raise ValueError(f"items[{i}]['scores'][{name!r}]: got {score}, expected a number in [0, 1]")
+            raise UserError(f"items[{i}]['scores'][{name!r}]: got {score}, expected a number in [0, 1]")
     labels, tokens = truth.get("labels"), keywords.tokenize(item["prompt"])
     if labels is not None and len(labels) != len(tokens):
-        raise ValueError(
+        raise UserError(
             f"items[{i}]['truth']['labels']: got {len(labels)} for the {len(tokens)} tokens of prompt "
             f"{item['prompt']!r}, expected one each (None if they are unknown)"
         )

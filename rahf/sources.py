@@ -14,6 +14,7 @@ from rahf import hosts
 from rahf.models.rahf import RAHFConfig
 from richhf_data import paths, schema, synthetic
 from richhf_data import vocabulary as vocabularies
+from richhf_data.errors import UserError
 from richhf_data.synthetic import stream
 
 VOCABULARY_PROMPTS = 4000  # drawn to train the vocabulary of a run from `stream`
@@ -23,7 +24,7 @@ def install_vocabulary(config, workdir) -> vocabularies.Vocabulary:
     """The run's vocabulary, copied or trained into the workdir, so that the workdir alone can predict.
 
     Raises:
-      ValueError: `data.vocabulary`, or the dataset's own, is missing.
+      UserError: `data.vocabulary`, or the dataset's own, is missing.
     """
     path = paths.absolute(workdir) / "vocabulary.model"
     if jax.process_index() == 0 and not path.exists():
@@ -46,7 +47,7 @@ def training_batches(
       rows: which rows of each global batch this process reads; all by default.
 
     Raises:
-      ValueError: an unknown `data.source`.
+      UserError: an unknown `data.source`.
     """
     if config.data.source == "seqio":
         from rahf import features
@@ -65,7 +66,7 @@ def training_batches(
             **image_arguments(config),
             **text_arguments(config),
         )
-    raise ValueError(f"data.source: got {config.data.source!r}, expected 'seqio' or 'stream'")
+    raise UserError(f"data.source: got {config.data.source!r}, expected 'seqio' or 'stream'")
 
 
 def image_arguments(config) -> dict:
@@ -115,7 +116,7 @@ def check_splits(config) -> None:
             needed.setdefault(folder, set()).add("train")
     for folder, splits in needed.items():
         if missing := sorted(splits - (found := tasks.report(folder)["splits"]).keys()):
-            raise ValueError(
+            raise UserError(
                 f"data: {folder} has the splits {', '.join(found)}, training needs {', '.join(missing)} too; build it again "
                 "with such a record file, or with a larger --holdout"
             )
@@ -125,11 +126,11 @@ def evaluation_dir(config) -> str:
     """The dataset that evaluation reads, and whose vocabulary a run has: `data.data_dir`, or the mixture's first.
 
     Raises:
-      ValueError: neither is given, or the mixture is not of (folder, rate) pairs.
+      UserError: neither is given, or the mixture is not of (folder, rate) pairs.
     """
     mixture = _mixture(config)
     if not config.data.data_dir and not mixture:
-        raise ValueError(
+        raise UserError(
             "data.data_dir: got '', expected the folder that richhf_data.build wrote: --config.data.data_dir=DIR"
         )
     return config.data.data_dir or next(iter(mixture))
@@ -139,12 +140,12 @@ def _mixture(config) -> dict[str, float]:
     pairs = [tuple(pair) if isinstance(pair, list | tuple) else pair for pair in config.data.mixture]
     for pair in pairs:
         if not isinstance(pair, tuple) or list(map(type, pair)) not in ([str, float], [str, int]):
-            raise ValueError(
+            raise UserError(
                 f"data.mixture: got {pair!r}, expected pairs of a folder that richhf_data.build wrote and a rate: "
                 "--config.data.mixture=\"(('data/a', 0.8), ('data/b', 0.2))\""
             )
     if len({paths.absolute(folder) for folder, _ in pairs}) < len(pairs):
-        raise ValueError(f"data.mixture: got {config.data.mixture}, expected each folder once; add up its rates")
+        raise UserError(f"data.mixture: got {config.data.mixture}, expected each folder once; add up its rates")
     return dict(pairs)
 
 

@@ -11,13 +11,25 @@ import functools
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 from flax import linen as nn
 from jax.experimental import multihost_utils
-from ml_collections import config_flags
 
-from rahf import checkpoints, evaluate, hosts, loop, losses, optimizers, partitioning, predict, pretrained, sources
+from rahf import (
+    checkpoints,
+    evaluate,
+    experiments,
+    hosts,
+    loop,
+    losses,
+    optimizers,
+    partitioning,
+    predict,
+    pretrained,
+    sources,
+)
 from rahf.models import rahf as rahf_model
+from richhf_data import command
 
 
 def initial_state(model: rahf_model.RAHF, optimizer, config, key) -> dict:
@@ -121,19 +133,14 @@ def train(config, workdir) -> dict[str, float]:
     return results
 
 
-def main(argv):
+def main():
     """The command."""
-    logging.set_verbosity(logging.WARNING)  # Orbax and seqio tell of each step they take
-    logging.get_absl_logger().addFilter(lambda record: not record.exc_info)  # and log the tracebacks of what they raise
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     with hosts.joined(preemptible=True):
         train(flags.FLAGS.config, flags.FLAGS.workdir)
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "The experiment: a file of configs/.")
     flags.DEFINE_string("workdir", None, "For checkpoints, logs, evaluations; a killed run resumes from it.")
     hosts.define_flags()
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    flags.mark_flag_as_required("workdir")
+    command.run(main, experiments.reader())

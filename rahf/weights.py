@@ -19,6 +19,7 @@ import numpy as np
 import safetensors
 
 from rahf import checkpoints
+from richhf_data.errors import UserError
 
 NPY_HEADERS = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
 INDEX = ".index.json"
@@ -35,16 +36,16 @@ class Tensor:
 Tensors = dict[str, Tensor]
 
 
-def unreadable(path, error) -> ValueError:
+def unreadable(path, error) -> UserError:
     """What to raise for a file that its own format's reader gave up on."""
-    return ValueError(f"weights: {path} cannot be read, it is damaged or of another format ({error}); fetch it again")
+    return UserError(f"weights: {path} cannot be read, it is damaged or of another format ({error}); fetch it again")
 
 
 def open_npz(path) -> Tensors:
     """The arrays of an .npz file.
 
     Raises:
-      ValueError: no file, a damaged one, or one with pickled objects; also when a damaged array is read.
+      UserError: no file, a damaged one, or one with pickled objects; also when a damaged array is read.
     """
     path, tensors = _existing(path), {}
     with _damage_named(path), zipfile.ZipFile(path) as archive:
@@ -53,7 +54,7 @@ def open_npz(path) -> Tensors:
                 version = np.lib.format.read_magic(file)
                 shape, _, dtype = NPY_HEADERS[version[0]](file)
             if dtype.hasobject:
-                raise ValueError(f"weights: {path} has the pickled object {member}, expected plain arrays")
+                raise UserError(f"weights: {path} has the pickled object {member}, expected plain arrays")
             tensors[member.removesuffix(".npy")] = Tensor(shape, functools.partial(_read_npz, path, member))
     return tensors
 
@@ -79,7 +80,7 @@ def open_hugging_face(path) -> Tensors:
     """The tensors of a folder, or of one of its files: safetensors or torch, in one file or in the parts of an index.
 
     Raises:
-      ValueError: no such file, a truncated one, or a part that the index names and that is missing.
+      UserError: no such file, a truncated one, or a part that the index names and that is missing.
     """
     path = pathlib.Path(path)
     path = _weights_file(path) if path.is_dir() else path
@@ -87,12 +88,12 @@ def open_hugging_face(path) -> Tensors:
         return _open_file(path)
     parts = checkpoints.read_json(_existing(path)).get("weight_map")
     if not isinstance(parts, dict):
-        raise ValueError(f"weights: {path} has no weight_map, expected an index as Hugging Face writes it")
+        raise UserError(f"weights: {path} has no weight_map, expected an index as Hugging Face writes it")
     tensors = {}
     # Some indexes name tensors that no part has; what is needed and missing is found when it is matched.
     for part in dict.fromkeys(parts.values()):
         if pathlib.PurePath(part).name != part:
-            raise ValueError(f"weights: {path} names the part {part!r}, expected a file name without a folder")
+            raise UserError(f"weights: {path} names the part {part!r}, expected a file name without a folder")
         tensors |= _open_file(path.parent / part)
     return tensors
 
@@ -109,7 +110,7 @@ def _weights_file(folder: pathlib.Path) -> pathlib.Path:
         if found:
             break
     names = [file.name for file in found]
-    raise ValueError(f"weights: {folder} has the files {names}, expected one *.safetensors or *.bin, or an index")
+    raise UserError(f"weights: {folder} has the files {names}, expected one *.safetensors or *.bin, or an index")
 
 
 def _open_file(path) -> Tensors:
@@ -120,7 +121,7 @@ def open_safetensors(path) -> Tensors:
     """The tensors of a .safetensors file.
 
     Raises:
-      ValueError: no such file, or a truncated one.
+      UserError: no such file, or a truncated one.
     """
     path = _existing(path)
     try:
@@ -137,17 +138,17 @@ def open_torch(path) -> Tensors:
     """The tensors of a torch file (a `state_dict`, perhaps under the key `state_dict` or `model`), mapped into memory.
 
     Raises:
-      ValueError: no such file, torch is not installed, a damaged file, or one that holds more than plain tensors.
+      UserError: no such file, torch is not installed, a damaged file, or one that holds more than plain tensors.
     """
     path = _existing(path)
     try:
         import torch
     except ImportError as error:
-        raise ValueError(f"weights: {path} needs torch to be read; pip install 'rahf[parity]'") from error
+        raise UserError(f"weights: {path} needs torch to be read; pip install 'rahf[parity]'") from error
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        raise ValueError(
+        raise UserError(
             f"weights: {path} is a pickle with more than plain tensors; it could run code when loaded and is refused. "
             "Save its state_dict alone, or as safetensors"
         ) from error
@@ -157,10 +158,10 @@ def open_torch(path) -> Tensors:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
     if not isinstance(state, Mapping):
-        raise ValueError(f"weights: {path} holds a {type(state).__name__}, expected a state_dict of tensors")
+        raise UserError(f"weights: {path} holds a {type(state).__name__}, expected a state_dict of tensors")
     other = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
     if other:
-        raise ValueError(f"weights: {path} has entries that are no tensors: {other[:5]}; expected a state_dict")
+        raise UserError(f"weights: {path} has entries that are no tensors: {other[:5]}; expected a state_dict")
 
     def read(tensor):
         tensor = tensor.detach()
@@ -173,7 +174,7 @@ def open_t5x(path) -> Tensors:
     """The `target` tree of a T5X checkpoint, local or gs://, its names joined by "/"; the optimiser's state is not read.
 
     Raises:
-      ValueError: the folder holds no T5X checkpoint, or its index names an array that is not there.
+      UserError: the folder holds no T5X checkpoint, or its index names an array that is not there.
     """
     import flax.serialization
     import flax.traverse_util
@@ -184,7 +185,7 @@ def open_t5x(path) -> Tensors:
     store = tensorstore.KvStore.open(url + "/").result()
     index = store.read("checkpoint").result()
     if index.state != "value":
-        raise ValueError(f"weights: {folder} has no file `checkpoint`, expected a T5X folder such as checkpoint_1000000")
+        raise UserError(f"weights: {folder} has no file `checkpoint`, expected a T5X folder such as checkpoint_1000000")
     try:
         tree = flax.serialization.msgpack_restore(index.value)
         target = flax.traverse_util.flatten_dict(tree["optimizer"]["target"], is_leaf=_is_t5x_leaf, sep="/")
@@ -198,7 +199,7 @@ def open_t5x(path) -> Tensors:
         array = f"target.{name.replace('/', '.')}"
         header = store.read(f"{array}/.zarray").result()
         if header.state != "value":
-            raise ValueError(f"weights: {folder} lacks the array {array}, which its index names; fetch it again")
+            raise UserError(f"weights: {folder} lacks the array {array}, which its index names; fetch it again")
         # A chunk that an interrupted download left out would read as zeros.
         spec = {"driver": "zarr", "kvstore": f"{url}/{array}/", "fill_missing_data_reads": False}
         try:
@@ -253,7 +254,7 @@ def write_safetensors(path, tensors: Mapping[str, Tensor], progress: Callable = 
             for name in progress(tensors):
                 array = np.asarray(tensors[name].read(), np.float32, order="C")
                 if array.shape != tensors[name].shape:
-                    raise ValueError(f"weights: {name} has shape {array.shape} when read, expected {tensors[name].shape}")
+                    raise UserError(f"weights: {name} has shape {array.shape} when read, expected {tensors[name].shape}")
                 file.write(array.data)
         partial.replace(path)
     finally:
@@ -269,11 +270,11 @@ def read_all(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, np.ndarray]]:
 def _existing(path) -> pathlib.Path:
     path = pathlib.Path(path)
     if not path.is_file():
-        raise ValueError(f"weights: no file {path}")
+        raise UserError(f"weights: no file {path}")
     with path.open("rb") as file:
         start = file.read(64)
     if start.startswith(b"version https://git-lfs"):
-        raise ValueError(f"weights: {path} is a Git LFS pointer, not the file; run `git lfs pull` where it came from")
+        raise UserError(f"weights: {path} is a Git LFS pointer, not the file; run `git lfs pull` where it came from")
     if start.lstrip().startswith(b"<"):
-        raise ValueError(f"weights: {path} is a web page, not weights; open it to see why the download failed")
+        raise UserError(f"weights: {path} is a web page, not weights; open it to see why the download failed")
     return path

@@ -23,10 +23,11 @@ import cv2
 import matplotlib
 import matplotlib.figure
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 from tqdm.auto import tqdm
 
-from richhf_data import keywords, paths, pictures, schema
+from richhf_data import command, keywords, paths, pictures, schema
+from richhf_data.errors import UserError
 
 AREAS = tuple(f"{name}_area" for name in schema.HEATMAPS)
 FIELDS = (*schema.SCORES, *AREAS, "words", "misaligned_words")
@@ -54,7 +55,7 @@ def parse_filter(text: str) -> Callable[[Mapping[str, float]], bool]:
     """A condition on facts, such as `plausibility<0.5`; what is absent meets none.
 
     Raises:
-      ValueError: it is not a field, a comparison and a number.
+      UserError: it is not a field, a comparison and a number.
     """
     match = re.fullmatch(r"\s*(\w+)\s*(<=|>=|==|<|>)\s*([-+.\w]+)\s*", text)
     try:
@@ -62,7 +63,7 @@ def parse_filter(text: str) -> Callable[[Mapping[str, float]], bool]:
             raise ValueError
         field, compare, value = match[1], _COMPARISONS[match[2]], float(match[3])
     except ValueError:
-        raise ValueError(
+        raise UserError(
             f"filter: got {text!r}, expected FIELD<NUMBER (or <=, >, >=, ==), for instance 'plausibility<0.5', with one "
             f"of the fields {', '.join(FIELDS)}"
         ) from None
@@ -84,11 +85,11 @@ def select(
     Holds no more than the cards in memory. Arguments are the command's flags.
 
     Raises:
-      ValueError: a filter or `sort` that is none, a uid that is not there, or no example passes.
+      UserError: a filter or `sort` that is none, a uid that is not there, or no example passes.
     """
     field, sign = sort.removeprefix("-"), -1 if sort.startswith("-") else 1
     if field and field not in FIELDS:
-        raise ValueError(f"sort: got {sort!r}, expected one of {', '.join(FIELDS)}, or one with - before it for downwards")
+        raise UserError(f"sort: got {sort!r}, expected one of {', '.join(FIELDS)}, or one with - before it for downwards")
     conditions, uids = [parse_filter(one) for one in filters], set(uids)
     unseen = set(uids)
     statistics, kept = Statistics(), []  # kept: a heap of (how well placed, card), the first to go on top
@@ -109,10 +110,10 @@ def select(
         elif place > kept[0][0]:
             heapq.heapreplace(kept, (place, _card(example, found, thumbnail)))
     if unseen:
-        raise ValueError(f"uid: got {', '.join(sorted(unseen))}, expected some of the split's; correct or drop them")
+        raise UserError(f"uid: got {', '.join(sorted(unseen))}, expected some of the split's; correct or drop them")
     if not kept:
         asked = [*filters, *([f"text {text!r}"] if text else []), *([f"uid {', '.join(sorted(uids))}"] if uids else [])]
-        raise ValueError(f"no example passes {' and '.join(asked) or 'no filter'}, expected at least one; loosen them")
+        raise UserError(f"no example passes {' and '.join(asked) or 'no filter'}, expected at least one; loosen them")
     return [card for _, card in sorted(kept, key=lambda entry: entry[0], reverse=True)], statistics
 
 
@@ -300,7 +301,7 @@ def browse(data_dir, split: str, output, **arguments) -> pathlib.Path:
       arguments: as `select` takes them.
 
     Raises:
-      ValueError: no such dataset or split, or what `select` refuses.
+      UserError: no such dataset or split, or what `select` refuses.
     """
     from richhf_data import tasks  # TensorFlow
 
@@ -315,26 +316,20 @@ def browse(data_dir, split: str, output, **arguments) -> pathlib.Path:
     return path
 
 
-def main(argv) -> None:
+def main() -> None:
     """The command."""
-    logging.set_verbosity(logging.WARNING)  # TFDS tells of each file it opens
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]} (quote a filter: --filter='plausibility<0.5')")
     args = flags.FLAGS
-    try:
-        path = browse(
-            args.data_dir,
-            args.split,
-            args.output,
-            limit=args.limit,
-            filters=args.filter,
-            text=args.text,
-            uids=args.uid,
-            sort=args.sort,
-            thumbnail=args.thumbnail,
-        )
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+    path = browse(
+        args.data_dir,
+        args.split,
+        args.output,
+        limit=args.limit,
+        filters=args.filter,
+        text=args.text,
+        uids=args.uid,
+        sort=args.sort,
+        thumbnail=args.thumbnail,
+    )
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
@@ -349,4 +344,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("sort", "", "The field that says which come first; -FIELD: highest first. As stored by default.")
     flags.DEFINE_integer("thumbnail", THUMBNAIL, "Longer side of a picture, pixels.", lower_bound=16)
     flags.mark_flags_as_required(["data_dir", "output"])
-    app.run(main)
+    command.run(main)

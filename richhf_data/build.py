@@ -17,10 +17,11 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
-from absl import app, flags, logging
+from absl import flags
 
+from richhf_data import command, keywords, scan, schema, tables, vocabulary
 from richhf_data import images as image_sources
-from richhf_data import keywords, scan, schema, tables, vocabulary
+from richhf_data.errors import UserError
 from richhf_data.synthetic import stream
 
 _RECORDS = flags.DEFINE_string(
@@ -88,17 +89,17 @@ def build(
     `open_table`.
 
     Raises:
-      ValueError: what records.py, images.py, scan.py, tables.py and builder.py refuse; --images is missing, or superfluous;
+      UserError: what records.py, images.py, scan.py, tables.py and builder.py refuse; --images is missing, or superfluous;
         or `data_dir` holds a dataset of other records or another vocabulary.
     """
     if table := is_table(records):
         if images:
-            raise ValueError(f"images: got {images!r}, expected none: {records} holds its images; leave it out")
+            raise UserError(f"images: got {images!r}, expected none: {records} holds its images; leave it out")
         source = open_table(records, max_pixels=max_pixels, columns=columns, **table_options)
         begin = not _is_built(records, data_dir, source.identity())
     else:
         if not images:
-            raise ValueError("images: got none, expected parquet:GLOB, table:GLOB or folder:DIR beside record files")
+            raise UserError("images: got none, expected parquet:GLOB, table:GLOB or folder:DIR beside record files")
         wanted = _apart(_wanted, records, data_dir, allow_absent) if workers else _wanted(records, data_dir, allow_absent)
         if begin := bool(wanted):
             found, part_files = scan.gather(
@@ -150,7 +151,7 @@ def open_table(
     """The source (builder.py) of a table; the arguments are the flags.
 
     Raises:
-      ValueError: what tables.py refuses.
+      UserError: what tables.py refuses.
     """
     kind, _, where = str(records).partition(":")
     if kind == "rapidata":
@@ -165,7 +166,7 @@ def _apart(function, *arguments):
         try:
             return pool.submit(function, *arguments).result()
         except concurrent.futures.process.BrokenProcessPool as error:
-            raise ValueError(
+            raise UserError(
                 "records: the process that reads them died, most likely for want of memory; free some and run the command "
                 "again, or use --workers=0"
             ) from error
@@ -182,7 +183,7 @@ def _wanted(records, data_dir, allow_absent: bool) -> set[str]:
 
 
 def _is_built(records, data_dir, identity) -> bool:
-    """Whether the dataset is there. Raises ValueError where it is another one."""
+    """Whether the dataset is there. Raises UserError where it is another one."""
     from richhf_data import builder
 
     folder = builder.dataset_dir(data_dir)
@@ -192,7 +193,7 @@ def _is_built(records, data_dir, identity) -> bool:
             print(f"left by an interrupted build, unless one is running: {left}; delete it to free its space")
         return False
     if json.loads((folder / "report.json").read_text())["records"] != json.loads(json.dumps(identity)):
-        raise ValueError(
+        raise UserError(
             f"data_dir: {folder} was built from other records than those of {records} now, expected the same; "
             "use another --data_dir, or delete that folder"
         )
@@ -210,14 +211,14 @@ def _provide_vocabulary(path: pathlib.Path, given, size: int, folder: pathlib.Pa
             partial.write_bytes(content)
             partial.replace(path)
         elif path.read_bytes() != content:
-            raise ValueError(
+            raise UserError(
                 f"vocabulary: {path} is there and differs from {given}, expected the same, because models are trained "
                 "with it; delete it or use another --data_dir"
             )
     elif not path.exists():
         prompts = json.loads((folder / "prompts.json").read_text())
         if "train" not in prompts:
-            raise ValueError("vocabulary: got no train split to train one on; give --vocabulary=PATH")
+            raise UserError("vocabulary: got no train split to train one on; give --vocabulary=PATH")
         vocabulary.train(_vocabulary_texts(prompts["train"]), path, size)
     print(f"vocabulary: {path} ({vocabulary.Vocabulary(path).size} pieces)")
 
@@ -236,53 +237,47 @@ def _vocabulary_texts(rows: list[list[str]]) -> Iterator[str]:
 
 
 def _refuse_unused(records: str) -> None:
-    """Raises ValueError where a flag was given that the source of the records does not use."""
+    """Raises UserError where a flag was given that the source of the records does not use."""
     source = next((kind for kind in ("rapidata", "captions:tfds", "captions") if records.startswith(kind + ":")), "files")
     for name, sources in _USED_BY.items():
         if flags.FLAGS[name].present and source not in sources:
             kinds = {"files": "record files", "rapidata": "rapidata:GLOB", "captions": "captions:GLOB"}
             expected = " and ".join(kinds.get(kind, f"{kind}:NAME") for kind in sources)
-            raise ValueError(f"{name}: got it with --records={records}, expected it with {expected} alone; leave it out")
+            raise UserError(f"{name}: got it with --records={records}, expected it with {expected} alone; leave it out")
 
 
 def _columns(items: list[str]) -> dict[str, str]:
     if bad := [item for item in items if not all(item.partition("="))]:
-        raise ValueError(f"columns: got {bad[0]!r}, expected uid=NAME, prompt=NAME or image=NAME, separated by commas")
+        raise UserError(f"columns: got {bad[0]!r}, expected uid=NAME, prompt=NAME or image=NAME, separated by commas")
     return dict(item.split("=", 1) for item in items)
 
 
-def main(argv) -> None:
+def main() -> None:
     """The command."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}")
-    logging.set_verbosity(logging.WARNING)  # TFDS tells of each step it takes
-    try:
-        _refuse_unused(_RECORDS.value)
-        report = build(
-            _RECORDS.value,
-            _IMAGES.value,
-            _DATA_DIR.value,
-            vocabulary_path=_VOCABULARY.value,
-            vocabulary_size=_VOCABULARY_SIZE.value,
-            max_missing_share=_MAX_MISSING_SHARE.value,
-            max_pixels=_MAX_PIXELS.value,
-            allow_absent=_ALLOW_ABSENT.value,
-            columns=_columns(_COLUMNS.value),
-            workers=_WORKERS.value,
-            beam=_BEAM.value,
-            parts=_PARTS.value,
-            keep_parts=_KEEP_PARTS.value,
-            holdout=_HOLDOUT.value,
-            caption_prompt=_CAPTION_PROMPT.value,
-            tfds_data_dir=_TFDS_DATA_DIR.value,
-            word_threshold=_WORD_THRESHOLD.value,
-        )
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    _refuse_unused(_RECORDS.value)
+    report = build(
+        _RECORDS.value,
+        _IMAGES.value,
+        _DATA_DIR.value,
+        vocabulary_path=_VOCABULARY.value,
+        vocabulary_size=_VOCABULARY_SIZE.value,
+        max_missing_share=_MAX_MISSING_SHARE.value,
+        max_pixels=_MAX_PIXELS.value,
+        allow_absent=_ALLOW_ABSENT.value,
+        columns=_columns(_COLUMNS.value),
+        workers=_WORKERS.value,
+        beam=_BEAM.value,
+        parts=_PARTS.value,
+        keep_parts=_KEEP_PARTS.value,
+        holdout=_HOLDOUT.value,
+        caption_prompt=_CAPTION_PROMPT.value,
+        tfds_data_dir=_TFDS_DATA_DIR.value,
+        word_threshold=_WORD_THRESHOLD.value,
+    )
     from richhf_data import builder
 
     print(builder.report_table(report))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

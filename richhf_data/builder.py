@@ -33,6 +33,7 @@ import tabulate
 from etils import epath
 
 from richhf_data import keywords, records, scan, schema, tables
+from richhf_data.errors import UserError
 from richhf_data.tensorflow_cpu import tf, tfds
 
 NAME, VERSION = "richhf", "2.0.0"
@@ -139,13 +140,13 @@ class Richhf(tfds.core.GeneratorBasedBuilder):
             )
         self._prompts[split] = prompts
         if not num_records:
-            raise ValueError(
+            raise UserError(
                 f"records: split {split!r}: got no example, expected some; raise --holdout, or set it to 0 for train alone"
             )
         num_lost = sum(map(len, lost.values()))
         if num_lost == num_records or num_lost > self._max_missing_share * num_records:
             counts = "; ".join(f"{len(uids)} {PROBLEMS[problem]}{_some(uids)}" for problem, uids in lost.items())
-            raise ValueError(
+            raise UserError(
                 f"images: split {split!r}: {num_lost} of {num_records} records have no usable image ({counts}), expected at "
                 f"most a share of {self._max_missing_share:g} and at least one example; {self._source.remedy}, or raise "
                 "--max_missing_share"
@@ -185,7 +186,7 @@ class RecordFiles:
       allow_absent: take records that lack targets.
 
     Raises:
-      ValueError: what `record_paths` and `positions` refuse.
+      UserError: what `record_paths` and `positions` refuse.
     """
 
     remedy = "point --images at all of them"
@@ -280,7 +281,7 @@ def record_paths(where) -> dict[str, pathlib.Path]:
     """The record file of each split, `<split>.tfrecord`, of a folder, or of a file or a pattern; in the order of `SPLITS`.
 
     Raises:
-      ValueError: there is none, two of a split, or, where it is no folder, one of another name.
+      UserError: there is none, two of a split, or, where it is no folder, one of another name.
     """
     paths = {split: pathlib.Path(where) / f"{split}.tfrecord" for split in SPLITS}
     names = ", ".join(path.name for path in paths.values())
@@ -289,13 +290,13 @@ def record_paths(where) -> dict[str, pathlib.Path]:
     else:
         found = [pathlib.Path(path) for path in sorted(glob.glob(str(where)))]
         if other := [path for path in found if path.name not in names.split(", ")]:
-            raise ValueError(f"records: got {other[0]}, expected a file called {names}, which names its split; rename it")
+            raise UserError(f"records: got {other[0]}, expected a file called {names}, which names its split; rename it")
         present = {split: path for split in SPLITS for path in found if path.stem == split}
         if len(present) < len(found):
             listed = ", ".join(map(str, found))
-            raise ValueError(f"records: {where} matches two files of a split ({listed}), expected one of each")
+            raise UserError(f"records: {where} matches two files of a split ({listed}), expected one of each")
     if not present:
-        raise ValueError(f"records: {where} holds none of {names}, expected at least one; see --records")
+        raise UserError(f"records: {where} holds none of {names}, expected at least one; see --records")
     return present
 
 
@@ -303,7 +304,7 @@ def positions(paths: dict[str, pathlib.Path], allow_absent: bool = False) -> dic
     """{split: {uid: number of its record}} of the splits' record files.
 
     Raises:
-      ValueError: no record in a file; a uid twice; what `records.read_unchecked` refuses.
+      UserError: no record in a file; a uid twice; what `records.read_unchecked` refuses.
     """
     result = {}
     for split, path in paths.items():
@@ -311,13 +312,13 @@ def positions(paths: dict[str, pathlib.Path], allow_absent: bool = False) -> dic
         for number, raw in enumerate(records.read_unchecked(path, allow_absent)):
             uid = records.uid_of(raw)
             if uid in position:
-                raise ValueError(
+                raise UserError(
                     f"records: {path}: uid {uid!r} is in record {position[uid]} and in {number}, expected it once; "
                     "remove one"
                 )
             position[uid] = number
         if not position:
-            raise ValueError(f"records: {path}: got no record for split {split!r}, expected some; remove or fill it")
+            raise UserError(f"records: {path}: got no record for split {split!r}, expected some; remove or fill it")
     return result
 
 
@@ -386,4 +387,4 @@ def _read_references(path: pathlib.Path) -> dict[str, dict[str, dict[str, float]
             for split, rows in references.items()
         }
     except (json.JSONDecodeError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: got {error}, expected {{split: {{row: {{metric: number}}}}}}") from error
+        raise UserError(f"{path}: got {error}, expected {{split: {{row: {{metric: number}}}}}}") from error

@@ -24,17 +24,17 @@ import glob
 import json
 import pathlib
 import shutil
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 
 import cv2
 import numpy as np
 import PIL.ExifTags
 import PIL.Image
-from absl import app, flags
+from absl import flags
 from tqdm.auto import tqdm
 
-from richhf_data import images, keywords, schema
+from richhf_data import command, images, keywords, schema
+from richhf_data.errors import UserError
 
 MARKER = "consolidated.json"  # tells an output folder of this command
 _LINE_KEYS = {"uid", "annotator", "prompt", "points", "labels", "misaligned", "scores"}
@@ -73,12 +73,12 @@ class Annotation:
         """The inverse of `to_json`; does not `check` the values.
 
         Raises:
-          ValueError: another name than those of `schema`, or a value of another type.
+          UserError: another name than those of `schema`, or a value of another type.
         """
         points, labels, scores = value.get("points", {}), value.get("labels"), value.get("scores", {})
         for key, got, names in (("points", points, schema.HEATMAPS), ("scores", scores, schema.SCORES)):
             if not isinstance(got, dict) or set(got) - set(names):
-                raise ValueError(f"annotation {key}: got {json.dumps(got)[:80]}, expected only {', '.join(names)}")
+                raise UserError(f"annotation {key}: got {json.dumps(got)[:80]}, expected only {', '.join(names)}")
         try:
             return cls(
                 points=tuple(
@@ -89,7 +89,7 @@ class Annotation:
                 scores=tuple(_number(scores[name]) if name in scores else None for name in schema.SCORES),
             )
         except (TypeError, ValueError) as error:
-            raise ValueError(f"annotation: got {error}, expected lists of [x, y], of labels, and numbers") from error
+            raise UserError(f"annotation: got {error}, expected lists of [x, y], of labels, and numbers") from error
 
 
 def _number(value) -> float:
@@ -119,25 +119,25 @@ def disks(
 
 
 def check(annotation: Annotation, num_tokens: int) -> None:
-    """Raises ValueError where an annotation has wrong lengths, or points, labels or scores out of range."""
+    """Raises UserError where an annotation has wrong lengths, or points, labels or scores out of range."""
     if len(annotation.scores) != len(schema.SCORES):
-        raise ValueError(f"scores: got {len(annotation.scores)}, expected {len(schema.SCORES)} ({schema.SCORES})")
+        raise UserError(f"scores: got {len(annotation.scores)}, expected {len(schema.SCORES)} ({schema.SCORES})")
     for name, score in zip(schema.SCORES, annotation.scores, strict=True):
         if score is not None and not schema.LIKERT_LOW <= score <= schema.LIKERT_HIGH:
-            raise ValueError(f"{name} score: got {score}, expected {schema.LIKERT_LOW} .. {schema.LIKERT_HIGH}")
+            raise UserError(f"{name} score: got {score}, expected {schema.LIKERT_LOW} .. {schema.LIKERT_HIGH}")
     if len(annotation.points) != len(schema.HEATMAPS):
-        raise ValueError(f"points: got {len(annotation.points)} lists, expected one for each of {schema.HEATMAPS}")
+        raise UserError(f"points: got {len(annotation.points)} lists, expected one for each of {schema.HEATMAPS}")
     for name, points in zip(schema.HEATMAPS, annotation.points, strict=True):
         for point in points or ():
             if len(point) != 2 or not (0 <= point[0] <= 1 and 0 <= point[1] <= 1):
-                raise ValueError(f"{name} point: got {tuple(point)}, expected (x, y) as fractions in [0, 1]")
+                raise UserError(f"{name} point: got {tuple(point)}, expected (x, y) as fractions in [0, 1]")
     if annotation.labels is None:
         return
     if len(annotation.labels) != num_tokens:
-        raise ValueError(f"labels: got {len(annotation.labels)}, expected {num_tokens}, one for each prompt token")
+        raise UserError(f"labels: got {len(annotation.labels)}, expected {num_tokens}, one for each prompt token")
     for label in annotation.labels:
         if label not in (keywords.MISALIGNED, keywords.ALIGNED):
-            raise ValueError(f"labels: got {label}, expected {keywords.MISALIGNED} or {keywords.ALIGNED}")
+            raise UserError(f"labels: got {label}, expected {keywords.MISALIGNED} or {keywords.ALIGNED}")
 
 
 def consolidate(
@@ -157,12 +157,12 @@ def consolidate(
       the mask is False and the score or map 0, or the labels are None.
 
     Raises:
-      ValueError: no annotation, a wrong length, or a score, point or label out of range.
+      UserError: no annotation, a wrong length, or a score, point or label out of range.
     """
     if not annotations:
-        raise ValueError("annotations: got none, expected at least one")
+        raise UserError("annotations: got none, expected at least one")
     if size < 1:
-        raise ValueError(f"size: got {size}, expected at least 1 pixel")
+        raise UserError(f"size: got {size}, expected at least 1 pixel")
     num_tokens = len(keywords.tokenize(prompt))
     for annotation in annotations:
         check(annotation, num_tokens)
@@ -227,11 +227,11 @@ def read(pattern: str) -> dict[str, Picture]:
     """The annotations in the JSONL files that match a pattern, by uid, in the files' order (see the module).
 
     Raises:
-      ValueError: no file matches, or lines are wrong; names each with its file and number, the first 20.
+      UserError: no file matches, or lines are wrong; names each with its file and number, the first 20.
     """
     paths = sorted(glob.glob(pattern, recursive=True))
     if not paths:
-        raise ValueError(f"annotations: no file matches {pattern!r}, expected JSONL files; quote the pattern in a shell")
+        raise UserError(f"annotations: no file matches {pattern!r}, expected JSONL files; quote the pattern in a shell")
     pictures: dict[str, Picture] = {}
     faults = []
     for path in paths:
@@ -240,13 +240,13 @@ def read(pattern: str) -> dict[str, Picture]:
                 if line.strip():
                     try:
                         _add_line(pictures, line, f"{path} line {number}")
-                    except ValueError as error:
+                    except UserError as error:
                         faults.append(f"  {path} line {number}: {error}")
     if faults:
         more = f"\n  and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
-        raise ValueError(f"annotations: {len(faults)} bad lines:\n" + "\n".join(faults[:_NAMED]) + more)
+        raise UserError(f"annotations: {len(faults)} bad lines:\n" + "\n".join(faults[:_NAMED]) + more)
     if not pictures:
-        raise ValueError(f"annotations: the files that match {pattern!r} hold no line, expected annotations")
+        raise UserError(f"annotations: the files that match {pattern!r} hold no line, expected annotations")
     return pictures
 
 
@@ -254,34 +254,34 @@ def _add_line(pictures: dict[str, Picture], line: str, where: str) -> None:
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"got {line.strip()[:60]!r}, which is not JSON ({error}); expected an object") from error
+        raise UserError(f"got {line.strip()[:60]!r}, which is not JSON ({error}); expected an object") from error
     if not isinstance(value, dict) or (unknown := value.keys() - _LINE_KEYS):
         got = sorted(unknown) if isinstance(value, dict) else type(value).__name__
-        raise ValueError(f"got {got}, expected an object with keys of {', '.join(sorted(_LINE_KEYS))}")
+        raise UserError(f"got {got}, expected an object with keys of {', '.join(sorted(_LINE_KEYS))}")
     for key in ("uid", "annotator", "prompt"):
         if not isinstance(value.get(key), str) or not value[key].strip():
-            raise ValueError(f"{key}: got {value.get(key)!r}, expected text")
+            raise UserError(f"{key}: got {value.get(key)!r}, expected text")
     uid, annotator, prompt = value["uid"], value["annotator"], value["prompt"]
     if pathlib.PurePosixPath(uid).name != uid or uid.startswith("."):
-        raise ValueError(f"uid: got {uid!r}, expected the picture's file name without its extension")
+        raise UserError(f"uid: got {uid!r}, expected the picture's file name without its extension")
     tokens = keywords.tokenize(prompt)
     if "misaligned" in value:
         places = value["misaligned"]
         if "labels" in value:
-            raise ValueError("misaligned: got it beside labels, expected one of them")
+            raise UserError("misaligned: got it beside labels, expected one of them")
         if not isinstance(places, list) or not all(type(i) is int and 0 <= i < len(tokens) for i in places):
-            raise ValueError(f"misaligned: got {places!r}, expected places from 0 to {len(tokens) - 1} in {tokens}")
+            raise UserError(f"misaligned: got {places!r}, expected places from 0 to {len(tokens) - 1} in {tokens}")
         marked = (keywords.MISALIGNED if i in places else keywords.ALIGNED for i in range(len(tokens)))
         value["labels"] = list(marked)
     annotation = Annotation.from_json(value)
     check(annotation, len(tokens))
     if not _given((*annotation.scores, *annotation.points, annotation.labels)):
-        raise ValueError("got no answer, expected at least one of points, labels or misaligned, and scores; remove the line")
+        raise UserError("got no answer, expected at least one of points, labels or misaligned, and scores; remove the line")
     picture = pictures.setdefault(uid, Picture(prompt, where, {}))
     if picture.prompt != prompt:
-        raise ValueError(f"prompt: got {prompt!r}, expected that of uid {uid!r} in {picture.where}: {picture.prompt!r}")
+        raise UserError(f"prompt: got {prompt!r}, expected that of uid {uid!r} in {picture.where}: {picture.prompt!r}")
     if annotator in picture.annotations:
-        raise ValueError(f"annotator {annotator!r} has annotated uid {uid!r} before, expected once; remove one line")
+        raise UserError(f"annotator {annotator!r} has annotated uid {uid!r} before, expected once; remove one line")
     picture.annotations[annotator] = annotation
 
 
@@ -297,27 +297,27 @@ def write(annotations: str, images_dir, output, holdout: float = schema.HOLDOUT,
       holdout, seed: the share of dev, and of test, and what draws them.
 
     Raises:
-      ValueError: bad lines, a picture that is not there, or `output` holds other files.
+      UserError: bad lines, a picture that is not there, or `output` holds other files.
     """
     pictures = read(annotations)
     output, folder = pathlib.Path(output), pathlib.Path(images_dir)
     if folder.resolve() == (output / "images").resolve():
-        raise ValueError(f"output: got {output}, whose images are the pictures to read, expected another folder")
+        raise UserError(f"output: got {output}, whose images are the pictures to read, expected another folder")
     if not folder.is_dir():
-        raise ValueError(f"images: no folder {folder}, expected one with the pictures, named by uid")
+        raise UserError(f"images: no folder {folder}, expected one with the pictures, named by uid")
     files: dict[str, pathlib.Path] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() not in images.EXTENSIONS or path.stem not in pictures:
             continue
         if files.setdefault(path.stem, path) != path:
-            raise ValueError(f"images: got {files[path.stem]} and {path} for one uid, expected one; remove the other")
+            raise UserError(f"images: got {files[path.stem]} and {path} for one uid, expected one; remove the other")
     if missing := [uid for uid in pictures if uid not in files]:
-        raise ValueError(
+        raise UserError(
             f"images: {folder} lacks the pictures of {len(missing)} of {len(pictures)} uids, first "
             f"{', '.join(missing[:5])}; expected <uid>{'|'.join(images.EXTENSIONS)}"
         )
     if output.is_dir() and any(output.iterdir()) and not (output / MARKER).is_file():
-        raise ValueError(f"output: {output} holds other files, expected a new folder; take another")
+        raise UserError(f"output: {output} holds other files, expected a new folder; take another")
     aspects = {uid: _aspect(files[uid]) for uid in pictures}
     for split in schema.SPLITS:  # pictures of an earlier run may have another split, or another suffix
         (output / f"{split}.tfrecord").unlink(missing_ok=True)
@@ -364,7 +364,7 @@ def _aspect(path: pathlib.Path) -> float:
             width, height = image.size
             turned = image.getexif().get(PIL.ExifTags.Base.Orientation) in (5, 6, 7, 8)
     except (OSError, PIL.Image.DecompressionBombError) as error:
-        raise ValueError(f"images: {path} is not a readable image ({error}), expected one; replace it") from error
+        raise UserError(f"images: {path} is not a readable image ({error}), expected one; replace it") from error
     return height / width if turned else width / height
 
 
@@ -374,15 +374,10 @@ def _write_text(path: pathlib.Path, text: str) -> None:
     partial.replace(path)
 
 
-def main(argv) -> None:
+def main() -> None:
     """The command."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}")
     args = flags.FLAGS
-    try:
-        counts = write(args.annotations, args.images, args.output, args.holdout, args.split_seed)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    counts = write(args.annotations, args.images, args.output, args.holdout, args.split_seed)
     for name, count in counts.items():
         print(f"{name:<16}{count:>8}")
     if not counts["dev"]:
@@ -399,4 +394,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("output", None, "New folder for the record files.", required=True)
     flags.DEFINE_float("holdout", schema.HOLDOUT, "The share of dev, and of test.", 0.0, 0.45)
     flags.DEFINE_integer("split_seed", 0, "Draws which pictures are held out.")
-    app.run(main)
+    command.run(main)

@@ -28,6 +28,8 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
+from richhf_data.errors import UserError
+
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 GUESSES = {  # compared without case, first match wins
     "uid": ("uid", "image_uid", "image_id", "filename", "file_name", "image_path", "path", "image.path", "key", "id"),
@@ -58,7 +60,7 @@ class Table:
     columns: tuple[tuple[str, str], ...]  # (uid, prompt or image; column) where given
 
     def check(self) -> None:
-        """Raises ValueError where the file is no parquet file or lacks the columns, without reading a row."""
+        """Raises UserError where the file is no parquet file or lacks the columns, without reading a row."""
         with self._open() as file:
             self._columns(file.schema_arrow)
 
@@ -101,7 +103,7 @@ class Table:
             try:
                 found = [choose_columns(leaves(schema), where, names) for names in given]
             except ValueError as error:
-                raise ValueError(
+                raise UserError(
                     f"{error}. parquet: expects Pick-a-Pic's columns; a table with one image a row is table:GLOB"
                 ) from error
         else:
@@ -144,16 +146,16 @@ def shards(spec: str, wanted: Collection[str], columns: dict[str, str] | None = 
       columns: the columns called uid, prompt and image in a table, where they are not to be guessed.
 
     Raises:
-      ValueError: SPEC is not understood, cannot be reached or matches nothing; `columns` names something else; a folder's
+      UserError: SPEC is not understood, cannot be reached or matches nothing; `columns` names something else; a folder's
         captions are missing or faulty.
     """
     kind, _, where = spec.partition(":")
     if kind not in ("parquet", "table", "folder") or not where:
-        raise ValueError(f"images: got {spec!r}, expected parquet:GLOB, table:GLOB or folder:DIR")
+        raise UserError(f"images: got {spec!r}, expected parquet:GLOB, table:GLOB or folder:DIR")
     columns = dict(columns or {})
     check_columns(columns)
     if kind == "parquet" and columns:
-        raise ValueError("columns: Pick-a-Pic's are known, expected none for parquet:GLOB; use table:GLOB")
+        raise UserError("columns: Pick-a-Pic's are known, expected none for parquet:GLOB; use table:GLOB")
     if kind == "folder":
         filesystem, path = open_url("images", where)
         try:
@@ -176,7 +178,7 @@ def shards(spec: str, wanted: Collection[str], columns: dict[str, str] | None = 
 
 
 def open_url(what: str, url: str):
-    """fsspec's file system of a URL or path, and the path there. Raises ValueError where it is unknown or not installed."""
+    """fsspec's file system of a URL or path, and the path there. Raises UserError where it is unknown or not installed."""
     try:
         return fsspec.core.url_to_fs(url)
     except Exception as error:
@@ -184,7 +186,7 @@ def open_url(what: str, url: str):
 
 
 def parquet_files(what: str, pattern: str) -> tuple[fsspec.AbstractFileSystem, dict[str, dict]]:
-    """Files that a pattern, a path or URL, matches: {path: info} on a file system. Raises ValueError where there is none."""
+    """Files that a pattern, a path or URL, matches: {path: info} on a file system. Raises UserError where there is none."""
     filesystem, path = open_url(what, pattern)
     try:
         found = filesystem.glob(path, detail=True)
@@ -192,12 +194,12 @@ def parquet_files(what: str, pattern: str) -> tuple[fsspec.AbstractFileSystem, d
         raise unreadable(what, pattern, error) from error
     files = {name: info for name, info in sorted(found.items()) if info["type"] == "file"}
     if not files:
-        raise ValueError(f"{what}: no file matches {pattern!r}, expected parquet files; quote the pattern in a shell")
+        raise UserError(f"{what}: no file matches {pattern!r}, expected parquet files; quote the pattern in a shell")
     return filesystem, files
 
 
 def open_parquet(what: str, url: str) -> pyarrow.parquet.ParquetFile:
-    """A parquet file, its footer read. Raises ValueError where that cannot be."""
+    """A parquet file, its footer read. Raises UserError where that cannot be."""
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
         return pyarrow.parquet.ParquetFile(path, filesystem=filesystem, buffer_size=_BUFFER)
@@ -205,14 +207,14 @@ def open_parquet(what: str, url: str) -> pyarrow.parquet.ParquetFile:
         raise unreadable(what, url, error) from error
 
 
-def unreadable(what: str, url: str, error: Exception) -> ValueError:
+def unreadable(what: str, url: str, error: Exception) -> UserError:
     """What to raise where reading a parquet file, or reaching a URL, raised `error`: names both, and what to do."""
     said = " ".join(str(error).split())
     of_pyarrow = type(error) is OSError and not error.errno  # of a page
     if of_pyarrow or isinstance(error, pyarrow.ArrowException | UnicodeDecodeError):
         again = "download it again (in a git clone: git lfs pull)"
-        return ValueError(f"{what}: {local(url)} is not a readable parquet file ({said}); {again}")
-    return ValueError(
+        return UserError(f"{what}: {local(url)} is not a readable parquet file ({said}); {again}")
+    return UserError(
         f"{what}: cannot reach {local(url)} ({type(error).__name__}: {said}); install what its file system needs (gs:// "
         "gcsfs, s3:// s3fs, hf:// huggingface_hub), see to the network and your rights there, or give the path of a copy"
     )
@@ -230,23 +232,23 @@ def plain(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[bytes, str, bytes]
       picture in 64 pixels, to tell whether two are the same.
 
     Raises:
-      ValueError: it cannot be decoded, or has more than 5 * `max_pixels`; the message is the reason alone.
+      UserError: it cannot be decoded, or has more than 5 * `max_pixels`; the message is the reason alone.
     """
     if not data:
-        raise ValueError("no bytes")
+        raise UserError("no bytes")
     limit = PIL.Image.MAX_IMAGE_PIXELS
     PIL.Image.MAX_IMAGE_PIXELS = None  # ours is below
     try:
         with warnings.catch_warnings(action="ignore"), PIL.Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             if image.width * image.height > _REFUSED * max_pixels:
-                raise ValueError(f"more than {_REFUSED * max_pixels / 1e6:g} megapixels")
+                raise UserError(f"more than {_REFUSED * max_pixels / 1e6:g} megapixels")
             changes = _changes(image, data, max_pixels)
             rgb = _rgb(image, max_pixels)
     except PIL.UnidentifiedImageError as error:
-        raise ValueError("no known image format") from error
+        raise UserError("no known image format") from error
     except Exception as error:  # Pillow's plugins raise any kind on a damaged file
         message = "truncated" if "truncated" in str(error).lower() else str(error)[:80] or type(error).__name__
-        raise ValueError(message) from error
+        raise UserError(message) from error
     finally:
         PIL.Image.MAX_IMAGE_PIXELS = limit
     look = rgb.resize((8, 8), PIL.Image.Resampling.BOX).tobytes()
@@ -293,10 +295,10 @@ def _rgb(image: PIL.Image.Image, max_pixels: int) -> PIL.Image.Image:
     elif image.mode[0] == "I":  # Pillow's own conversion clips these at 255
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 0xFFFF:
-            raise ValueError("more than 16 bits")
+            raise UserError("more than 16 bits")
         rgb = PIL.Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
     elif image.mode == "F":
-        raise ValueError("more than 16 bits")
+        raise UserError("more than 16 bits")
     else:
         rgb = image.convert("RGB")
     if scale < 1:
@@ -309,9 +311,9 @@ def _rgb(image: PIL.Image.Image, max_pixels: int) -> PIL.Image.Image:
 
 
 def check_columns(given: Collection[str], roles: Collection[str] = tuple(GUESSES)) -> None:
-    """Raises ValueError where columns are given for something else than the roles."""
+    """Raises UserError where columns are given for something else than the roles."""
     if unknown := set(given) - set(roles):
-        raise ValueError(f"columns: got {', '.join(sorted(unknown))}, expected some of {', '.join(roles)}")
+        raise UserError(f"columns: got {', '.join(sorted(unknown))}, expected some of {', '.join(roles)}")
 
 
 def choose_columns(
@@ -320,7 +322,7 @@ def choose_columns(
     """{role: column} of `leaves` {column: type} for the roles of `guesses`, as given or guessed.
 
     Raises:
-      ValueError: a given column is absent or of a wrong type, or no column of the right type has a name that tells.
+      UserError: a given column is absent or of a wrong type, or no column of the right type has a name that tells.
     """
     chosen, faults = {}, []
     for role, guessed in guesses.items():
@@ -339,7 +341,7 @@ def choose_columns(
                 faults.append(f"no column for the {role}, expected {expected} called {names}, or --columns={role}=NAME")
         chosen[role] = column
     if faults:
-        raise ValueError(f"{where}: {'; '.join(faults)}. Columns there: {listed(leaves)}")
+        raise UserError(f"{where}: {'; '.join(faults)}. Columns there: {listed(leaves)}")
     return chosen
 
 
@@ -409,9 +411,9 @@ def _uid(value, wanted: Collection[str]) -> str | None:
 def _folder(filesystem, folder: str, wanted: Collection[str], columns: dict[str, str]) -> list[Files]:
     if not filesystem.isdir(folder):
         expected = f"images named by uid and one of {', '.join(_CAPTIONS)}"
-        raise ValueError(f"images: no folder {folder} is there or can be reached, expected {expected}")
+        raise UserError(f"images: no folder {folder} is there or can be reached, expected {expected}")
     if "image" in columns:
-        raise ValueError("columns: got image, expected uid and prompt alone: a folder's images are its files")
+        raise UserError("columns: got image, expected uid and prompt alone: a folder's images are its files")
     captions = _read_captions(filesystem, folder, wanted, columns)
     files = []
     for path, info in sorted(filesystem.find(folder, detail=True).items()):
@@ -419,7 +421,7 @@ def _folder(filesystem, folder: str, wanted: Collection[str], columns: dict[str,
         if path.suffix.lower() in EXTENSIONS and path.stem in wanted:
             files.append((path.stem, captions.get(path.stem), str(path), info))
     if not files:
-        raise ValueError(f"images: {folder} has no image called by a uid of the records, such as {min(wanted)}.jpg")
+        raise UserError(f"images: {folder} has no image called by a uid of the records, such as {min(wanted)}.jpg")
     result = []
     for start in range(0, len(files), _FILES_AT_ONCE):
         group = files[start : start + _FILES_AT_ONCE]
@@ -433,13 +435,13 @@ def _read_captions(filesystem, folder: str, wanted: Collection[str], columns: di
     paths = [path for name in _CAPTIONS if filesystem.isfile(path := f"{folder}/{name}")]
     if len(paths) != 1:
         got = " and ".join(paths) or "none"
-        raise ValueError(f"images: {folder}: got {got}, expected one of {', '.join(_CAPTIONS)} with uid and caption")
+        raise UserError(f"images: {folder}: got {got}, expected one of {', '.join(_CAPTIONS)} with uid and caption")
     (path,) = paths
     captions = {}
     for number, (value, caption) in enumerate(_caption_rows(filesystem, path, columns), 1):
         uid = _uid(value, wanted)
         if uid is not None and captions.setdefault(uid, caption) != caption:
-            raise ValueError(
+            raise UserError(
                 f"images: {path} entry {number}: uid {uid!r} has the captions {captions[uid]!r} and {caption!r}, expected "
                 "one; remove the other"
             )
@@ -480,10 +482,10 @@ def _caption_rows(filesystem, path: str, columns: dict[str, str]) -> Iterator[tu
                         raise TypeError("the caption is no string")
                 except (json.JSONDecodeError, KeyError, TypeError) as error:
                     got, expected = line.strip()[:80], '{"uid": "...", "caption": "..."}'
-                    raise ValueError(f"images: {path} line {number}: got {got!r}, expected {expected}") from error
+                    raise UserError(f"images: {path} line {number}: got {got!r}, expected {expected}") from error
                 yield value, caption
     except UnicodeDecodeError as error:
-        raise ValueError(f"images: {path}: got text that is not UTF-8 ({error}), expected UTF-8") from error
+        raise UserError(f"images: {path}: got text that is not UTF-8 ({error}), expected UTF-8") from error
 
 
 def _csv_rows(reader: csv.DictReader, path: str, names) -> Iterator[tuple[str, str]]:
@@ -499,7 +501,7 @@ def _csv_rows(reader: csv.DictReader, path: str, names) -> Iterator[tuple[str, s
             yield row[uid], row[prompt]
             line = reader.line_num + 1  # where a quote that is never closed is opened, rather than the end of the file
     except csv.Error as error:
-        raise ValueError(
+        raise UserError(
             f"images: {path} line {line}: got {error}, expected as many fields as the header "
             'has; put a field with a comma, a quote or a line break in quotes, such as "a cat, on a ""table"""'
         ) from error

@@ -4,6 +4,8 @@ import difflib
 import re
 from collections.abc import Sequence
 
+from richhf_data.errors import UserError
+
 MISALIGNED, ALIGNED = 0, 1
 SUFFIX = "_0"
 _SEPARATORS = re.compile(r'[,.?!":; ]+')
@@ -22,11 +24,11 @@ def parse_labels(text: str) -> list[int]:
     """The published `prompt_misalignment_label`, space-separated 0 and 1, as integers.
 
     Raises:
-      ValueError: an entry is neither 0 nor 1.
+      UserError: an entry is neither 0 nor 1.
     """
     entries = text.split()
     if bad := [entry for entry in entries if entry not in ("0", "1")]:
-        raise ValueError(f"prompt_misalignment_label: got entry {bad[0]!r} in {text[:80]!r}, expected 0 or 1")
+        raise UserError(f"prompt_misalignment_label: got entry {bad[0]!r} in {text[:80]!r}, expected 0 or 1")
     return [int(entry) for entry in entries]
 
 
@@ -37,10 +39,10 @@ def label_prompt(tokens: Sequence[str], labels: Sequence[int]) -> str:
     'a yellow_0 cat'
 
     Raises:
-      ValueError: there are not as many labels as tokens.
+      UserError: there are not as many labels as tokens.
     """
     if len(tokens) != len(labels):
-        raise ValueError(f"labels: got {len(labels)} for {len(tokens)} prompt tokens, expected one each")
+        raise UserError(f"labels: got {len(labels)} for {len(tokens)} prompt tokens, expected one each")
     return " ".join(
         token + SUFFIX if label == MISALIGNED else token for token, label in zip(tokens, labels, strict=True)
     )

@@ -26,6 +26,7 @@ import scipy.stats
 from tabulate import tabulate
 
 from richhf_data import keywords
+from richhf_data.errors import UserError
 from richhf_data.schema import HEATMAPS, SCORES
 
 EPSILON = 1e-8
@@ -121,7 +122,7 @@ def auc_judd(prediction: np.ndarray, truth: np.ndarray, indices: Sequence[int] |
     p, g = _pixels(prediction, truth)
     indices = range(len(p)) if indices is None else indices
     if len(indices) != len(p):
-        raise ValueError(f"indices: got {len(indices)} for {len(p)} images, expected one each")
+        raise UserError(f"indices: got {len(indices)} for {len(p)} images, expected one each")
     values = np.full(len(p), np.nan)
     for row, index in enumerate(indices):
         fixated = g[row] > 0
@@ -141,9 +142,9 @@ def _pixels(prediction, truth):
     """Checks two [n, h, w] maps; both as float64[n, h * w]."""
     prediction, truth = np.asarray(prediction), np.asarray(truth)
     if prediction.ndim != 3 or prediction.size == 0:
-        raise ValueError(f"prediction: got shape {prediction.shape}, expected a [n, h, w] that is not empty")
+        raise UserError(f"prediction: got shape {prediction.shape}, expected a [n, h, w] that is not empty")
     if truth.shape != prediction.shape:
-        raise ValueError(f"truth: got shape {truth.shape}, expected the prediction's {prediction.shape}")
+        raise UserError(f"truth: got shape {truth.shape}, expected the prediction's {prediction.shape}")
     n = len(prediction)
     return prediction.reshape(n, -1).astype(np.float64), truth.reshape(n, -1).astype(np.float64)
 
@@ -192,10 +193,10 @@ def evaluate(targets: Sequence[Mapping[str, Any]], predictions: Sequence[Mapping
       sequence did not copy is a miss if it is misaligned, and never a false alarm, in both.
 
     Raises:
-      ValueError: lengths or shapes do not match, or a prediction is not finite or not in its range.
+      UserError: lengths or shapes do not match, or a prediction is not finite or not in its range.
     """
     if len(targets) != len(predictions):
-        raise ValueError(f"predictions: got {len(predictions)} for {len(targets)} targets, expected one each")
+        raise UserError(f"predictions: got {len(predictions)} for {len(targets)} targets, expected one each")
     pairs = []
     for i, (target, prediction) in enumerate(zip(targets, predictions, strict=True)):
         _check(i, target, prediction)
@@ -215,30 +216,30 @@ def _check(i, target, prediction):
     for name, length in (("score", len(SCORES)), ("heatmap", len(HEATMAPS))):
         if np.shape(target[f"{name}_mask"]) != (length,):
             got = np.shape(target[f"{name}_mask"])
-            raise ValueError(f"targets[{i}]['{name}_mask']: got shape {got}, expected ({length},)")
+            raise UserError(f"targets[{i}]['{name}_mask']: got shape {got}, expected ({length},)")
     for side, row in (("targets", target), ("predictions", prediction)):
         if np.shape(row["scores"]) != (len(SCORES),):
-            raise ValueError(f"{side}[{i}]['scores']: got shape {np.shape(row['scores'])}, expected ({len(SCORES)},)")
+            raise UserError(f"{side}[{i}]['scores']: got shape {np.shape(row['scores'])}, expected ({len(SCORES)},)")
         bad = ~np.isfinite(row["scores"]) & np.asarray(target["score_mask"], bool)
         if bad.any():
             k = int(np.argmax(bad))
-            raise ValueError(f"{side}[{i}]['scores']: got {SCORES[k]} = {row['scores'][k]}, expected a finite number")
+            raise UserError(f"{side}[{i}]['scores']: got {SCORES[k]} = {row['scores'][k]}, expected a finite number")
     if not np.any(target["heatmap_mask"]):
         return
     truth, predicted = np.asarray(target["heatmaps"]), np.asarray(prediction["heatmaps"])
     if truth.dtype != np.uint8 or truth.ndim != 3 or truth.shape[2] != len(HEATMAPS) or truth.size == 0:
-        raise ValueError(
+        raise UserError(
             f"targets[{i}]['heatmaps']: got {truth.dtype}{list(truth.shape)}, expected uint8[h, w, {len(HEATMAPS)}]"
         )
     if predicted.shape != truth.shape:
-        raise ValueError(
+        raise UserError(
             f"predictions[{i}]['heatmaps']: got shape {predicted.shape}, expected the target's {truth.shape}; resize it"
         )
     for k, name in enumerate(HEATMAPS):
         if target["heatmap_mask"][k]:
             low, high = float(predicted[..., k].min()), float(predicted[..., k].max())
             if not (low >= 0.0 and high <= 1.0):  # false for nan too
-                raise ValueError(
+                raise UserError(
                     f"predictions[{i}]['heatmaps']: got {name} from {low} to {high}, expected values in [0, 1]"
                 )
 
@@ -299,7 +300,7 @@ def _evaluate_keywords(pairs):
             continue
         tokens = keywords.tokenize(target["prompt"])
         if len(tokens) != len(target["labels"]):
-            raise ValueError(
+            raise UserError(
                 f"labels: got {len(target['labels'])} for the {len(tokens)} tokens of prompt {target['prompt']!r}, "
                 "expected one each (None if they are unknown)"
             )
@@ -356,9 +357,9 @@ def constant_predictions(
     """
     mean_scores, mean_heatmaps = np.asarray(mean_scores, np.float32), np.asarray(mean_heatmaps, np.float32)
     if mean_scores.shape != (len(SCORES),):
-        raise ValueError(f"mean_scores: got shape {mean_scores.shape}, expected ({len(SCORES)},)")
+        raise UserError(f"mean_scores: got shape {mean_scores.shape}, expected ({len(SCORES)},)")
     if mean_heatmaps.ndim != 3 or mean_heatmaps.shape[2] != len(HEATMAPS):
-        raise ValueError(f"mean_heatmaps: got shape {mean_heatmaps.shape}, expected [h, w, {len(HEATMAPS)}]")
+        raise UserError(f"mean_heatmaps: got shape {mean_heatmaps.shape}, expected [h, w, {len(HEATMAPS)}]")
     mean_scores, mean_heatmaps = np.nan_to_num(mean_scores, nan=0.5), np.nan_to_num(mean_heatmaps, nan=0.0)
     resized: dict[tuple[int, int], np.ndarray] = {}
     predictions = []

@@ -18,6 +18,7 @@ import matplotlib.colors
 import numpy as np
 
 from richhf_data import keywords
+from richhf_data.errors import UserError
 
 JPEG_QUALITY = 85
 
@@ -32,7 +33,7 @@ def overlay(image: np.ndarray, heatmap: np.ndarray) -> np.ndarray:
     Colour and opacity follow the square root of the value (see the module's docstring).
 
     Raises:
-      ValueError: the image is not uint8[H, W, 3], or the heatmap not [h, w] in [0, 1].
+      UserError: the image is not uint8[H, W, 3], or the heatmap not [h, w] in [0, 1].
     """
     check_image("image", image)
     check_heatmap("heatmap", heatmap)
@@ -100,13 +101,13 @@ def check_image(name: str, image: np.ndarray) -> None:
     """Refuses what is not uint8[H, W, 3]."""
     if np.asarray(image).dtype != np.uint8 or np.ndim(image) != 3 or np.shape(image)[2] != 3 or not np.size(image):
         got = f"{np.asarray(image).dtype}{list(np.shape(image))}"
-        raise ValueError(f"{name}: got {got}, expected uint8[H, W, 3]")
+        raise UserError(f"{name}: got {got}, expected uint8[H, W, 3]")
 
 
 def check_heatmap(name: str, heatmap: np.ndarray) -> None:
     """Refuses what is not [h, w] in [0, 1]."""
     if np.ndim(heatmap) != 2 or not np.size(heatmap):
-        raise ValueError(f"{name}: got shape {np.shape(heatmap)}, expected [h, w]")
+        raise UserError(f"{name}: got shape {np.shape(heatmap)}, expected [h, w]")
     low, high = float(np.min(heatmap)), float(np.max(heatmap))
     if not (low >= 0 and high <= 1):  # false for nan too
-        raise ValueError(f"{name}: got values from {low} to {high}, expected [0, 1] (divide uint8 by 255)")
+        raise UserError(f"{name}: got values from {low} to {high}, expected [0, 1] (divide uint8 by 255)")

@@ -22,6 +22,7 @@ import cv2
 import numpy as np
 
 from richhf_data import keywords, schema
+from richhf_data.errors import UserError
 from richhf_data.tensorflow_cpu import tf
 
 KEYS = (schema.RAW_UID, *schema.RAW_SCORES.values(), *schema.RAW_HEATMAPS.values(), schema.RAW_LABELS)
@@ -45,7 +46,7 @@ def write(path, raw_records: Iterable[dict], allow_absent: bool = False) -> int:
     The file appears under its name only when it is complete.
 
     Raises:
-      ValueError: a record that `decode` refuses.
+      UserError: a record that `decode` refuses.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +78,7 @@ def read(path, allow_absent: bool = False) -> Iterator[dict]:
     """Yields the raw records of a file in order, each checked by `decode`.
 
     Raises:
-      ValueError: no such file, a Git LFS pointer, a truncated or corrupt record, or a record that `decode` refuses.
+      UserError: no such file, a Git LFS pointer, a truncated or corrupt record, or a record that `decode` refuses.
     """
     for number, raw in enumerate(read_unchecked(path, allow_absent)):
         decode(raw, f"{path} record {number}", allow_absent)
@@ -95,7 +96,7 @@ def read_unchecked(path, allow_absent: bool = False) -> Iterator[dict]:
         except StopIteration:
             return
         except tf.errors.DataLossError as error:
-            raise ValueError(_corrupt(path, number, error.message)) from error
+            raise UserError(_corrupt(path, number, error.message)) from error
         yield parse(serialized.numpy(), f"{path} record {number}", allow_absent)
         number += 1
 
@@ -104,14 +105,14 @@ def parse(serialized: bytes, where: str, allow_absent: bool = False) -> dict:
     """One raw record from a serialised `tf.train.Example`; `where` names it in errors.
 
     Raises:
-      ValueError: not an example, or one without all the published keys (the first one, with `allow_absent`), one value
+      UserError: not an example, or one without all the published keys (the first one, with `allow_absent`), one value
         each.
     """
     example = tf.train.Example()
     try:
         example.ParseFromString(serialized)
     except Exception as error:  # protobuf's DecodeError, which has moved between its versions
-        raise ValueError(f"{where}: got bytes that are not a tf.train.Example, expected a RichHF record") from error
+        raise UserError(f"{where}: got bytes that are not a tf.train.Example, expected a RichHF record") from error
     features = example.features.feature
     if schema.RAW_UID in features and features[schema.RAW_UID].bytes_list.value:
         name = features[schema.RAW_UID].bytes_list.value[0].decode(errors="replace")
@@ -125,7 +126,7 @@ def parse(serialized: bytes, where: str, allow_absent: bool = False) -> dict:
         if len(values) != 1:
             got = f"{len(values)} values of type {kind}" if key in features else "no such key"
             present = ", ".join(sorted(features)) or "none"
-            raise ValueError(
+            raise UserError(
                 f"{where}: key {key!r}: got {got}, expected one value of type {kind}. Keys present: {present}. "
                 f"RichHF records come from google-research-datasets/richhf-18k; {_ABSENT}"
             )
@@ -134,7 +135,7 @@ def parse(serialized: bytes, where: str, allow_absent: bool = False) -> dict:
         for key in {schema.RAW_UID, schema.RAW_LABELS} & raw.keys():
             raw[key] = raw[key].decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: got text that is not UTF-8 ({error}), expected UTF-8") from error
+        raise UserError(f"{where}: got text that is not UTF-8 ({error}), expected UTF-8") from error
     return raw
 
 
@@ -147,26 +148,26 @@ def decode(raw: dict, where: str = "record", allow_absent: bool = False) -> dict
       False, and absent labels are None.
 
     Raises:
-      ValueError: a missing key (`filename` alone with `allow_absent`), a score outside [0, 1], a map that is not a
+      UserError: a missing key (`filename` alone with `allow_absent`), a score outside [0, 1], a map that is not a
         one-channel 512 x 512 image, or a label that is neither 0 nor 1.
     """
     for key in KEYS:
         if key not in raw and not (allow_absent and key != schema.RAW_UID):
             present = ", ".join(raw)
-            raise ValueError(f"{where}: key {key!r}: got no such key, expected it. Keys present: {present}; {_ABSENT}")
+            raise UserError(f"{where}: key {key!r}: got no such key, expected it. Keys present: {present}; {_ABSENT}")
     uid = uid_of(raw)
     where = f"{where} (uid {uid!r})"
     scores = np.asarray([raw.get(key, 0) for key in schema.RAW_SCORES.values()], np.float32)
     for key, score in zip(schema.RAW_SCORES.values(), scores.tolist(), strict=True):
         if math.isnan(score) or not 0 <= score <= 1:
-            raise ValueError(
+            raise UserError(
                 f"{where}: {key}: got {score:g}, expected a number in [0, 1]; "
                 "a Likert mean s of 1 to 5 becomes (s - 1) / 4"
             )
     try:
         labels = keywords.parse_labels(raw[schema.RAW_LABELS]) if schema.RAW_LABELS in raw else None
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
     heatmaps = np.zeros((schema.RAW_MAP_SIZE, schema.RAW_MAP_SIZE, len(schema.HEATMAPS)), np.uint8)
     for i, key in enumerate(schema.RAW_HEATMAPS.values()):
         if key in raw:
@@ -186,10 +187,10 @@ def _decode_map(encoded: bytes, where: str) -> np.ndarray:
     size = schema.RAW_MAP_SIZE
     image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED) if encoded else None
     if image is None:
-        raise ValueError(f"{where}: got {len(encoded)} bytes that do not decode as an image, expected a PNG")
+        raise UserError(f"{where}: got {len(encoded)} bytes that do not decode as an image, expected a PNG")
     if image.shape != (size, size) or image.dtype != np.uint8:
         channels = image.shape[2] if image.ndim == 3 else 1
-        raise ValueError(
+        raise UserError(
             f"{where}: got a {image.shape[1]} x {image.shape[0]} image of {channels} {image.dtype} channel(s), "
             f"expected {size} x {size} of 1 uint8 channel; resize it, or re-encode it as an 8-bit grey-scale PNG"
         )
@@ -202,7 +203,7 @@ class RandomAccess(Sequence):
     Only the record lengths are read beforehand, and checksums are not checked: `read` does that.
 
     Raises:
-      ValueError: a missing file, a Git LFS pointer or a truncated file.
+      UserError: a missing file, a Git LFS pointer or a truncated file.
     """
 
     def __init__(self, paths: Sequence):
@@ -217,7 +218,7 @@ class RandomAccess(Sequence):
                     length = struct.unpack("<Q", header[:8])[0] if len(header) == _HEADER else size
                     end = offset + _HEADER + length + _FOOTER
                     if end > size:
-                        raise ValueError(_corrupt(path, number, f"it would end at byte {end} of {size}"))
+                        raise UserError(_corrupt(path, number, f"it would end at byte {end} of {size}"))
                     entries.append((len(self._files), offset + _HEADER, length))
                     offset, number = end, number + 1
             self._files.append(open(path, "rb"))  # noqa: SIM115 - kept open for the life of the object
@@ -233,12 +234,12 @@ class RandomAccess(Sequence):
 
 def _check_file(path) -> None:
     if "://" in str(path):
-        raise ValueError(f"records: got the remote path {path}, expected a local file; copy it to a local disk first")
+        raise UserError(f"records: got the remote path {path}, expected a local file; copy it to a local disk first")
     if not pathlib.Path(path).is_file():
-        raise ValueError(f"records: no file {path}; expected a RichHF TFRecord file such as train.tfrecord")
+        raise UserError(f"records: no file {path}; expected a RichHF TFRecord file such as train.tfrecord")
     with open(path, "rb") as file:
         if file.read(len(_LFS_START)) == _LFS_START:
-            raise ValueError(
+            raise UserError(
                 f"records: {path} is a Git LFS pointer (a few lines of text), expected the records themselves; "
                 "run `git lfs install && git lfs pull` in the clone of google-research-datasets/richhf-18k"
             )

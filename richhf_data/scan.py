@@ -20,6 +20,7 @@ import pyarrow.parquet
 from tqdm.auto import tqdm
 
 from richhf_data import images, keywords
+from richhf_data.errors import UserError
 from richhf_data.synthetic import stream
 
 _FORMAT = 1  # of the parts: another number, other folders
@@ -70,9 +71,9 @@ def _rows(found: Iterator[images.Row], max_pixels: int) -> Iterator[dict]:
         row = {"uid": uid, "caption": caption or "", "image": b"", "changes": "", "fault": "", "look": b""}
         try:
             if not (caption and caption.strip()):
-                raise ValueError("no caption")
+                raise UserError("no caption")
             image, row["changes"], row["look"] = images.plain(encoded, max_pixels)
-        except ValueError as error:
+        except UserError as error:
             yield row | {"fault": str(error)}
             continue
         yield row if uid in have else row | {"image": image}
@@ -103,7 +104,7 @@ class Found:
             with fsspec.open(part, "rb") as file:
                 table = pyarrow.parquet.read_table(file, columns=[name for name in _SCHEMA.names if name != "image"])
         except pyarrow.ArrowException as error:
-            raise ValueError(f"images: {part} is damaged ({error}); delete it and run the command again") from error
+            raise UserError(f"images: {part} is damaged ({error}); delete it and run the command again") from error
         for row in table.to_pylist():
             uid = row["uid"]
             if row["fault"]:
@@ -166,7 +167,7 @@ def gather(
       the images, and the folder of the part files, which must stay as long as they are read.
 
     Raises:
-      ValueError: what images.py refuses, of the first faulty shards; no wanted uid is in the source.
+      UserError: what images.py refuses, of the first faulty shards; no wanted uid is in the source.
     """
     wanted = frozenset(wanted)
     shards = images.shards(spec, wanted, columns)
@@ -197,7 +198,7 @@ def gather(
     if looked < len(shards):
         print(f"images: all found; {len(shards) - looked} of {len(shards)} shards were not looked at")
     if not found and not found.faults:
-        raise ValueError(
+        raise UserError(
             f"images: {spec!r} has none of the {len(wanted)} uids, expected such as {_some(wanted)}; got such as "
             f"{_some(shards[0].sample())}; point --images at the right images, or --columns=uid=NAME at the right column"
         )
@@ -218,11 +219,11 @@ def _check(todo) -> None:
     for shard in todo:
         try:
             shard.check()
-        except ValueError as error:
+        except UserError as error:
             faults.append(str(error))
     if faults:
         more = f"\n... and {len(faults) - _NAMED} more faulty files" if len(faults) > _NAMED else ""
-        raise ValueError("\n".join(faults[:_NAMED]) + more)
+        raise UserError("\n".join(faults[:_NAMED]) + more)
 
 
 def _scanned(shards, left: set[str], job, workers: int, bar) -> Iterator:
@@ -253,7 +254,7 @@ def _scanned(shards, left: set[str], job, workers: int, bar) -> Iterator:
                 future.result()
             yield shard
     except concurrent.futures.process.BrokenProcessPool as error:
-        raise ValueError(
+        raise UserError(
             "images: a worker process died, most likely for want of memory; run the command again, which goes on, with "
             f"fewer --workers (now {workers})"
         ) from error
@@ -280,7 +281,7 @@ def _run_pipeline(shards, job, options: str) -> None:
         import apache_beam
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError as error:
-        raise ValueError("beam: Apache Beam is not installed; pip install 'rahf[beam]'") from error
+        raise UserError("beam: Apache Beam is not installed; pip install 'rahf[beam]'") from error
     with apache_beam.Pipeline(options=PipelineOptions(shlex.split(options))) as pipeline:
         _ = pipeline | apache_beam.Create(shards) | apache_beam.Reshuffle() | apache_beam.Map(job)
 

@@ -27,6 +27,8 @@ A row that only pads a batch is all zeros, masks included.
 
 import hashlib
 
+from richhf_data.errors import UserError
+
 SCORES = ("plausibility", "alignment", "aesthetics", "overall")
 HEATMAPS = ("implausibility", "misalignment")
 
@@ -88,4 +90,4 @@ def task_prompts(prompt: str, variant: str) -> list[str]:
         return [prompt]
     if variant == "augmented_prompt":
         return [f"{task} {prompt}" for task in TASKS]
-    raise ValueError(f"variant: got {variant!r}, expected one of {VARIANTS}")
+    raise UserError(f"variant: got {variant!r}, expected one of {VARIANTS}")

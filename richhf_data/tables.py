@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow
 
 from richhf_data import consolidate, images, keywords, schema
+from richhf_data.errors import UserError
 
 _ROWS_AT_ONCE = 4  # bounds memory, beside a compressed row group: Rapidata's rows have two maps of 1024 x 1024
 NO_MISTAKES = "[No_mistakes]"  # what an annotator chooses who finds every word depicted
@@ -50,7 +51,7 @@ class Item(NamedTuple):
 def _item(uid: str, prompt: str, encoded: bytes, raw: dict, where: str, caption: str | None, max_pixels: int) -> Item:
     try:
         image, changes, _ = images.plain(encoded, max_pixels)
-    except ValueError as error:
+    except UserError as error:
         problem = ("images_undecodable", str(error)) if encoded else ("images_missing", "")
         return Item(uid, prompt, None, raw, where, caption, problem=problem)
     return Item(uid, prompt, image, raw, where, caption, changes)
@@ -65,7 +66,7 @@ class Table:
       guesses: {image or prompt: names, the first match wins}. kinds: {further column: one of `_KINDS`}.
 
     Raises:
-      ValueError: no file matches, one is not parquet, or it lacks a column or has it with another type; prints the
+      UserError: no file matches, one is not parquet, or it lacks a column or has it with another type; prints the
         columns found with their types.
     """
 
@@ -82,7 +83,7 @@ class Table:
             wrong = [name for name, kind in self._kinds.items() if name not in found or not _KINDS[kind](found[name])]
             if wrong:
                 expected = ", ".join(f"{name} ({self._kinds[name]})" for name in wrong)
-                raise ValueError(f"{where}: got columns {images.listed(found)}; expected also {expected}")
+                raise UserError(f"{where}: got columns {images.listed(found)}; expected also {expected}")
 
     def identity(self) -> list:
         """The columns; and each file's name, size and hash of its footer, which has the sizes and statistics of the data."""
@@ -201,7 +202,7 @@ class Rapidata(_Source):
         images are scaled down.
 
     Raises:
-      ValueError: as `Table`; a score column's values are neither within [0, 1] nor within [1, 5].
+      UserError: as `Table`; a score column's values are neither within [0, 1] nor within [1, 5].
     """
 
     SCORES = {"plausibility": "coherence_score", "alignment": "alignment_score", "aesthetics": "style_score"}  # noqa: RUF012
@@ -226,7 +227,7 @@ class Rapidata(_Source):
         values = values[~np.isnan(values)]
         low, high = (values.min(), values.max()) if values.size else (0.0, 0.0)
         if low < 0 or high > schema.LIKERT_HIGH or (high > 1 and low < schema.LIKERT_LOW):
-            raise ValueError(
+            raise UserError(
                 f"rapidata: column {column}: got values from {low:g} to {high:g}, expected all of them from 0 to 1, or "
                 f"all from {schema.LIKERT_LOW} to {schema.LIKERT_HIGH}"
             )
@@ -266,10 +267,10 @@ class Rapidata(_Source):
             return None
         widths = set(lines.value_lengths().to_pylist())
         if len(widths) != 1 or widths & {None, 0}:
-            raise ValueError(f"{where}: {self.HEATMAPS[name]}: got rows of lengths {widths}, expected one length")
+            raise UserError(f"{where}: {self.HEATMAPS[name]}: got rows of lengths {widths}, expected one length")
         values = lines.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(lines), -1)
         if not (values.min() >= 0 and values.max() <= 1):  # false for nan too
-            raise ValueError(
+            raise UserError(
                 f"{where}: {self.HEATMAPS[name]}: got values from {values.min()} to {values.max()}, expected [0, 1]"
             )
         size = schema.RAW_MAP_SIZE
@@ -283,11 +284,11 @@ class Rapidata(_Source):
         try:
             pairs = [(str(word), float(score)) for word, score in json.loads(text)]
         except (TypeError, ValueError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{where}: word_scores: got {text[:80]!r} ({error}), expected JSON such as [[\"cat\", 0.5], ...]"
             ) from error
         if bad := [score for _, score in pairs if not 0 <= score < np.inf]:
-            raise ValueError(f"{where}: word_scores: got the score {bad[0]}, expected none below 0")
+            raise UserError(f"{where}: word_scores: got the score {bad[0]}, expected none below 0")
         scores = [score for word, score in pairs if word != NO_MISTAKES for _ in keywords.tokenize(word)]
         tokens = [token for word, _ in pairs if word != NO_MISTAKES for token in keywords.tokenize(word)]
         right = [score for word, score in pairs if word == NO_MISTAKES]
@@ -313,7 +314,7 @@ class Captions(_Source):
       max_pixels: larger images are scaled down.
 
     Raises:
-      ValueError: as `Table`; or no such TFDS dataset or feature.
+      UserError: as `Table`; or no such TFDS dataset or feature.
     """
 
     def __init__(
@@ -354,12 +355,12 @@ class _TfdsTable:
             self._builder = tfds.builder(name, data_dir=data_dir)
         except (tfds.core.registered.DatasetNotFoundError, ValueError) as error:
             where = data_dir or "TFDS's default folder"
-            raise ValueError(
+            raise UserError(
                 f"captions: no TFDS dataset {name!r} is known or in {where}, expected its name; see --tfds_data_dir"
             ) from error
         info = self._builder.info
         if "train" not in info.splits:
-            raise ValueError(
+            raise UserError(
                 f"captions: TFDS dataset {name!r} is not prepared in {self._builder.data_dir}, expected its split train; "
                 "prepare it with tfds.load, or see --tfds_data_dir"
             )
@@ -372,7 +373,7 @@ class _TfdsTable:
                 found = found[part] if part in getattr(found, "keys", list)() else None
             if found is None:
                 got = f"captions: {name!r}: got features {info.features}"
-                raise ValueError(f"{got}, expected {feature}, or --columns={role}=NAME, parts joined by /")
+                raise UserError(f"{got}, expected {feature}, or --columns={role}=NAME, parts joined by /")
         self._image, self._caption = chosen["image"], chosen["prompt"]
         self._decoders = None
         if isinstance(_part(info.features, self._image), tfds.features.Image):

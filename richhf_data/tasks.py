@@ -19,6 +19,7 @@ from absl import logging
 from etils import epath
 
 from richhf_data import builder, metrics, paths, preprocessors, schema, vocabulary
+from richhf_data.errors import UserError
 from richhf_data.tensorflow_cpu import seqio, tf, tfds
 
 _registered: dict[str, dict] = {}  # task name -> the arguments it was registered with
@@ -51,7 +52,7 @@ def register(
       name: `richhf_<variant>`, `_augment` and a hash of the other arguments by default.
 
     Raises:
-      ValueError: no dataset or vocabulary there; an unknown variant; a text that is too long; or `name` is registered
+      UserError: no dataset or vocabulary there; an unknown variant; a text that is too long; or `name` is registered
         with other arguments.
     """
     data_dir = paths.absolute(data_dir)
@@ -75,7 +76,7 @@ def register(
     if name in _registered:
         if changed := {key for key, value in arguments.items() if _registered[name][key] != value}:
             got = ", ".join(f"{key} {arguments[key]!r} (was {_registered[name][key]!r})" for key in sorted(changed))
-            raise ValueError(f"task {name!r} is registered with other arguments: got {got}; give it another name")
+            raise UserError(f"task {name!r} is registered with other arguments: got {got}; give it another name")
         return name
 
     _check_lengths(folder, vocabulary.Vocabulary(path), variant, text_length, keyword_length, truncate_long_prompts)
@@ -117,26 +118,26 @@ def register_mixture(rates: Mapping[str, float], name: str | None = None) -> str
       name: `richhf_mixture_` and a hash of the arguments by default.
 
     Raises:
-      ValueError: no such task, a rate that is not above 0, tasks whose examples differ in shape or vocabulary, or
+      UserError: no such task, a rate that is not above 0, tasks whose examples differ in shape or vocabulary, or
         `name` is registered with others.
     """
     for task, rate in rates.items():
         arguments(task)  # refuses an unknown name
         if not 0 < rate < math.inf:
-            raise ValueError(f"mixture: got rate {rate} of task {task!r}, expected a number above 0; leave the task out")
+            raise UserError(f"mixture: got rate {rate} of task {task!r}, expected a number above 0; leave the task out")
     if not rates:
-        raise ValueError("mixture: got no task, expected at least one")
+        raise UserError("mixture: got no task, expected at least one")
     first, *others = rates
     for other in others:
         for key, value in arguments(other).items():
             if key != "data_dir" and value != arguments(first)[key]:
-                raise ValueError(
+                raise UserError(
                     f"mixture: task {other!r} has {key} {value!r}, expected that of {first!r}, {arguments(first)[key]!r}"
                 )
     if name is None:
         name = f"richhf_mixture_{hash_of({'rates': list(rates.items())})}"
     if _mixtures.setdefault(name, list(rates.items())) != list(rates.items()):
-        raise ValueError(f"mixture {name!r} is registered with other tasks or rates; give it another name")
+        raise UserError(f"mixture {name!r} is registered with other tasks or rates; give it another name")
     if name not in seqio.MixtureRegistry.names():
         seqio.MixtureRegistry.add(name, list(rates.items()))
     return name
@@ -146,7 +147,7 @@ def components(name: str) -> list[tuple[str, float]]:
     """The tasks of a mixture and their rates; a task's own name with rate 1.
 
     Raises:
-      ValueError: no such task or mixture.
+      UserError: no such task or mixture.
     """
     if name not in _mixtures:
         arguments(name)  # refuses an unknown name
@@ -158,11 +159,11 @@ def arguments(name: str) -> dict:
     """What the task was registered with: the arguments of `register`, paths absolute.
 
     Raises:
-      ValueError: no such task.
+      UserError: no such task.
     """
     if name not in _registered:
         known = ", ".join(_registered) or "none"
-        raise ValueError(f"task: got {name!r}, expected one registered with richhf_data.tasks.register: {known}")
+        raise UserError(f"task: got {name!r}, expected one registered with richhf_data.tasks.register: {known}")
     return dict(_registered[name])
 
 
@@ -239,12 +240,12 @@ def decoded(data_dir, split: str, limit: int | None = None) -> tuple[Iterator[di
       `heatmap_mask`, `labels` and `caption` as `postprocess` gives them.
 
     Raises:
-      ValueError: no dataset or no such split there.
+      UserError: no dataset or no such split there.
     """
     dataset = tfds.builder_from_directory(str(_built(data_dir)))
     splits = dataset.info.splits
     if split not in splits:
-        raise ValueError(f"split: got {split!r}, expected one of the dataset's: {', '.join(splits)}")
+        raise UserError(f"split: got {split!r}, expected one of the dataset's: {', '.join(splits)}")
     count = splits[split].num_examples if limit is None else min(limit, splits[split].num_examples)
     once = tfds.ReadConfig(try_autocache=False)
     examples = preprocessors.decode(dataset.as_dataset(split=split, read_config=once).take(count))
@@ -263,7 +264,7 @@ def hash_of(arguments: dict) -> str:
 def _built(data_dir) -> epath.Path:
     folder = builder.dataset_dir(data_dir)
     if not (folder / "report.json").is_file():
-        raise ValueError(
+        raise UserError(
             f"data_dir: no dataset in {folder}, expected one; run "
             f"python -m richhf_data.build --records=DIR --images=SPEC --data_dir={data_dir}"
         )
@@ -299,5 +300,5 @@ def _check_lengths(folder, pieces: vocabulary.Vocabulary, variant, text_length, 
             f"id (uid {uid!r})"
         )
         if not truncate:
-            raise ValueError(f"{message}; expected {key} >= {needed}, or truncate_long_prompts")
+            raise UserError(f"{message}; expected {key} >= {needed}, or truncate_long_prompts")
         logging.warning("%s: their last pieces are cut", message)

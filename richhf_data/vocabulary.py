@@ -8,6 +8,7 @@ import sentencepiece
 from etils import epath
 
 from richhf_data import keywords, paths, schema
+from richhf_data.errors import UserError
 
 
 class Vocabulary:
@@ -23,15 +24,15 @@ class Vocabulary:
             path /= "spiece.model"
         self.path = str(path)
         if not path.is_file():
-            raise ValueError(f"vocabulary: no file {path}; expected a SentencePiece model (*.model)")
+            raise UserError(f"vocabulary: no file {path}; expected a SentencePiece model (*.model)")
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(path.read_bytes())
         except RuntimeError as error:
-            raise ValueError(f"vocabulary: {path} is not a SentencePiece model ({error})") from error
+            raise UserError(f"vocabulary: {path} is not a SentencePiece model ({error})") from error
         ids = self._processor.pad_id(), self._processor.eos_id(), self._processor.unk_id()
         if ids != (schema.PAD_ID, schema.EOS_ID, schema.UNK_ID):
-            raise ValueError(f"vocabulary: {path} has (pad, eos, unk) = {ids}, expected (0, 1, 2) as T5's has")
+            raise UserError(f"vocabulary: {path} has (pad, eos, unk) = {ids}, expected (0, 1, 2) as T5's has")
 
     def copy(self, path) -> None:
         """Writes the SentencePiece model to `path`, whole or not at all."""
@@ -104,6 +105,6 @@ def train(prompts: Iterable[str], path, size: int = 512) -> Vocabulary:
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise ValueError(f"vocabulary: {size} pieces cannot be trained on these prompts ({error}); allow more") from error
+        raise UserError(f"vocabulary: {size} pieces cannot be trained on these prompts ({error}); allow more") from error
     paths.replace(path, model.getvalue())
     return Vocabulary(path)

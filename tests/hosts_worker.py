@@ -15,9 +15,9 @@ STEPS = 5
 
 def config(source="stream", data_dir=""):
     """A run of five steps that evaluates at its end."""
-    from configs import rahf_ci
+    from rahf import experiments
 
-    config = rahf_ci.get_config()
+    config = experiments.load("rahf_ci")
     config.model.vit.stem_patch = 0  # its norm amplifies the rounding that another order of sums brings
     config.data.update(source=source, data_dir=data_dir, text_length=60)
     config.optimizer.update(kind="adamw", learning_rate=1e-3, ema_decay=0.0)

@@ -236,6 +236,6 @@ def test_browse_writes_a_built_split(tmp_path):
 def test_command_says_what_is_wrong_without_a_traceback(tmp_path):
     command = [sys.executable, "-m", "richhf_data.browse", f"--output={tmp_path}", f"--data_dir={tmp_path}"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "error: data_dir: no dataset in" in result.stderr and "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())

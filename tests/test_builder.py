@@ -327,6 +327,6 @@ def test_command_line(tmp_path):
     result = subprocess.run(
         [*command, "--workers=0", "--vocabulary=nothing"], cwd=ROOT, capture_output=True, text=True, env=os.environ
     )
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "error: vocabulary: no file nothing" in result.stderr
     assert "Traceback" not in result.stderr

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from configs import rahf_ci
-from rahf import checkpoints, optimizers, partitioning, train
+from rahf import checkpoints, experiments, optimizers, partitioning, train
 from rahf.models.rahf import RAHF, RAHFConfig
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -152,7 +151,7 @@ def test_digest_tells_numbers_of_every_width_apart(dtype):
 
 def vit_state(mesh):
     """Random numbers in place of what rahf_ci's training state has for the ViT's kernels: parameters, both moments."""
-    config = rahf_ci.get_config()
+    config = experiments.load("rahf_ci")
     model = RAHF(RAHFConfig.from_dict(config.model.to_dict()))
     optimizer = optimizers.make_optimizer(config.optimizer, config.train.num_steps)
     shapes, shardings = train.state_shardings(model, optimizer, config, mesh, jax.random.key(0))
@@ -192,7 +191,7 @@ with checkpoints.manager(sys.argv[1], "checkpoints") as manager:
 def test_save_that_fails_in_the_background_is_told_and_leaves_the_last_checkpoint(saved, tmp_path):
     shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     result = subprocess.run([sys.executable, "-c", FILLS_THE_DISK, tmp_path], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stdout == "the save has begun\n"
     error = result.stderr[result.stderr.rindex("SaveError: ") :]
     assert f"could not write to {tmp_path / 'checkpoints'}" in error

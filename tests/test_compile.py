@@ -7,9 +7,8 @@ import sys
 import jax
 import pytest
 
-from configs import rahf_ci
 from rahf import compile as compiling
-from rahf import sources
+from rahf import experiments, sources
 from richhf_data.synthetic import stream
 
 PROMISED = [
@@ -29,7 +28,7 @@ PROMISED = [
 
 
 def ci_config():
-    config = rahf_ci.get_config()
+    config = experiments.load("rahf_ci")
     config.data.source = "stream"
     return config
 

@@ -239,6 +239,6 @@ def test_command_line(tmp_path):
     assert "dev has no picture, and training evaluates on dev" in done.stdout
     (tmp_path / "lines.jsonl").write_text("{")
     failed = subprocess.run([*command, f"--annotations={lines}"], cwd=root, capture_output=True, text=True)
-    assert failed.returncode == 1
+    assert failed.returncode == 2
     assert "error: annotations: 1 bad lines:" in failed.stderr and "lines.jsonl line 1" in failed.stderr
     assert "Traceback" not in failed.stderr

@@ -16,8 +16,7 @@ import safetensors.numpy
 import tensorstore
 import tiny_model
 
-from configs import rahf_pytorch
-from rahf import convert, losses, names, predict, pretrained, weights
+from rahf import convert, experiments, losses, names, predict, pretrained, weights
 from rahf.models import t5
 from rahf.models.rahf import RAHF, RAHFConfig
 from rahf.models.vit import ViT, ViTConfig
@@ -112,7 +111,7 @@ def test_the_release_at_its_real_size_is_the_config_for_it(torch):
         shapes |= conv(f"{head}.last_conv1", 192, 192) | conv(f"{head}.last_conv2", 1, 192)
 
     converted = convert.rahf_from_release({name: Tensor(shape, None) for name, shape in shapes.items()}, None, "release")
-    config = RAHFConfig.from_dict(rahf_pytorch.get_config().model.to_dict())
+    config = RAHFConfig.from_dict(experiments.load("rahf_pytorch").model.to_dict())
     found = RAHFConfig.from_dict(converted.config["model"])
     assert found == dataclasses.replace(config, dtype=found.dtype)
 
@@ -509,7 +508,7 @@ def test_the_command_converts_and_refuses(tmp_path):
     assert done.returncode == 0 and "vit, " in done.stdout and '"patch_size": 4' in done.stdout
     (folder / "model.safetensors").unlink()
     failed = subprocess.run([*arguments, f"--input={folder}"], capture_output=True, text=True)
-    assert failed.returncode == 1 and failed.stderr.strip().splitlines()[-1].startswith("error: weights: ")
+    assert failed.returncode == 2 and failed.stderr.strip().splitlines()[-1].startswith("error: weights: ")
     assert "Traceback" not in failed.stderr
 
 

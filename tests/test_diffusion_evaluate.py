@@ -14,13 +14,13 @@ import scipy.linalg
 import tiny_clip
 from html_page import Page
 
-from configs import reward_clip
+from rahf import experiments
 from rahf.diffusion import evaluate
 from rahf.reward import embed, prompts
 from rahf.reward.feedback import Pictures
 
 ROOT = pathlib.Path(__file__).parent.parent
-WORDS = prompts.words_of(reward_clip.get_config().prompts)
+WORDS = prompts.words_of(experiments.load("reward_clip").prompts)
 PROMPTS = ["two red cats", "a blue dog", "a cat", "three dogs on the moon", "a glass of water"]
 
 

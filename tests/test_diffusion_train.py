@@ -11,8 +11,7 @@ import safetensors.numpy
 import tiny_diffusion
 from flax import linen as nn
 
-from configs import sd_reward
-from rahf import loop, optimizers, partitioning
+from rahf import experiments, loop, optimizers, partitioning
 from rahf.diffusion import folder, inputs, sample, train
 from rahf.reward.feedback import Pictures
 
@@ -41,7 +40,7 @@ def brightness(images, prompts):
 
 def config_of(model_folder, tmp_path, **changes):
     """A run of six steps on both kinds of rows."""
-    config = sd_reward.get_config()
+    config = experiments.load("sd_reward")
     config.model.update(folder=str(model_folder), dtype="float32", remat=False)
     for name, count in (("images", 10), ("pretraining", 6)):
         place = tmp_path / name
@@ -56,7 +55,7 @@ def config_of(model_folder, tmp_path, **changes):
 
 # ---- Weights, loss --------------------------------------------------------------------------------------------------
 def test_weights_follow_the_weighting():
-    config, rewards = sd_reward.get_config().reward, np.array([0.1, 0.8, 0.4, 0.4])
+    config, rewards = experiments.load("sd_reward").reward, np.array([0.1, 0.8, 0.4, 0.4])
     np.testing.assert_allclose(train.weights_of(rewards, config), rewards / 0.8, rtol=1e-6)
     config.update(weighting="exponential", temperature=0.5)
     weights = train.weights_of(rewards - 5, config)
@@ -80,7 +79,7 @@ def test_weights_follow_the_weighting():
     ],
 )
 def test_rewards_that_weight_nothing_are_refused(rewards, changes, message):
-    config = sd_reward.get_config().reward
+    config = experiments.load("sd_reward").reward
     config.update(changes)
     with pytest.raises(ValueError, match=message):
         train.weights_of(np.array(rewards), config)

@@ -7,8 +7,7 @@ import pytest
 import tensorflow_datasets as tfds
 from tiny_data import annotation, built, prompt_of, write_annotations, write_captions, write_rapidata
 
-from configs import rahf_ci
-from rahf import evaluate, predict, sources, train
+from rahf import evaluate, experiments, predict, sources, train
 from richhf_data import build, builder, consolidate, metrics, schema, tasks, vocabulary
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -42,7 +41,7 @@ def data_dirs(tmp_path_factory) -> dict[str, str]:
 
 
 def _config(**data):
-    config = rahf_ci.get_config()
+    config = experiments.load("rahf_ci")
     config.data.update(source="seqio", text_length=60, keyword_length=60, **data)
     config.train.update(num_steps=1, batch_size=16)
     config.optimizer.warmup_steps = 0

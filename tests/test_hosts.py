@@ -147,7 +147,7 @@ def test_a_notice_to_one_process_stops_all_at_the_same_step(tmp_path):
 def test_processes_that_do_not_fit_together_are_refused(arguments, message, tmp_path):
     command = [sys.executable, "-m", "rahf.train", "--config=configs/rahf_ci.py", f"--workdir={tmp_path}", *arguments]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert f"error: {message}" in result.stderr
     assert "Traceback" not in result.stderr
 

@@ -12,13 +12,13 @@ for name in ("tensorflow", "seqio", "tensorflow_datasets", "tensorflow_text"):
 """
 EVERYTHING = """
 import cv2, rahf
-from configs import rahf_ci
+from rahf import experiments
 from rahf import evaluate, predict, train
 from rahf.diffusion import sample
 from rahf.reward import train as reward_train
 from richhf_data import consolidate, metrics, synthetic
 
-config = rahf_ci.get_config()
+config = experiments.load("rahf_ci")
 config.data.source = "stream"
 results = train.train(config, "run")
 assert results["num_examples"] == 8, results

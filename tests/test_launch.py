@@ -418,10 +418,10 @@ def test_missing_flag_is_named(cloud, flag):
 
 def test_train_refuses_a_local_workdir_and_uncommitted_changes(cloud):
     done = cloud.launch(*[argument.replace("gs://bucket/run", "/tmp/run") for argument in TRAIN])
-    assert done.returncode == 1 and "--workdir: got /tmp/run, expected gs://" in done.stderr
+    assert done.returncode == 2 and "--workdir: got /tmp/run, expected gs://" in done.stderr
     (cloud.checkout / "setup.py").write_text("changed")
     done = cloud.launch(*TRAIN)
-    assert done.returncode == 1 and "uncommitted changes: got setup.py" in done.stderr and not cloud.calls()
+    assert done.returncode == 2 and "uncommitted changes: got setup.py" in done.stderr and not cloud.calls()
 
 
 def test_missing_gcloud_is_told(cloud, tmp_path):
@@ -437,7 +437,7 @@ def test_run_refuses_a_second_job(cloud):
     assert cloud.launch("setup", *FLAGS).returncode == 0
     assert cloud.launch("run", *FLAGS, *job).returncode == 0
     done = cloud.launch("run", *FLAGS, *job)
-    assert done.returncode == 1 and "a job runs already" in done.stderr
+    assert done.returncode == 2 and "a job runs already" in done.stderr
     done = cloud.launch("setup", *FLAGS)
     assert done.returncode == 1 and "a job runs here" in done.stderr
     time.sleep(0.1)
@@ -577,5 +577,5 @@ def test_xmanager_vertex_packages_the_commit_and_asks_for_resources(cloud, xmana
 )
 def test_xmanager_refuses(xmanager, arguments, message):
     done = xmanager(*arguments, mock=True)
-    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert '"tag"' not in done.stdout

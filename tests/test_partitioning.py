@@ -13,8 +13,7 @@ import tiny_model
 from flax import linen as nn
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from configs import rahf_base, rahf_ci
-from rahf import loop, optimizers, partitioning, train
+from rahf import experiments, loop, optimizers, partitioning, train
 from rahf.models.rahf import RAHF, RAHFConfig
 
 GOLDEN = pathlib.Path(__file__).parent / "data" / "rahf_base_shardings.txt"
@@ -22,7 +21,7 @@ RULE_SETS = sorted(partitioning.RULE_SETS)
 
 
 def shardings(mesh, kind="adamw", rules="fully_sharded", config=None):
-    config = config or rahf_ci.get_config()
+    config = config or experiments.load("rahf_ci")
     config.optimizer.kind, config.optimizer.ema_decay, config.mesh.rules = kind, 0.9, rules
     model = RAHF(RAHFConfig.from_dict(config.model.to_dict()))
     optimizer = optimizers.make_optimizer(config.optimizer, config.train.num_steps)
@@ -110,7 +109,7 @@ def test_largest_replicated_names_what_no_rule_divides():
 def base_shardings() -> str:
     """A line for each parameter of the base config on 64 x 2 devices: name, shape, where it lives."""
     mesh = AbstractMesh((2, 32, 2), (*partitioning.DATA, "model"))
-    abstract, placed = shardings(mesh, config=rahf_base.get_config())
+    abstract, placed = shardings(mesh, config=experiments.load("rahf_base"))
     assert placed["ema"] == placed["params"]
     lines = [
         f"{'/'.join(key.key for key in path)} {list(leaf.shape)} {[axis or '-' for axis in sharding.spec]}".replace("'", "")
@@ -127,7 +126,7 @@ def test_every_parameter_of_the_base_config_lives_where_the_golden_file_says():
 
 
 def gradient_config(rules, data, model, shard_group, variant, scan):
-    config = rahf_base.get_config()
+    config = experiments.load("rahf_base")
     config.model = tiny_model.dividing(variant)
     for part in (config.model.vit, config.model.t5):
         part.scan = part.remat = scan

@@ -9,8 +9,7 @@ import pytest
 import tiny_model
 
 import rahf
-from configs import rahf_ci
-from rahf import checkpoints, convert, predict, train
+from rahf import checkpoints, convert, experiments, predict, train
 from rahf.reward import sources
 from richhf_data import schema
 
@@ -20,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 @pytest.fixture(scope="module", params=schema.VARIANTS)
 def workdir(request, tmp_path_factory, standard_promotion):
     folder = tmp_path_factory.mktemp(request.param)
-    config = rahf_ci.get_config()
+    config = experiments.load("rahf_ci")
     config.model.variant = request.param
     config.data.source = "stream"
     train.train(config, folder)

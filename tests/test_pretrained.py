@@ -9,8 +9,7 @@ import pytest
 import tiny_model
 
 import rahf
-from configs import rahf_ci
-from rahf import pretrained, train, weights
+from rahf import experiments, pretrained, train, weights
 from rahf.models import t5
 from rahf.models.rahf import RAHF, RAHFConfig
 from rahf.models.vit import ViT
@@ -50,7 +49,7 @@ def parts(tmp_path_factory):
 
 
 def ci_config(**optimizer):
-    config = rahf_ci.get_config()
+    config = experiments.load("rahf_ci")
     config.data.source = "stream"
     config.optimizer.update(optimizer)
     return config

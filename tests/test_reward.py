@@ -19,8 +19,7 @@ import pyarrow.parquet
 import pytest
 import tiny_clip
 
-from configs import reward_clip
-from rahf import checkpoints, reward
+from rahf import checkpoints, experiments, reward
 from rahf.models.clip import CLIP
 from rahf.reward import embed, metrics, model, predict, prompts, sources, train
 from rahf.reward.feedback import Feedback, Pictures
@@ -38,7 +37,7 @@ SMALL |= {"loss": {"num_prompts": 3}, "eval": {"validation": 0.3, "data_sizes": 
 
 
 def small_config(**changes):
-    config = reward_clip.get_config()
+    config = experiments.load("reward_clip")
     config.update(ml_collections.ConfigDict(SMALL))
     config.update_from_flattened_dict(changes)
     return config
@@ -98,7 +97,7 @@ def test_words_name_a_wrong_list(changes, message):
 
 
 def test_the_configs_words_make_over_2700_prompts():
-    assert len(prompts.words_of(reward_clip.get_config().prompts).all()) == 25 * (7 * 10 * 9 - 1)
+    assert len(prompts.words_of(experiments.load("reward_clip").prompts).all()) == 25 * (7 * 10 * 9 - 1)
 
 
 # ---- Feedback -------------------------------------------------------------------------------------------------------
@@ -623,5 +622,5 @@ def test_the_command_prints_its_error_and_needs_no_tensorflow(clip_folder, tmp_p
     done = subprocess.run(
         [sys.executable, "-c", block, "--config=configs/reward_clip.py", *flags], cwd=ROOT, capture_output=True, text=True
     )
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.startswith("error: feedback: ") and "row 1: label: got 3, expected 0 or 1" in done.stderr

@@ -29,18 +29,18 @@ import numpy as np
 import PIL.Image
 import pyarrow
 import tabulate
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import flags
 
 from benchmarks.alignment import foundation, judge, pictures
-from rahf import checkpoints
+from rahf import checkpoints, experiments
 from rahf import reward as rahf_reward
 from rahf.diffusion import evaluate, folder, inputs, sample
 from rahf.diffusion import train as diffusion_train
 from rahf.reward import embed, metrics, predict, prompts
 from rahf.reward import train as reward_train
 from rahf.reward.feedback import Pictures
-from richhf_data import paths
+from richhf_data import command, paths
+from richhf_data.errors import UserError
 
 AT_ONCE = 100  # pictures that are drawn at a time
 SHOWN = ("beta_1", "beta_03", "beta_0")  # of the fine-tuned, in the figure
@@ -284,7 +284,7 @@ def run(config, workdir) -> None:
     raters = judge.load(root / "judge")
     accuracies = checkpoints.read_json(root / "judge/config.json")["accuracy"]
     if min(accuracies.values()) < ACCURATE:
-        raise ValueError(f"judge: got accuracies {accuracies} on held-out pictures, expected at least {ACCURATE} of each")
+        raise UserError(f"judge: got accuracies {accuracies} on held-out pictures, expected at least {ACCURATE} of each")
     stage("clip, start", make_start, config, root)
     stage("base", fit_base, config, root, unless=root / "base/model" / folder.INDEX)
     stage("samples", make_samples, config, root, raters)
@@ -303,19 +303,12 @@ def run(config, workdir) -> None:
     print(f"\n{told}\n{root}: table.md, figure.png, results.json, report.html")
 
 
-def main(argv):
+def main():
     """The command."""
-    logging.set_verbosity(logging.WARNING)
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    try:
-        run(flags.FLAGS.config, flags.FLAGS.workdir)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
+    run(flags.FLAGS.config, flags.FLAGS.workdir)
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", str(pathlib.Path(__file__).parent / "config.py"), "Sizes and settings.")
     flags.DEFINE_string("workdir", None, "For everything; a killed run goes on from it.")
-    flags.mark_flags_as_required(["workdir"])
-    app.run(main)
+    flags.mark_flag_as_required("workdir")
+    command.run(main, experiments.reader(default=str(pathlib.Path(__file__).parent / "config.py")))

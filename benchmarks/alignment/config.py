@@ -3,7 +3,7 @@
 import ml_collections
 
 from benchmarks.alignment import pictures
-from configs import reward_clip, sd_reward
+from rahf import experiments
 
 
 def get_config():
@@ -23,12 +23,12 @@ def get_config():
         strong_guidance=4.0,  # beside sampling.guidance_scale
     )
 
-    reward = reward_clip.get_config()
+    reward = experiments.load("reward_clip")
     reward.model.hidden = (512, 512)
     reward.eval.data_sizes = (0.125, 0.25, 0.5, 1.0)
     config.reward = reward
 
-    common = sd_reward.get_config()
+    common = experiments.load("sd_reward")
     common.model.update(dtype="float32", remat=False)
     common.optimizer.update(kind="muon", weight_decay=0.01, b2=0.98, warmup_steps=50)
     common.sample.update(every=500, steps=12, guidance_scale=2.0)

@@ -179,7 +179,7 @@ def start(folder, clip_folder, vae: tuple[VAEConfig, dict], *, unet=unet_config,
       unet: `(VAEConfig, CLIPConfig, S) -> UNetConfig`, of an untrained UNet.
 
     Raises:
-      ValueError: the folder holds a finished pipeline already.
+      UserError: the folder holds a finished pipeline already.
     """
     clip, (vae_config, vae_params) = embed.Clip(clip_folder), vae
     size = clip.config.vision.image_size

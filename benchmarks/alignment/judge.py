@@ -21,6 +21,7 @@ from rahf import checkpoints, weights
 from rahf.diffusion.unet import Conv, GroupNorm, ResnetBlock
 from rahf.models.rahf import normalize_image
 from rahf.reward import embed, predict, prompts
+from richhf_data.errors import UserError
 
 Array = jax.Array
 BATCH = 128
@@ -101,7 +102,7 @@ class Judge:
             out, rows = jax.device_get(self._apply(self._params, padded)), len(batch)
             found.append(jax.tree.map(lambda x, rows=rows: x[:rows], out))
         if not found:
-            raise ValueError("judge: got no images, expected at least one")
+            raise UserError("judge: got no images, expected at least one")
         return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
 
     def features(self, images: Sequence[np.ndarray]) -> np.ndarray:
@@ -121,13 +122,13 @@ class Judge:
         """B pictures and prompts -> {category, "all": float32[B]}: 1 right, 0 wrong, nan where the prompt says nothing.
 
         Raises:
-          ValueError: not as many pictures as prompts, or a prompt that the lists do not make.
+          UserError: not as many pictures as prompts, or a prompt that the lists do not make.
         """
         if len(images) != len(texts):
-            raise ValueError(f"judge: got {len(images)} images and {len(texts)} prompts, expected as many")
+            raise UserError(f"judge: got {len(images)} images and {len(texts)} prompts, expected as many")
         asked = [self.words.parse(text) for text in texts]
         if foreign := [text for text, prompt in zip(texts, asked, strict=True) if prompt is None]:
-            raise ValueError(f"judge: got the prompt {foreign[0]!r}, expected one of its lists: {self.words}")
+            raise UserError(f"judge: got the prompt {foreign[0]!r}, expected one of its lists: {self.words}")
         facts, verdict = self.facts(images), {}
         for name in prompts.CATEGORIES:
             pairs = [(getattr(prompt, name), getattr(seen, name)) for prompt, seen in zip(asked, facts, strict=True)]
@@ -188,12 +189,12 @@ def load(folder) -> Judge:
     """The judge of a folder that `fit` wrote.
 
     Raises:
-      ValueError: no such folder, or tensors of other shapes.
+      UserError: no such folder, or tensors of other shapes.
     """
     folder = pathlib.Path(folder)
     config = checkpoints.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if config.get("kind") != "judge":
-        raise ValueError(f"judge: {folder} is no folder that judge.fit wrote")
+        raise UserError(f"judge: {folder} is no folder that judge.fit wrote")
     words, size = prompts.words_of(config["words"]), config["size"]
     network = _network(words, config["widths"])
     wanted = jax.eval_shape(network.init, jax.random.key(0), np.zeros((1, size, size, 3), np.uint8))

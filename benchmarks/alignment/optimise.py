@@ -8,6 +8,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from rahf import optimizers
+from richhf_data.errors import UserError
 
 
 def optimise(
@@ -32,11 +33,11 @@ def optimise(
       The trained parameters.
 
     Raises:
-      ValueError: fewer rows than a batch, or a loss that is not finite.
+      UserError: fewer rows than a batch, or a loss that is not finite.
     """
     (rows,) = {len(array) for array in arrays.values()}
     if rows < batch_size:
-        raise ValueError(f"{name}: got {rows} rows, expected at least a batch of {batch_size}")
+        raise UserError(f"{name}: got {rows} rows, expected at least a batch of {batch_size}")
     settings = ml_collections.ConfigDict(
         dict(kind="muon", learning_rate=learning_rate, schedule="cosine", warmup_steps=max(1, min(100, steps // 10)))
         | dict(final_learning_rate=0.0, b1=0.9, b2=0.98, weight_decay=0.01, clip_norm=1.0, freeze=())
@@ -64,5 +65,5 @@ def optimise(
                 shown = {label: float(value) for label, value in shown.items()}
                 bar.set_postfix({label: f"{value:.3g}" for label, value in shown.items()})
                 if not np.isfinite(list(shown.values())).all():
-                    raise ValueError(f"{name}: the loss is not finite at step {i}: {shown}; lower the learning rate")
+                    raise UserError(f"{name}: the loss is not finite at step {i}: {shown}; lower the learning rate")
     return state[0]

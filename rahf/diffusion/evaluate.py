@@ -19,16 +19,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import cv2
 import numpy as np
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import flags
 from tabulate import tabulate
 from tqdm.auto import tqdm
 
-from rahf import checkpoints
+from rahf import checkpoints, experiments
 from rahf.reward import embed, sources
 from rahf.reward import prompts as rahf_prompts
 from rahf.reward.feedback import Pictures
-from richhf_data import paths, pictures
+from richhf_data import command, paths, pictures
+from richhf_data.errors import UserError
 
 BATCH = 32  # images at a time
 
@@ -45,13 +45,13 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
       a, b: float[n, D], float[m, D].
 
     Raises:
-      ValueError: other shapes, fewer than 2 rows, values that are not finite.
+      UserError: other shapes, fewer than 2 rows, values that are not finite.
     """
     a, b = _features("a", a), _features("b", b)
     if a.shape[1] != b.shape[1]:
-        raise ValueError(f"features: got {a.shape[1]} and {b.shape[1]} columns, expected those of one network")
+        raise UserError(f"features: got {a.shape[1]} and {b.shape[1]} columns, expected those of one network")
     if min(len(a), len(b)) < 2:
-        raise ValueError(f"features: got {len(a)} and {len(b)} rows, expected 2 or more for a covariance")
+        raise UserError(f"features: got {len(a)} and {len(b)} rows, expected 2 or more for a covariance")
     means = a.mean(axis=0), b.mean(axis=0)
     roots = [np.linalg.qr((x - mean) / np.sqrt(len(x) - 1), mode="r") for x, mean in zip((a, b), means, strict=True)]
     traces = sum(np.sum(root**2) for root in roots)
@@ -67,7 +67,7 @@ def diversity(features: np.ndarray, prompts: Sequence[str]) -> float:
       features: float[n, D], one row an image. prompts: n of them.
 
     Raises:
-      ValueError: not as many rows as prompts, values that are not finite, a row of zeros.
+      UserError: not as many rows as prompts, values that are not finite, a row of zeros.
     """
     found = list(diversities(features, prompts).values())
     return float(np.mean(found)) if found else math.nan
@@ -77,10 +77,10 @@ def diversities(features: np.ndarray, prompts: Sequence[str]) -> dict[str, float
     """`diversity` of each prompt that has two images or more; same arguments and errors."""
     features = _features("features", features)
     if len(features) != len(prompts):
-        raise ValueError(f"features: got {len(features)} rows for {len(prompts)} prompts, expected as many")
+        raise UserError(f"features: got {len(features)} rows for {len(prompts)} prompts, expected as many")
     lengths = np.linalg.norm(features, axis=1, keepdims=True)
     if not lengths.all():
-        raise ValueError(f"features: row {int(lengths.argmin())} is all zeros, expected one with a direction")
+        raise UserError(f"features: row {int(lengths.argmin())} is all zeros, expected one with a direction")
     rows = {}
     for row, prompt in zip(features / lengths, prompts, strict=True):
         rows.setdefault(prompt, []).append(row)
@@ -166,7 +166,7 @@ def measure(
       the features float32[n, D], CLIP's embeddings where only they are given, else None.
 
     Raises:
-      ValueError: not as many images as prompts, an image that is not uint8[H, W, 3], a reward, features or a judge that
+      UserError: not as many images as prompts, an image that is not uint8[H, W, 3], a reward, features or a judge that
         give another shape or values that are not finite, a prompt too long for CLIP.
     """
     texts = clip.texts(list(dict.fromkeys(prompts))) if clip else None
@@ -177,7 +177,7 @@ def measure(
             part = list(prompts[done : done + len(batch)])
             done += len(batch)
             if len(part) != len(batch):
-                raise ValueError(f"images: got {done} or more for {len(prompts)} prompts, expected as many")
+                raise UserError(f"images: got {done} or more for {len(prompts)} prompts, expected as many")
             told, embedded = {}, None
             if judge:
                 told |= {f"alignment/{category}": verdict for category, verdict in _verdicts(judge, batch, part).items()}
@@ -193,10 +193,10 @@ def measure(
             rows.append(embedded)
             bar.update(len(batch))
     if done != len(prompts) or not done:
-        raise ValueError(f"images: got {done} for {len(prompts)} prompts, expected as many, and one or more")
+        raise UserError(f"images: got {done} for {len(prompts)} prompts, expected as many, and one or more")
     found = {name: np.concatenate(parts) for name, parts in found.items()}
     if wrong := sorted(name for name, values in found.items() if len(values) != done):
-        raise ValueError(f"judge: got {wrong} for some batches only, expected the same categories each time")
+        raise UserError(f"judge: got {wrong} for some batches only, expected the same categories each time")
     return found, _joined(rows) if rows[0] is not None else None
 
 
@@ -255,7 +255,7 @@ def evaluate(
       the number of images that it is of (of prompts, for diversity).
 
     Raises:
-      ValueError: as `measure` and `frechet_distance`; a reference without features.
+      UserError: as `measure` and `frechet_distance`; a reference without features.
     """
     check_reference(reference, features)
     values, found = measure(images, prompts, features=features, reward=reward, clip=clip, judge=judge)
@@ -271,7 +271,7 @@ def summary(found: Mapping[str, Mean], features, count: int, reference) -> dict[
 def check_reference(reference, features) -> None:
     """Refuses real pictures without a network, and images where features are expected."""
     if reference is not None and features is None:
-        raise ValueError("reference: got one without features, which FID is computed of; name a network as well")
+        raise UserError("reference: got one without features, which FID is computed of; name a network as well")
     if reference is not None:
         _features("reference", reference)
 
@@ -279,9 +279,9 @@ def check_reference(reference, features) -> None:
 def _features(name: str, values) -> np.ndarray:
     values = np.asarray(values, np.float64)
     if values.ndim != 2 or not values.size:
-        raise ValueError(f"{name}: got shape {values.shape}, expected features [n, D], one row an image")
+        raise UserError(f"{name}: got shape {values.shape}, expected features [n, D], one row an image")
     if wrong := int(np.sum(~np.isfinite(values).all(axis=1))):
-        raise ValueError(f"{name}: got {wrong} of {len(values)} rows with values that are not finite")
+        raise UserError(f"{name}: got {wrong} of {len(values)} rows with values that are not finite")
     return values
 
 
@@ -289,18 +289,18 @@ def _features_of(features: Callable, batch) -> np.ndarray:
     found = np.asarray(features(batch))
     if found.ndim != 2 or len(found) != len(batch) or not np.isfinite(found).all():
         got = f"shape {found.shape}" if found.ndim != 2 or len(found) != len(batch) else "values that are not finite"
-        raise ValueError(f"features: got {got} of {len(batch)} images, expected finite [{len(batch)}, D]")
+        raise UserError(f"features: got {got} of {len(batch)} images, expected finite [{len(batch)}, D]")
     return found.astype(np.float32)
 
 
 def _verdicts(judge: Callable, batch, part) -> dict[str, np.ndarray]:
     verdicts = {category: np.asarray(verdict, np.float32) for category, verdict in judge(batch, part).items()}
     if "all" not in verdicts:
-        raise ValueError(f"judge: got {sorted(verdicts)}, expected 'all' among them: whether everything is right")
+        raise UserError(f"judge: got {sorted(verdicts)}, expected 'all' among them: whether everything is right")
     for category, verdict in verdicts.items():
         if verdict.shape != (len(part),) or not (np.isin(verdict, (0, 1)) | np.isnan(verdict)).all():
             got = f"{verdict[:5]} of shape {verdict.shape}"
-            raise ValueError(f"judge: {category}: got {got}, expected {len(part)} of 0, 1 and nan")
+            raise UserError(f"judge: {category}: got {got}, expected {len(part)} of 0, 1 and nan")
     return verdicts
 
 
@@ -314,7 +314,7 @@ def _batches(images: Iterable[np.ndarray]) -> Iterator[np.ndarray | list]:
 
 def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
     if not parts or len({part.shape[1] for part in parts}) != 1:
-        raise ValueError(f"features: got {[part.shape for part in parts][:5]}, expected batches of one D, and one or more")
+        raise UserError(f"features: got {[part.shape for part in parts][:5]}, expected batches of one D, and one or more")
     return np.concatenate(parts)
 
 
@@ -366,13 +366,13 @@ def shown_rows(prompts: Sequence[Sequence[str]]) -> tuple[list[str], list[list[i
     """The prompts that a report shows, spread evenly over those that all sets have, and the rows of each set to show.
 
     Raises:
-      ValueError: the sets have no prompt in common.
+      UserError: the sets have no prompt in common.
     """
     common = set.intersection(*map(set, prompts))
     shared = [text for text in dict.fromkeys(prompts[0]) if text in common]
     if not shared:
         got = " and ".join(repr(texts[0][:80]) for texts in prompts)
-        raise ValueError(
+        raise UserError(
             f"images: the sets have no prompt in common, they begin with {got}; draw the same prompts with each"
         )
     count = min(SHOWN, len(shared))
@@ -454,12 +454,12 @@ def compare(
       features, reward, clip, judge, words: as `evaluate`.
 
     Raises:
-      ValueError: as `measure`; sets without a prompt in common; nothing to compute. Nothing is written then.
+      UserError: as `measure`; sets without a prompt in common; nothing to compute. Nothing is written then.
     """
     if not (features or reward or clip or judge):
-        raise ValueError("got no reward, CLIP or features, expected one or more: --reward, --clip, --features")
+        raise UserError("got no reward, CLIP or features, expected one or more: --reward, --clip, --features")
     if reference and not features:
-        raise ValueError("reference: got a table without --features, the network that FID compares by; pass it as well")
+        raise UserError("reference: got a table without --features, the network that FID compares by; pass it as well")
     chosen, rows = shown_rows([one.prompts for one in tables.values()])
     output = pathlib.Path(output)
     output.mkdir(parents=True, exist_ok=True)
@@ -486,18 +486,18 @@ def named(tables: Sequence[Pictures], given: Sequence[str]) -> dict[str, Picture
     files = [one.path.absolute() for one in tables]
     names = given or [file.parent.name if file.name == "images.jsonl" else file.stem for file in files]
     if len(names) != len(tables) or len(set(names)) != len(names) or not all(map(str.strip, names)):
-        raise ValueError(f"name: got {names} for {len(tables)} sets of images, expected a different --name for each")
+        raise UserError(f"name: got {names} for {len(tables)} sets of images, expected a different --name for each")
     return dict(zip(names, tables, strict=True))
 
 
 def run(args) -> list[Evaluated]:
-    """`compare` as the command's flags say; raises ValueError for faulty ones too."""
+    """`compare` as the command's flags say; raises UserError for faulty ones too."""
     tables = named([Pictures(path) for path in args.images], args.name)
     reference = Pictures(args.reference) if args.reference else None
     words = None
     if args.config is not None:
         if "prompts" not in args.config:
-            raise ValueError("config: has no section prompts, expected one such as configs/reward_clip.py")
+            raise UserError("config: has no section prompts, expected one such as configs/reward_clip.py")
         words = rahf_prompts.words_of(args.config.prompts)
     clip = embed.Clip(args.clip) if args.clip else None
     reward = sources.reward_of(args.reward) if args.reward else None
@@ -507,16 +507,10 @@ def run(args) -> list[Evaluated]:
     return compare(tables, args.output, **options)
 
 
-def main(argv):
+def main():
     """The command."""
-    logging.set_verbosity(logging.WARNING)
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     args = flags.FLAGS
-    try:
-        sets = run(args)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
+    sets = run(args)
     header, *lines = table(sets)
     print(tabulate(lines, header, disable_numparse=True, colalign=("left", *["right"] * (len(header) - 1))))
     print(f"{args.output}: results.json, report.html")
@@ -530,6 +524,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("features", None, "The network of FID and diversity: clip:DIR or python:package.module:name.")
     flags.DEFINE_string("reward", None, "reward:DIR, rahf:DIR:plausibility or python:package.module:name.")
     flags.DEFINE_string("clip", None, "The CLIP of CLIP score, a folder that rahf.convert --source=clip-hf wrote.")
-    config_flags.DEFINE_config_file("config", None, "Whose lists of words tell kinds of prompts: configs/reward_clip.py.")
     flags.mark_flags_as_required(["images", "output"])
-    app.run(main)
+    command.run(main, experiments.reader(required=False))

@@ -30,6 +30,7 @@ from rahf.diffusion.vae import VAE, VAEConfig
 from rahf.models.clip import CLIP, TOKENIZER_FILES, VIT_L14, CLIPConfig, Tokenizer
 from rahf.pretrained import matched
 from rahf.weights import Tensor, Tensors
+from richhf_data.errors import UserError
 
 INDEX = "model_index.json"
 FORMAT = "0.42.1"  # of diffusers, as which we write
@@ -51,12 +52,12 @@ class Config:
     def __post_init__(self):
         unet, channels, width = self.unet, self.vae.latent_channels, self.text.text.width
         if unet.out_channels != channels or unet.in_channels not in (channels, 2 * channels + 1):
-            raise ValueError(
+            raise UserError(
                 f"unet: got in_channels = {unet.in_channels} and out_channels = {unet.out_channels} for "
                 f"vae.latent_channels = {channels}, expected {channels} of both, or {2 * channels + 1} in for inpainting"
             )
         if unet.cross_attention_dim != width:
-            raise ValueError(
+            raise UserError(
                 f"unet.cross_attention_dim: got {unet.cross_attention_dim}, expected the text encoder's width, {width}"
             )
 
@@ -106,12 +107,12 @@ class StableDiffusion:
         """int32[B, 77], or as many as the text encoder has positions.
 
         Raises:
-          ValueError: a prompt is longer and `truncate`, which drops its end, is not set.
+          UserError: a prompt is longer and `truncate`, which drops its end, is not set.
         """
         length = self.config.text.text.length
         for prompt in prompts:
             if not truncate and (count := self.tokenizer.num_ids(prompt)) > length:
-                raise ValueError(
+                raise UserError(
                     f"prompt: {prompt[:80]!r} takes {count} ids with its start and end, the text encoder reads {length}; "
                     "shorten it, or let its end be dropped (truncate)"
                 )
@@ -168,7 +169,7 @@ def _config(cls, file: pathlib.Path, fixed: Mapping):
     values = _read_json(file)
     for name, expected in fixed.items():
         if values.get(name, expected) != expected:
-            raise ValueError(f"{file}: got {name} = {values[name]!r}, only {expected!r} is supported")
+            raise UserError(f"{file}: got {name} = {values[name]!r}, only {expected!r} is supported")
     found = {}
     for field in dataclasses.fields(cls):
         value = values.get(field.name)
@@ -182,17 +183,17 @@ def _config(cls, file: pathlib.Path, fixed: Mapping):
         elif type(default) is float and type(value) is int:
             value = float(value)
         if type(value) is not type(default):
-            raise ValueError(f"{file}: got {field.name} = {value!r}, expected a value such as {default!r}")
+            raise UserError(f"{file}: got {field.name} = {value!r}, expected a value such as {default!r}")
         found[field.name] = value
     try:
         return cls(**found)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
 
 
 def _read_json(file: pathlib.Path) -> dict:
     if not file.is_file():
-        raise ValueError(f"model: no {file}, expected a diffusers folder of Stable Diffusion: {INDEX} and a folder a part")
+        raise UserError(f"model: no {file}, expected a diffusers folder of Stable Diffusion: {INDEX} and a folder a part")
     return checkpoints.read_json(file)
 
 
@@ -200,13 +201,13 @@ def read_config(folder) -> Config:
     """The configuration of a diffusers folder.
 
     Raises:
-      ValueError: no such folder, another pipeline (SDXL for instance), a part whose options are not supported.
+      UserError: no such folder, another pipeline (SDXL for instance), a part whose options are not supported.
     """
     folder = pathlib.Path(folder)
     index = _read_json(folder / INDEX)
     if (found := index.get("_class_name")) not in PIPELINES or "text_encoder_2" in index:
         name = "SDXL, which is not supported" if "XL" in str(found) or "text_encoder_2" in index else f"a {found}"
-        raise ValueError(f"model: {folder} is {name}; expected Stable Diffusion 1.x or 2.x ({', '.join(PIPELINES)})")
+        raise UserError(f"model: {folder} is {name}; expected Stable Diffusion 1.x or 2.x ({', '.join(PIPELINES)})")
     unet = _config(UNetConfig, folder / "unet/config.json", UNET_FIXED)
     vae = _config(VAEConfig, folder / "vae/config.json", VAE_FIXED)
     text = _read_json(folder / "text_encoder/config.json")
@@ -275,7 +276,7 @@ def _shapes(config: Config) -> dict[str, dict[str, tuple[int, ...]]]:
 def _open_part(folder: pathlib.Path, part: str) -> Tensors:
     found = [folder / part / name for name in WEIGHTS if (folder / part / name).is_file()]
     if not found:
-        raise ValueError(f"model: {folder / part} has no weights, expected one of {WEIGHTS}; fetch the folder again")
+        raise UserError(f"model: {folder / part} has no weights, expected one of {WEIGHTS}; fetch the folder again")
 
     def name(theirs):  # in today's words
         if part == "vae":
@@ -289,7 +290,7 @@ def read(folder) -> StableDiffusion:
     """The Stable Diffusion of a diffusers folder, its parameters as float32 on the default device.
 
     Raises:
-      ValueError: as `read_config`; missing, extra or wrongly shaped tensors, with the first of their names.
+      UserError: as `read_config`; missing, extra or wrongly shaped tensors, with the first of their names.
     """
     folder = pathlib.Path(folder)
     config = read_config(folder)
@@ -311,11 +312,11 @@ def write(model: StableDiffusion, folder) -> None:
     The weights are float32; there is no safety checker. Without model_index.json, the folder is not finished.
 
     Raises:
-      ValueError: the folder holds a finished pipeline already.
+      UserError: the folder holds a finished pipeline already.
     """
     folder, config, shapes = pathlib.Path(folder), model.config, _shapes(model.config)
     if (folder / INDEX).exists():
-        raise ValueError(f"output: {folder} holds a pipeline already; choose another folder")
+        raise UserError(f"output: {folder} holds a pipeline already; choose another folder")
     for part, file in (("unet", WEIGHTS[0]), ("vae", WEIGHTS[0]), ("text_encoder", "model.safetensors")):
         params, tensors = flax.traverse_util.flatten_dict(model.params[part], sep="/"), {}
         checkpoints.check_shapes({name: leaf.shape for name, leaf in params.items()}, shapes[part], part)

@@ -27,6 +27,7 @@ from rahf import checkpoints, partitioning
 from rahf.diffusion import folder
 from rahf.reward import embed, sources
 from rahf.reward.feedback import Pictures
+from richhf_data.errors import UserError
 
 AT_ONCE = 16  # images or texts per device that the frozen parts read
 REWARDED_AT_ONCE = 64  # images that a reward is given
@@ -144,12 +145,12 @@ def decoded(pictures: Pictures, size: int, resize: bool, start: int = 0) -> Iter
     """uint8[size, size, 3] of each picture of a table.
 
     Raises:
-      ValueError: one of another size, unless `resize`; names the row.
+      UserError: one of another size, unless `resize`; names the row.
     """
     for where, encoded in itertools.islice(pictures.images(), start, None):
         image = embed.decode(encoded, where)
         if image.shape[:2] != (size, size) and not resize:
-            raise ValueError(
+            raise UserError(
                 f"{where}: image: got {image.shape[1]} x {image.shape[0]} pixels, expected {size} x {size}, what the UNet "
                 "was trained on; --config.data.resize=True scales and crops"
             )
@@ -218,17 +219,17 @@ class Inputs:
 
     @classmethod
     def of(cls, config, model: folder.StableDiffusion):
-        """Raises ValueError: no table, one that cannot be read, or a prompt that is too long; names the row."""
+        """Raises UserError: no table, one that cannot be read, or a prompt that is too long; names the row."""
         if not config.data.images and not config.data.pretraining:
-            raise ValueError("data: got neither images nor pretraining, expected a table: --config.data.images=FILE")
+            raise UserError("data: got neither images nor pretraining, expected a table: --config.data.images=FILE")
         tables = {name: Pictures(config.data[name]) for name in ("images", "pretraining") if config.data[name]}
         for name, table in tables.items():
             for prompt, place in dict(zip(reversed(table.prompts), reversed(table.places), strict=True)).items():
                 try:
                     model.text_ids([prompt], config.data.truncate_long_prompts)
-                except ValueError as error:
+                except UserError as error:
                     hint = "--config.data.truncate_long_prompts=True drops ends"
-                    raise ValueError(f"data.{name}: {table.path}: {place}: {error}; {hint}") from error
+                    raise UserError(f"data.{name}: {table.path}: {place}: {error}; {hint}") from error
         prompts = dict.fromkeys(prompt for table in tables.values() for prompt in table.prompts if prompt)
         identities = {name: identity_of_pictures(table, f"{name}: digest") for name, table in tables.items()}
         vocabulary = [path for name in folder.VOCABULARY if (path := model.vocabulary / name).is_file()]
@@ -266,7 +267,7 @@ class Inputs:
         """Of the model's own images: float32[n]. What the reward says of the first of them tells it from others.
 
         Raises:
-          ValueError: what the reward gives is no finite number for each image.
+          UserError: what the reward gives is no finite number for each image.
         """
         table = self.tables["images"]
 

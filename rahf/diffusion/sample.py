@@ -25,7 +25,7 @@ import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from flax import linen as nn
 from tqdm.auto import tqdm
 
@@ -33,7 +33,8 @@ from rahf import checkpoints, partitioning, predict
 from rahf.diffusion import folder
 from rahf.diffusion.schedule import SAMPLERS, Plan, Schedule, plan
 from rahf.models.rahf import normalize_image
-from richhf_data import paths
+from richhf_data import command, paths
+from richhf_data.errors import UserError
 
 Array = jax.Array
 INITIAL, IMAGE, MASKED, STEPS = range(4)  # what noise is drawn for
@@ -207,32 +208,32 @@ def generate(
       float32[B, H, W, 3] in [-1, 1].
 
     Raises:
-      ValueError: a size that the VAE's factor does not divide, a prompt too long, inputs that do not go together.
+      UserError: a size that the VAE's factor does not divide, a prompt too long, inputs that do not go together.
     """
     config, count = model.config, len(prompts)
     if not count:
-        raise ValueError("prompts: got none, expected one or more")
+        raise UserError("prompts: got none, expected one or more")
     if image is None and (mask is not None or strength is not None):
-        raise ValueError(f"{'strength' if mask is None else 'mask'}: got one without an image; pass the image as well")
+        raise UserError(f"{'strength' if mask is None else 'mask'}: got one without an image; pass the image as well")
     if config.inpaints and mask is None:
-        raise ValueError("mask: got none for an inpainting model; pass an image and a mask, or take another model")
+        raise UserError("mask: got none for an inpainting model; pass an image and a mask, or take another model")
     if image is None:
         size = config.unet.sample_size * config.vae.factor
         height, width = height or size, width or size
     else:
         image = np.asarray(image)
         if image.shape[-1:] != (3,) or image.shape[:-3] not in ((), (1,), (count,)) or image.ndim < 3:
-            raise ValueError(f"image: got shape {image.shape}, expected [H, W, 3], or {count} of them")
+            raise UserError(f"image: got shape {image.shape}, expected [H, W, 3], or {count} of them")
         image = np.broadcast_to(image, (count, *image.shape[-3:]))
         if (height or image.shape[1], width or image.shape[2]) != image.shape[1:3]:
-            raise ValueError(f"image: got {image.shape[1:3]} pixels for height {height} and width {width}; leave these out")
+            raise UserError(f"image: got {image.shape[1:3]} pixels for height {height} and width {width}; leave these out")
         height, width = image.shape[1:3]
     grid = config.vae.grid(height, width)
     if mask is not None:
         mask = np.asarray(mask)
         if mask.dtype != bool or mask.shape[-2:] != (height, width) or mask.shape[:-2] not in ((), (1,), (count,)):
             got, expected = f"{mask.dtype}{list(mask.shape)}", f"bool[{height}, {width}]"
-            raise ValueError(f"mask: got {got}, expected {expected}, the image's size, or {count} of them")
+            raise UserError(f"mask: got {got}, expected {expected}, the image's size, or {count} of them")
         mask = np.broadcast_to(mask, (count, height, width)).astype(np.float32)
     strength = usual_strength(image, mask) if strength is None else strength
     steps = plan(config.schedule, sampler, steps, strength)
@@ -278,11 +279,11 @@ def read_prompts(path) -> list[str]:
     """The prompts of a file, a line each: texts, or of a .jsonl {"prompt": text}. Empty lines do not count.
 
     Raises:
-      ValueError: no such file, a line that is not as above, no prompts.
+      UserError: no such file, a line that is not as above, no prompts.
     """
     path = pathlib.Path(path)
     if not path.is_file():
-        raise ValueError(f"prompts: no file {path}")
+        raise UserError(f"prompts: no file {path}")
     prompts = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         if line.strip() and path.suffix == ".jsonl":
@@ -291,11 +292,11 @@ def read_prompts(path) -> list[str]:
             except (ValueError, KeyError, TypeError, AttributeError):
                 prompts.append("")
             if not prompts[-1]:
-                raise ValueError(f'prompts: {path} line {number}: got {line[:80]!r}, expected {{"prompt": text}}')
+                raise UserError(f'prompts: {path} line {number}: got {line[:80]!r}, expected {{"prompt": text}}')
         elif line.strip():
             prompts.append(line.strip())
     if not prompts:
-        raise ValueError(f"prompts: {path} has none, expected one a line")
+        raise UserError(f"prompts: {path} has none, expected one a line")
     return prompts
 
 
@@ -319,7 +320,7 @@ def _open_output(output: pathlib.Path, settings: dict) -> None:
         held = checkpoints.read_json(file) if file.is_file() else None
         different = [name for name in settings if settings[name] != held.get(name)] if held else ["origin"]
         if different:
-            raise ValueError(f"output: {output} holds pictures of another {' and '.join(different)}; choose another folder")
+            raise UserError(f"output: {output} holds pictures of another {' and '.join(different)}; choose another folder")
     checkpoints.write_json(file, settings)
 
 
@@ -327,12 +328,12 @@ def run(args) -> None:
     """Writes `args.num_images` pictures of each prompt; those that are there already are not drawn again.
 
     Raises:
-      ValueError: what `generate` refuses; no prompt; an output folder that holds pictures of other settings.
+      UserError: what `generate` refuses; no prompt; an output folder that holds pictures of other settings.
     """
     output = pathlib.Path(args.output)
     prompts = [*(args.prompt or []), *(read_prompts(args.prompts) if args.prompts else [])]
     if not prompts:
-        raise ValueError("prompt: got none, expected --prompt=TEXT or --prompts=FILE")
+        raise UserError("prompt: got none, expected --prompt=TEXT or --prompts=FILE")
     image = predict.read_image(args.image) if args.image else None
     mask = read_mask(args.mask) if args.mask else None
     model = folder.read(args.model)
@@ -381,14 +382,9 @@ def run(args) -> None:
     print(f"{len(rows)} images: {output}/*.png, images.jsonl")
 
 
-def main(argv):
+def main():
     """The command."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]} (quote a prompt: --prompt='a yellow cat')")
-    try:
-        run(flags.FLAGS)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
+    run(flags.FLAGS)
 
 
 if __name__ == "__main__":
@@ -411,4 +407,4 @@ if __name__ == "__main__":
     flags.DEFINE_bool("truncate", False, "Drop the end of prompts that are too long.")
     flags.DEFINE_enum("dtype", None, ("float32", "bfloat16"), "Of the computation; float32 unless given.")
     flags.mark_flags_as_required(["model", "output"])
-    app.run(main)
+    command.run(main)

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from richhf_data.errors import UserError
+
 Array = jax.Array
 PREDICTIONS = ("epsilon", "v_prediction")
 BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
@@ -35,7 +37,7 @@ class Schedule:
     def __post_init__(self):
         for name, allowed in (("beta_schedule", BETAS), ("prediction_type", PREDICTIONS)):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"schedule.{name}: got {getattr(self, name)!r}, expected one of {allowed}")
+                raise UserError(f"schedule.{name}: got {getattr(self, name)!r}, expected one of {allowed}")
 
     @functools.cached_property
     def alphas_cumprod(self) -> np.ndarray:
@@ -96,20 +98,20 @@ def plan(schedule: Schedule, sampler: str, steps: int, strength: float = 1.0) ->
       strength: the part of them, the last ones, that are taken; int(steps * strength) of them.
 
     Raises:
-      ValueError: an unknown sampler, more steps than timesteps, a strength that leaves no step.
+      UserError: an unknown sampler, more steps than timesteps, a strength that leaves no step.
     """
     count = schedule.num_train_timesteps
     if sampler not in SAMPLERS:
-        raise ValueError(f"sampler: got {sampler!r}, expected one of {SAMPLERS}")
+        raise UserError(f"sampler: got {sampler!r}, expected one of {SAMPLERS}")
     spaces = steps + (sampler == "dpm++")
     ratio = count // spaces if steps > 0 else 0
     timesteps = np.arange(spaces)[::-1][:steps] * ratio + schedule.steps_offset
     if steps < 1 or ratio < 1 or timesteps[0] >= count:
-        raise ValueError(
+        raise UserError(
             f"steps: got {steps} for {sampler}, expected at least 1 and fewer than schedule.num_train_timesteps = {count}"
         )
     if not 0 < strength <= 1 or int(steps * strength) < 1:
-        raise ValueError(
+        raise UserError(
             f"strength: got {strength} for {steps} steps, expected above 0 and at most 1, with at least one step left; "
             f"raise it to {1 / steps:.3g} or take more steps"
         )

@@ -26,15 +26,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
-from absl import app, flags, logging
+from absl import flags
 from flax import linen as nn
-from ml_collections import config_flags
 
-from rahf import checkpoints, hosts, loop, optimizers, partitioning
+from rahf import checkpoints, experiments, hosts, loop, optimizers, partitioning
 from rahf.diffusion import folder, inputs, sample
 from rahf.diffusion import schedule as sampler
 from rahf.reward import sources
-from richhf_data import paths
+from richhf_data import command, paths
+from richhf_data.errors import UserError
 
 WEIGHTINGS = ("raw", "exponential", "top", "threshold")
 ADAPTED = ("to_q", "to_k", "to_v", "to_out")  # the layers that LoRA adds to
@@ -50,39 +50,39 @@ def weights_of(rewards: np.ndarray, config) -> np.ndarray:
       config: the section `reward`.
 
     Raises:
-      ValueError: rewards that are not finite or all equal, an unknown weighting or a setting out of its range, rewards
+      UserError: rewards that are not finite or all equal, an unknown weighting or a setting out of its range, rewards
         below 0 to be taken raw, or weights that are all 0.
     """
     rewards = np.asarray(rewards, np.float64)
     if not np.isfinite(rewards).all():
-        raise ValueError(f"reward: got {np.sum(~np.isfinite(rewards))} of {len(rewards)} not finite, expected numbers")
+        raise UserError(f"reward: got {np.sum(~np.isfinite(rewards))} of {len(rewards)} not finite, expected numbers")
     if np.ptp(rewards) == 0:
-        raise ValueError(
+        raise UserError(
             f"reward: got {rewards[0]:.6g} for all {len(rewards)} images, expected different ones; equal ones weight nothing"
         )
     if config.weighting == "raw":
         if rewards.min() < 0:
-            raise ValueError(
+            raise UserError(
                 f"reward: got {rewards.min():.4g}, expected at least 0 for --config.reward.weighting=raw; take exponential"
             )
         weights = rewards / rewards.max()
     elif config.weighting == "exponential":
         if config.temperature <= 0:
-            raise ValueError(f"reward.temperature: got {config.temperature}, expected above 0")
+            raise UserError(f"reward.temperature: got {config.temperature}, expected above 0")
         weights = np.exp((rewards - rewards.max()) / config.temperature)
     elif config.weighting == "top":
         if not 0 < config.fraction <= 1:
-            raise ValueError(f"reward.fraction: got {config.fraction}, expected above 0 and at most 1")
+            raise UserError(f"reward.fraction: got {config.fraction}, expected above 0 and at most 1")
         weights = np.zeros(len(rewards))
         weights[np.argsort(-rewards, kind="stable")[: max(1, round(config.fraction * len(rewards)))]] = 1
     elif config.weighting == "threshold":
         weights = rewards >= config.threshold
         if not weights.any():
-            raise ValueError(
+            raise UserError(
                 f"reward.threshold: got {config.threshold}, expected at most {rewards.max():.4g}, the highest reward"
             )
     else:
-        raise ValueError(f"reward.weighting: got {config.weighting!r}, expected one of {WEIGHTINGS}")
+        raise UserError(f"reward.weighting: got {config.weighting!r}, expected one of {WEIGHTINGS}")
     return weights.astype(np.float32)
 
 
@@ -162,21 +162,21 @@ def model_config(config, of_folder: folder.Config) -> folder.Config:
     """The sizes of the folder's parts, the UNet computed as the config's `model` says; the frozen parts in float32.
 
     Raises:
-      ValueError: an inpainting model, whose UNet reads more than noised latents.
+      UserError: an inpainting model, whose UNet reads more than noised latents.
     """
     if of_folder.inpaints:
-        raise ValueError(
+        raise UserError(
             f"model.folder: got an inpainting model (unet.in_channels = {of_folder.unet.in_channels}), expected one for "
             f"text to image, with {of_folder.unet.out_channels}"
         )
     if config.model.dtype not in ("float32", "bfloat16"):  # float16 would need its losses scaled
-        raise ValueError(f"model.dtype: got {config.model.dtype!r}, expected 'float32' or 'bfloat16'")
+        raise UserError(f"model.dtype: got {config.model.dtype!r}, expected 'float32' or 'bfloat16'")
     unet = dataclasses.replace(of_folder.unet, dtype=config.model.dtype, remat=config.model.remat)
     return dataclasses.replace(of_folder, unet=unet)
 
 
 def check(config):
-    """The config as it is meant, the UNet frozen where LoRA is trained. Raises ValueError: settings out of their range."""
+    """The config as it is meant, the UNet frozen where LoRA is trained. Raises UserError: settings out of their range."""
     limits = {
         "train.beta": (config.train.beta >= 0, "0 or more"),
         "train.pretraining_share": (0 < config.train.pretraining_share < 1, "above 0 and below 1"),
@@ -187,15 +187,15 @@ def check(config):
     for name, (holds, expected) in limits.items():
         if not holds:
             section, _, entry = name.partition(".")
-            raise ValueError(f"{name}: got {config[section][entry]!r}, expected {expected}")
+            raise UserError(f"{name}: got {config[section][entry]!r}, expected {expected}")
     if config.data.images and bool(config.data.pretraining) != (config.train.beta > 0):
-        raise ValueError(
+        raise UserError(
             f"train.beta: got {config.train.beta} with data.pretraining={config.data.pretraining!r}; expected pre-training "
             "pairs with a beta above 0, or none with --config.train.beta=0"
         )
     rows = inputs.pretraining_rows(config)
     if config.data.images and config.data.pretraining and not 0 < rows < config.train.batch_size:
-        raise ValueError(
+        raise UserError(
             f"train.pretraining_share: got {config.train.pretraining_share}, {rows} rows of train.batch_size="
             f"{config.train.batch_size}, expected some rows of both kinds"
         )
@@ -228,7 +228,7 @@ def train(config, workdir, reward: Callable | None = None, cache=None) -> None:
       cache: the folder of latents and embeddings, for several runs on the same tables; `workdir/cache` by default.
 
     Raises:
-      ValueError: a folder, table or setting that cannot be used, or rewards that weight nothing.
+      UserError: a folder, table or setting that cannot be used, or rewards that weight nothing.
       SystemExit: as `loop.run`.
     """
     # ---- Model, optimiser, state ------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ def train(config, workdir, reward: Callable | None = None, cache=None) -> None:
     mesh = partitioning.mesh_of(config.mesh)
     loop.check_batch(config, mesh)
     if not config.model.folder:
-        raise ValueError("model.folder: got '', expected a diffusers folder to start from: --config.model.folder=DIR")
+        raise UserError("model.folder: got '', expected a diffusers folder to start from: --config.model.folder=DIR")
     held = on_host(folder.read(config.model.folder), mesh)
     held = dataclasses.replace(held, config=model_config(config, held.config))
     model = held.config
@@ -252,7 +252,7 @@ def train(config, workdir, reward: Callable | None = None, cache=None) -> None:
     if "images" in data.tables and reward is None:
         if not config.reward.source:
             expected = "reward:DIR, rahf:DIR:SCORE or python:MODULE:NAME"
-            raise ValueError(f"reward.source: got '' for data.images, expected {expected}")
+            raise UserError(f"reward.source: got '' for data.images, expected {expected}")
         reward = sources.reward_of(config.reward.source)
     workdir = paths.absolute(workdir)
     with config.unlocked():
@@ -260,7 +260,7 @@ def train(config, workdir, reward: Callable | None = None, cache=None) -> None:
     if not checkpoints.is_new(workdir):  # else the config is written when its rewards are found to weight something
         checkpoints.open_workdir(workdir, config)
     if "://" in str(cache or workdir):
-        raise ValueError(f"cache: got {cache or workdir / 'cache'}, expected a folder on a disk: --cache=DIR")
+        raise UserError(f"cache: got {cache or workdir / 'cache'}, expected a folder on a disk: --cache=DIR")
     cache = pathlib.Path(cache or workdir / "cache") / (f"host_{jax.process_index()}" if jax.process_count() > 1 else "")
     say = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda text: None
     contexts, own, pretraining = data.contexts(cache, mesh), None, None
@@ -339,7 +339,7 @@ def same_rewards(file, rewards: np.ndarray) -> None:
         checkpoints.write_json(file, told)
     hosts.wait("rewards")
     if (held := checkpoints.read_json(file)) != told:
-        raise ValueError(
+        raise UserError(
             f"reward: {file.parent} holds a run with other rewards (of mean {held['mean']:.6g}, these {told['mean']:.6g}); "
             "take another --workdir, or the reward that it began with"
         )
@@ -372,20 +372,15 @@ def grid_of(images: np.ndarray, columns: int = 4) -> np.ndarray:
     return rows.reshape(rows.shape[0] * rows.shape[1], -1, 3)
 
 
-def main(argv):
+def main():
     """The command."""
-    logging.set_verbosity(logging.WARNING)
-    logging.get_absl_logger().addFilter(lambda record: not record.exc_info)
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     with hosts.joined(preemptible=True):
         train(flags.FLAGS.config, flags.FLAGS.workdir, cache=flags.FLAGS.cache)
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "The experiment: configs/sd_reward.py, say.")
     flags.DEFINE_string("workdir", None, "For checkpoints, logs, samples and the model; a killed run resumes from it.")
     flags.DEFINE_string("cache", None, "Where latents and texts' embeddings are kept, if not in the workdir.")
     hosts.define_flags()
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    flags.mark_flag_as_required("workdir")
+    command.run(main, experiments.reader())

@@ -24,6 +24,7 @@ from rahf.models.heads import CONV_DIMENSIONS, KERNEL_AXES
 from rahf.models.t5 import Dense
 from rahf.models.vit import LayerNorm, Projection
 from rahf.partitioning import compute_copy
+from richhf_data.errors import UserError
 
 Array = jax.Array
 partitioned = nn.with_logical_partitioning
@@ -35,9 +36,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 def check_blocks(name: str, channels: tuple[int, ...], groups: int, dtype: str) -> None:
     """Refuses what neither the UNet's configuration nor the VAE's may be."""
     if not channels or any(width % groups for width in channels):
-        raise ValueError(f"{name}.block_out_channels: got {channels}, expected multiples of norm_num_groups = {groups}")
+        raise UserError(f"{name}.block_out_channels: got {channels}, expected multiples of norm_num_groups = {groups}")
     if dtype not in DTYPES:
-        raise ValueError(f"{name}.dtype: got {dtype!r}, expected one of {DTYPES}")
+        raise UserError(f"{name}.dtype: got {dtype!r}, expected one of {DTYPES}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +65,10 @@ class UNetConfig:
         for name, allowed in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
             types = getattr(self, name)
             if len(types) != depth or not set(types) <= set(allowed):
-                raise ValueError(f"unet.{name}: got {types}, expected one for each of block_out_channels, of {allowed}")
+                raise UserError(f"unet.{name}: got {types}, expected one for each of block_out_channels, of {allowed}")
         heads = self.attention_head_dim
         if len(heads) != depth or any(width % h for width, h in zip(self.block_out_channels, heads, strict=True)):
-            raise ValueError(
+            raise UserError(
                 f"unet.attention_head_dim: got {heads}, expected {depth} numbers of heads that divide block_out_channels = "
                 f"{self.block_out_channels}"
             )
@@ -349,15 +350,15 @@ class UNet(nn.Module):
           float32[B, h, w, out_channels].
 
         Raises:
-          ValueError: shapes that do not fit the config.
+          UserError: shapes that do not fit the config.
         """
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         if latents.ndim != 4 or latents.shape[-1] != config.in_channels:
             expected = f"[B, h, w, {config.in_channels}] (unet.in_channels)"
-            raise ValueError(f"latents: got shape {latents.shape}, expected {expected}")
+            raise UserError(f"latents: got shape {latents.shape}, expected {expected}")
         if context.ndim != 3 or context.shape[::2] != (latents.shape[0], config.cross_attention_dim):
             expected = f"[{latents.shape[0]}, L, {config.cross_attention_dim}] (unet.cross_attention_dim)"
-            raise ValueError(f"context: got shape {context.shape}, expected {expected}")
+            raise UserError(f"context: got shape {context.shape}, expected {expected}")
         channels, context = config.block_out_channels, context.astype(dtype)
         time = sinusoids(jnp.broadcast_to(timesteps, latents.shape[:1]), channels[0])
         time = TimeEmbedding(4 * channels[0], dtype, name="time_embedding")(time)  # [B, E]

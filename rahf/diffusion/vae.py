@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from rahf.diffusion.unet import Conv, GroupNorm, ResnetBlock, attend, check_blocks, upsample
 from rahf.models.rahf import normalize_image
+from richhf_data.errors import UserError
 
 Array = jax.Array
 
@@ -47,11 +48,11 @@ class VAEConfig:
         """h and w of the latents of an image of so many pixels.
 
         Raises:
-          ValueError: sizes that are no multiples of `factor`.
+          UserError: sizes that are no multiples of `factor`.
         """
         if min(height, width) <= 0 or height % self.factor or width % self.factor:
             fitting = " by ".join(str(max(1, round(n / self.factor)) * self.factor) for n in (height, width))
-            raise ValueError(
+            raise UserError(
                 f"image: got {height} by {width} pixels (height by width), expected multiples of {self.factor}, what a "
                 f"latent covers; resize it, to {fitting} for instance"
             )
@@ -174,10 +175,10 @@ class VAE(nn.Module):
         """float[B, H, W, 3] in [-1, 1], or uint8 -> the distribution of its latents, unscaled.
 
         Raises:
-          ValueError: a wrong shape, sizes that are no multiples of `config.factor`, neither uint8 nor float.
+          UserError: a wrong shape, sizes that are no multiples of `config.factor`, neither uint8 nor float.
         """
         if image.ndim != 4 or image.shape[-1] != self.config.in_channels:
-            raise ValueError(f"image: got shape {image.shape}, expected [B, H, W, {self.config.in_channels}]")
+            raise UserError(f"image: got shape {image.shape}, expected [B, H, W, {self.config.in_channels}]")
         self.config.grid(*image.shape[1:3])
         moments = self.quant_conv(self.encoder(normalize_image(image))).astype(jnp.float32)
         mean, logvar = jnp.split(moments, 2, axis=-1)

@@ -27,6 +27,7 @@ from jax.typing import DTypeLike
 from rahf.models.rahf import normalize_image
 from rahf.models.t5 import MASKED, Dense
 from rahf.models.vit import LayerNorm
+from richhf_data.errors import UserError
 
 Array = jax.Array
 partitioned = nn.with_logical_partitioning
@@ -79,20 +80,20 @@ class CLIPConfig:
         vision, text = self.vision, self.text
         for name, tower in (("vision", vision), ("text", text)):
             if tower.width % tower.num_heads:
-                raise ValueError(
+                raise UserError(
                     f"clip.{name}.width: got {tower.width}, expected a multiple of num_heads = {tower.num_heads}"
                 )
         if vision.image_size % vision.patch_size:
-            raise ValueError(
+            raise UserError(
                 f"clip.vision.image_size: got {vision.image_size}, expected a multiple of patch_size = {vision.patch_size}"
             )
         if text.eos_id == 2 or not 0 <= text.eos_id < text.vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"clip.text.eos_id: got {text.eos_id}, expected the end id itself, below vocab_size = {text.vocab_size} "
                 "(Hugging Face's 2 stands for the highest id, 49407 in CLIP's vocabulary)"
             )
         if self.activation not in ACTIVATIONS:
-            raise ValueError(f"clip.activation: got {self.activation!r}, expected one of {sorted(ACTIVATIONS)}")
+            raise UserError(f"clip.activation: got {self.activation!r}, expected one of {sorted(ACTIVATIONS)}")
 
 
 VIT_L14 = CLIPConfig(
@@ -204,11 +205,11 @@ class CLIP(nn.Module):
           dtype[B, 1 + P, D].
 
         Raises:
-          ValueError: the image is not of `config.vision.image_size`, or neither uint8 nor float.
+          UserError: the image is not of `config.vision.image_size`, or neither uint8 nor float.
         """
         size, patch = self.config.vision.image_size, self.config.vision.patch_size
         if image.ndim != 4 or image.shape[1:] != (size, size, 3):
-            raise ValueError(f"image: got shape {image.shape}, expected [B, {size}, {size}, 3] (clip.vision.image_size)")
+            raise UserError(f"image: got shape {image.shape}, expected [B, {size}, {size}, 3] (clip.vision.image_size)")
         image = normalize_image(image).astype(jnp.float32) * 0.5 + 0.5
         image = (image - MEAN.reshape(1, 1, 1, 3)) / STD.reshape(1, 1, 1, 3)
         batch, grid = image.shape[0], size // patch
@@ -227,11 +228,11 @@ class CLIP(nn.Module):
           dtype[B, L, D].
 
         Raises:
-          ValueError: a shape that is not [B, L], or more than `config.text.length` ids.
+          UserError: a shape that is not [B, L], or more than `config.text.length` ids.
         """
         length = self.config.text.length
         if ids.ndim != 2 or not 0 < ids.shape[1] <= length:
-            raise ValueError(f"ids: got shape {ids.shape}, expected [B, L] with L of 1 to {length} (clip.text.length)")
+            raise UserError(f"ids: got shape {ids.shape}, expected [B, L] with L of 1 to {length} (clip.text.length)")
         ids = ids.astype(jnp.uint32)  # as an index, -1 would be the last id
         return self.text(jnp.take(self.token_embedding, ids, axis=0, mode="fill").astype(self.dtype))
 
@@ -263,14 +264,14 @@ class Tokenizer:
     """CLIP's byte-pair vocabulary, read by `transformers` from the files of a Hugging Face folder.
 
     Raises:
-      ValueError: the folder has neither tokenizer.json nor vocab.json and merges.txt.
+      UserError: the folder has neither tokenizer.json nor vocab.json and merges.txt.
     """
 
     def __init__(self, folder):
         folder = pathlib.Path(folder)
         whole, *parts = ((folder / name).is_file() for name in TOKENIZER_FILES)
         if not whole and not all(parts):
-            raise ValueError(f"vocabulary: {folder} has neither tokenizer.json nor vocab.json with merges.txt, expected one")
+            raise UserError(f"vocabulary: {folder} has neither tokenizer.json nor vocab.json with merges.txt, expected one")
         import transformers  # seconds
 
         self._tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)

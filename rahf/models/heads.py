@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from rahf.models.t5 import RMSNorm
 from rahf.models.vit import LayerNorm
 from rahf.partitioning import compute_copy, product
+from richhf_data.errors import UserError
 
 Array = jax.Array
 KERNEL_AXES = ("conv_height", "conv_width", "conv_in", "conv_out")
@@ -21,7 +22,7 @@ STYLES = ("paper", "pytorch")
 
 def _check_style(name: str, style: str) -> None:
     if style not in STYLES:
-        raise ValueError(f"{name}.style: got {style!r}, expected one of {STYLES}")
+        raise UserError(f"{name}.style: got {style!r}, expected one of {STYLES}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ class ScoreHeadConfig:
     def __post_init__(self):
         _check_style("score_head", self.style)
         if self.padding not in ("VALID", "SAME"):
-            raise ValueError(f"score_head.padding: got {self.padding!r}, expected 'VALID' or 'SAME'")
+            raise UserError(f"score_head.padding: got {self.padding!r}, expected 'VALID' or 'SAME'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,7 @@ class HeatmapHeadConfig:
     def __post_init__(self):
         _check_style("heatmap_head", self.style)
         if self.strips < 1:
-            raise ValueError(f"heatmap_head.strips: got {self.strips}, expected 1 or more")
+            raise UserError(f"heatmap_head.strips: got {self.strips}, expected 1 or more")
 
 
 CONV_DIMENSIONS = ("NHWC", "HWIO", "NHWC")
@@ -308,11 +309,11 @@ class ScoreHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """dtype[B, h, w, D] -> float32[B] in [0, 1]. ValueError when the grid is too small for the convolutions."""
+        """dtype[B, h, w, D] -> float32[B] in [0, 1]. UserError when the grid is too small for the convolutions."""
         config = self.config
         shrink = len(config.filters) * (config.kernel_size - 1) if config.padding == "VALID" else 0
         if min(x.shape[1:3]) <= shrink:
-            raise ValueError(
+            raise UserError(
                 f"score_head: got a grid of {x.shape[1]}x{x.shape[2]}, expected more than {shrink} on each side for "
                 f"{len(config.filters)} VALID convolutions; set score_head.padding to 'SAME' or use fewer filters"
             )

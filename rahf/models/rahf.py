@@ -30,6 +30,7 @@ from rahf.models.heads import HeatmapHead, HeatmapHeadConfig, ScoreHead, ScoreHe
 from rahf.models.t5 import T5, T5Config
 from rahf.models.vit import Projection, ViT, ViTConfig
 from richhf_data import schema
+from richhf_data.errors import UserError
 
 Array = jax.Array
 NUM_SCORES, NUM_HEATMAPS, NUM_TASKS = len(schema.SCORES), len(schema.HEATMAPS), len(schema.TASKS)
@@ -59,9 +60,9 @@ class RAHFConfig:
             ("decoder_attends", ("fused", "text")),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {allowed}")
+                raise UserError(f"{name}: got {getattr(self, name)!r}, expected one of {allowed}")
         if self.image_size % self.vit.patch_size:
-            raise ValueError(
+            raise UserError(
                 f"image_size: got {self.image_size}, expected a multiple of vit.patch_size = {self.vit.patch_size}"
             )
 
@@ -80,7 +81,7 @@ class RAHFConfig:
         """From nested plain dictionaries, `{"image_size": 64, "vit": {"width": 96}}`; what is absent has its default.
 
         Raises:
-          ValueError: an unknown name (the message has the nearest known one) or a value of another type.
+          UserError: an unknown name (the message has the nearest known one) or a value of another type.
         """
         return _from_dict(cls, values, "")
 
@@ -88,13 +89,13 @@ class RAHFConfig:
 def _from_dict(cls, values: Mapping, prefix: str):
     types = typing.get_type_hints(cls)
     if not isinstance(values, Mapping):
-        raise ValueError(f"{prefix[:-1]}: got {values!r}, expected a dictionary with keys of {sorted(types)}")
+        raise UserError(f"{prefix[:-1]}: got {values!r}, expected a dictionary with keys of {sorted(types)}")
     out = {}
     for name, value in values.items():
         if name not in types:
             near = difflib.get_close_matches(name, types, n=1)
             hint = f"did you mean {prefix + near[0]!r}?" if near else f"expected one of {sorted(types)}"
-            raise ValueError(f"unknown model option {prefix + name!r}; {hint}")
+            raise UserError(f"unknown model option {prefix + name!r}; {hint}")
         expected = types[name]
         if dataclasses.is_dataclass(expected):
             value = _from_dict(expected, value, f"{prefix}{name}.")
@@ -104,7 +105,7 @@ def _from_dict(cls, values: Mapping, prefix: str):
         elif expected is float and type(value) is int:
             value = float(value)
         if type(value) is not (typing.get_origin(expected) or expected):
-            raise ValueError(f"model option {prefix + name!r}: got {value!r}, expected {types[name]}")
+            raise UserError(f"model option {prefix + name!r}: got {value!r}, expected {types[name]}")
         out[name] = value
     return cls(**out)
 
@@ -122,7 +123,7 @@ def normalize_image(image: Array) -> Array:
     if image.dtype == jnp.uint8:
         return image.astype(jnp.float32) / 127.5 - 1.0
     if not jnp.issubdtype(image.dtype, jnp.floating):
-        raise ValueError(f"image: got {image.dtype}, expected uint8 in [0, 255] or a float type in [-1, 1]")
+        raise UserError(f"image: got {image.dtype}, expected uint8 in [0, 255] or a float type in [-1, 1]")
     return image
 
 
@@ -162,11 +163,11 @@ class RAHF(nn.Module):
         """uint8[B, H, W, 3], or float in [-1, 1] -> dtype[B, P, D] (P + 1 with a class token), D the width of T5.
 
         Raises:
-          ValueError: the image is not of `config.image_size`, or neither uint8 nor float.
+          UserError: the image is not of `config.image_size`, or neither uint8 nor float.
         """
         size = self.config.image_size
         if image.ndim != 4 or image.shape[1:] != (size, size, 3):
-            raise ValueError(f"image: got shape {image.shape}, expected [B, {size}, {size}, 3] (config image_size)")
+            raise UserError(f"image: got shape {image.shape}, expected [B, {size}, {size}, 3] (config image_size)")
         tokens = self.vit(normalize_image(image), train)  # [B, P, width of the ViT]
         if self.config.vit.width != self.config.t5.emb_dim:
             tokens = self.image_projection(tokens)  # [B, P, D]
@@ -201,7 +202,7 @@ class RAHF(nn.Module):
           `Outputs`.
 
         Raises:
-          ValueError: shapes that do not fit the config.
+          UserError: shapes that do not fit the config.
         """
         scores, heatmaps, fused, mask = self.perceive(image, text_ids, train)
         logits = self.t5.decode(*self._for_decoder(fused, mask), t5.shift_right(keyword_ids), train)
@@ -246,7 +247,7 @@ class RAHF(nn.Module):
         expected = "[B, L]" if self.config.variant == "multi_head" else f"[B, {NUM_TASKS}, L]"
         if text_ids.ndim != expected.count(",") + 1 or (text_ids.ndim == 3 and text_ids.shape[1] != NUM_TASKS):
             variant = self.config.variant
-            raise ValueError(f"text_ids: got shape {text_ids.shape}, expected {expected} in the {variant} variant")
+            raise UserError(f"text_ids: got shape {text_ids.shape}, expected {expected} in the {variant} variant")
 
     def _feature_map(self, fused: Array) -> Array:
         """[..., N, D] -> [..., h, w, D]: the fused image tokens, without the class token."""

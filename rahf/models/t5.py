@@ -23,6 +23,7 @@ from jax.typing import DTypeLike
 
 from rahf.models.vit import scan_layers, softmax
 from rahf.partitioning import compute_copy
+from richhf_data.errors import UserError
 
 Array = jax.Array
 ACTIVATIONS = {"relu": nn.relu, "gelu": nn.gelu, "linear": lambda x: x}
@@ -53,7 +54,7 @@ class T5Config:
     def __post_init__(self):
         unknown = [name for name in self.mlp_activations if name not in ACTIVATIONS]
         if unknown or not self.mlp_activations:
-            raise ValueError(f"t5.mlp_activations: got {self.mlp_activations}, expected names of {sorted(ACTIVATIONS)}")
+            raise UserError(f"t5.mlp_activations: got {self.mlp_activations}, expected names of {sorted(ACTIVATIONS)}")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from rahf.partitioning import compute_copy
+from richhf_data.errors import UserError
 
 Array = jax.Array
 partitioned = nn.with_logical_partitioning
@@ -44,11 +45,11 @@ class ViTConfig:
 
     def __post_init__(self):
         if self.width % self.num_heads:
-            raise ValueError(f"vit.width: got {self.width}, expected a multiple of vit.num_heads = {self.num_heads}")
+            raise UserError(f"vit.width: got {self.width}, expected a multiple of vit.num_heads = {self.num_heads}")
         if self.gelu not in ("tanh", "erf"):
-            raise ValueError(f"vit.gelu: got {self.gelu!r}, expected 'tanh' or 'erf'")
+            raise UserError(f"vit.gelu: got {self.gelu!r}, expected 'tanh' or 'erf'")
         if self.stem_patch and self.patch_size % self.stem_patch:
-            raise ValueError(f"vit.stem_patch: got {self.stem_patch}, expected a divisor of patch_size = {self.patch_size}")
+            raise UserError(f"vit.stem_patch: got {self.stem_patch}, expected a divisor of patch_size = {self.patch_size}")
 
 
 class Projection(nn.Module):
@@ -267,12 +268,12 @@ class ViT(nn.Module):
           dtype[B, P, D], row by row over the grid; [B, P + 1, D] with the class token first, where there is one.
 
         Raises:
-          ValueError: the image's sides are no multiples of the patch size.
+          UserError: the image's sides are no multiples of the patch size.
         """
         config, patch = self.config, self.config.patch_size
         batch, height, width, _ = image.shape
         if height % patch or width % patch:
-            raise ValueError(f"image: got {height}x{width} pixels, expected multiples of vit.patch_size = {patch}")
+            raise UserError(f"image: got {height}x{width} pixels, expected multiples of vit.patch_size = {patch}")
         x = image.astype(self.dtype)
         if config.stem_patch:
             x = PatchEmbedding(config.stem_width, config.stem_patch, ("conv_in", "conv_out"), self.dtype, name="stem")(x)

@@ -25,6 +25,7 @@ from rahf import checkpoints, pretrained, weights
 from rahf.models.clip import CLIP, TOKENIZER_FILES, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, Tokenizer
 from richhf_data import images as richhf_images
 from richhf_data import paths
+from richhf_data.errors import UserError
 
 BATCH = 32  # images or texts at a time
 FILE = 8 * BATCH  # embeddings in a file: what a kill may cost
@@ -37,7 +38,7 @@ class Clip:
       config: CLIPConfig. digest: SHA-256 of the folder's files, what an embedding depends on.
 
     Raises:
-      ValueError: no such folder, tensors of other shapes, or no tokenizer's files.
+      UserError: no such folder, tensors of other shapes, or no tokenizer's files.
     """
 
     def __init__(self, folder):
@@ -68,12 +69,12 @@ class Clip:
         """-> float32[B, E] of unit length.
 
         Raises:
-          ValueError: a text has more ids than the text tower reads.
+          UserError: a text has more ids than the text tower reads.
         """
         length = self.config.text.length
         for text in texts:
             if (count := self.tokenizer.num_ids(text)) > length:
-                raise ValueError(
+                raise UserError(
                     f"prompt: {text[:80]!r} takes {count} ids with its start and end, CLIP reads {length}; shorten it"
                 )
         return self._batches("encode_text", self.tokenizer(texts, length) if len(texts) else [])
@@ -96,10 +97,10 @@ def prepare(image: np.ndarray, size: int) -> np.ndarray:
     """uint8[H, W, 3] -> uint8[size, size, 3] as CLIP sees it: the shorter side scaled to `size`, bicubic, the middle.
 
     Raises:
-      ValueError: another shape or dtype.
+      UserError: another shape or dtype.
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
-        raise ValueError(f"image: got {image.dtype}{list(image.shape)}, expected uint8[H, W, 3]")
+        raise UserError(f"image: got {image.dtype}{list(image.shape)}, expected uint8[H, W, 3]")
     height, width = image.shape[:2]
     if (height, width) == (size, size):
         return image
@@ -110,12 +111,12 @@ def prepare(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def decode(encoded: bytes, where: str) -> np.ndarray:
-    """An encoded image as uint8[H, W, 3], RGB. Raises ValueError with `where` if it does not decode."""
+    """An encoded image as uint8[H, W, 3], RGB. Raises UserError with `where` if it does not decode."""
     try:
         plain, _, _ = richhf_images.plain(encoded)
         return np.asarray(PIL.Image.open(io.BytesIO(plain)).convert("RGB"))
-    except ValueError as error:
-        raise ValueError(f"{where}: image: does not decode ({error}), expected a JPEG, PNG or WebP") from error
+    except UserError as error:
+        raise UserError(f"{where}: image: does not decode ({error}), expected a JPEG, PNG or WebP") from error
 
 
 def key(data: bytes) -> str:
@@ -136,7 +137,7 @@ class _Store:
                 with np.load(file, allow_pickle=False) as arrays:
                     self.held |= dict(zip(arrays["keys"].tolist(), arrays["embeddings"], strict=True))
             except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-                raise ValueError(f"cache: {file} is damaged ({error}); delete it, it is made again") from error
+                raise UserError(f"cache: {file} is damaged ({error}); delete it, it is made again") from error
 
     def add(self, found: dict[str, np.ndarray]) -> None:
         self._new |= found
@@ -159,7 +160,7 @@ def embed_images(clip: Clip, rows: Iterable[tuple[str, bytes]], cache, total: in
       rows: (where it comes from, for errors; the encoded image). total: how many.
 
     Raises:
-      ValueError: an image that does not decode, with its `where`; what was embedded before it is kept.
+      UserError: an image that does not decode, with its `where`; what was embedded before it is kept.
     """
     store, keys, waiting = _Store(pathlib.Path(cache) / clip.digest[:16] / "image"), [], {}
 

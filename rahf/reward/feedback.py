@@ -13,6 +13,7 @@ import pyarrow
 import pyarrow.parquet
 
 from richhf_data import images as richhf_images
+from richhf_data.errors import UserError
 
 MAX_NAMED = 5  # faults in a message
 _ROWS_AT_ONCE = 32  # of images in memory
@@ -28,7 +29,7 @@ class Pictures:
       path: the file. prompts: list of texts. places: as many names of rows, for errors: "row 3".
 
     Raises:
-      ValueError: no such file, another format, a column that is missing, rows that are not as above; names the file, the
+      UserError: no such file, another format, a column that is missing, rows that are not as above; names the file, the
         first faulty rows (from 1 on), what they have and what is expected.
     """
 
@@ -40,10 +41,10 @@ class Pictures:
         if self.path.is_dir():
             self.path /= "images.jsonl"
         if not self.path.is_file():
-            raise ValueError(f"{self.name}: no file {self.path}")
+            raise UserError(f"{self.name}: no file {self.path}")
         readers = {".jsonl": self._json_rows, ".parquet": self._parquet_rows}
         if self.path.suffix not in readers:
-            raise ValueError(f"{self.name}: {path} ends in {self.path.suffix!r}, expected one of {sorted(readers)}")
+            raise UserError(f"{self.name}: {path} ends in {self.path.suffix!r}, expected one of {sorted(readers)}")
         self._rows = readers[self.path.suffix]
         rows, faults, self.places = [], [], []
         small = [name for name in self.columns if name != "image" or self.path.suffix == ".jsonl"]
@@ -56,7 +57,7 @@ class Pictures:
                 self.places.append(where)
         self._refuse(faults)
         if not rows:
-            raise ValueError(f"{self.name}: {self.path} has no rows, expected a row an image with {', '.join(self.columns)}")
+            raise UserError(f"{self.name}: {self.path} has no rows, expected a row an image with {', '.join(self.columns)}")
         self.prompts = [row["prompt"] for row in rows]
         self._checked = rows
 
@@ -67,7 +68,7 @@ class Pictures:
         """(the file and row, the image as it is encoded) of each row, in order.
 
         Raises:
-          ValueError: an image that is missing.
+          UserError: an image that is missing.
         """
         for where, row in self._rows(["image"]):
             if isinstance(row, str):
@@ -97,7 +98,7 @@ class Pictures:
     def _refuse(self, faults) -> None:
         if faults:
             more = f"\n  and {len(faults) - MAX_NAMED} more" if len(faults) > MAX_NAMED else ""
-            raise ValueError(f"{self.name}: {self.path}:\n  " + "\n  ".join(faults[:MAX_NAMED]) + more)
+            raise UserError(f"{self.name}: {self.path}:\n  " + "\n  ".join(faults[:MAX_NAMED]) + more)
 
     def _json_rows(self, columns) -> Iterator[tuple[str, dict | str]]:
         """(row 3, the row, or what is wrong with it)."""
@@ -117,7 +118,7 @@ class Pictures:
             with pyarrow.parquet.ParquetFile(self.path) as file:
                 if missing := [name for name in self.columns if name not in file.schema_arrow.names]:
                     has = richhf_images.listed(richhf_images.leaves(file.schema_arrow))
-                    raise ValueError(f"{self.name}: {self.path} has no column {', '.join(missing)}; it has {has}")
+                    raise UserError(f"{self.name}: {self.path} has no column {', '.join(missing)}; it has {has}")
                 number = 0
                 for batch in file.iter_batches(_ROWS_AT_ONCE if "image" in columns else 2**14, columns=list(columns)):
                     for row in batch.to_pylist():

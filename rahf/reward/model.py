@@ -14,6 +14,8 @@ import numpy as np
 import optax
 from tqdm.auto import tqdm
 
+from richhf_data.errors import UserError
+
 Array = jax.Array
 partitioned = nn.with_logical_partitioning
 
@@ -76,10 +78,10 @@ class Features:
         wanted = {"image": (n, self.image.shape[-1]), "prompt": (n,), "label": (n,), "text": (prompts, self.text.shape[-1])}
         for name, shape in (wanted | {"negatives": (prompts, k), "odds": (prompts, k)}).items():
             if getattr(self, name).shape != shape:
-                raise ValueError(f"features.{name}: got shape {getattr(self, name).shape}, expected {shape}")
+                raise UserError(f"features.{name}: got shape {getattr(self, name).shape}, expected {shape}")
         for name in ("image", "text"):
             if not np.isfinite(getattr(self, name)).all():
-                raise ValueError(f"features.{name}: got values that are not finite")
+                raise UserError(f"features.{name}: got values that are not finite")
 
 
 def draw_negatives(key: Array, negatives: Array, odds: Array, number: int) -> tuple[Array, Array]:
@@ -158,7 +160,7 @@ def fit(
       The parameters of the validation with the least squared error, and what `on_best` was told of them.
 
     Raises:
-      ValueError: an empty part, a setting out of its range, or a loss that is not finite.
+      UserError: an empty part, a setting out of its range, or a loss that is not finite.
     """
     _check(config, train, validation)
     settings, loss = config.train, config.loss
@@ -196,7 +198,7 @@ def fit(
             if (i + 1) % settings.eval_every and i + 1 < settings.num_steps:
                 continue
             if not np.isfinite(value := float(metrics["loss"])):
-                raise ValueError(f"train: the loss is {value} at step {i + 1}; lower --config.train.learning_rate")
+                raise UserError(f"train: the loss is {value} at step {i + 1}; lower --config.train.learning_rate")
             mse = float(np.mean(np.square(predict(model, params, *held_out) - features.label[validation])))
             bar.set_postfix(loss=f"{value:.4f}", validation_mse=f"{mse:.4f}")
             since += 1
@@ -222,7 +224,7 @@ def _batches(rows: np.ndarray, size: int, seed: int):
 def _check(config, train, validation) -> None:
     for name, rows in (("training", train), ("validation", validation)):
         if not len(rows):
-            raise ValueError(f"feedback: the {name} part is empty, expected at least one row; more feedback is needed")
+            raise UserError(f"feedback: the {name} part is empty, expected at least one row; more feedback is needed")
     limits = {
         "loss.temperature": (config.loss.temperature > 0, "above 0"),
         "loss.classification_weight": (config.loss.classification_weight >= 0, "0 or more"),
@@ -236,4 +238,4 @@ def _check(config, train, validation) -> None:
     for name, (holds, expected) in limits.items():
         if not holds:
             section, _, entry = name.partition(".")
-            raise ValueError(f"{name}: got {config[section][entry]!r}, expected {expected}")
+            raise UserError(f"{name}: got {config[section][entry]!r}, expected {expected}")

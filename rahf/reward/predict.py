@@ -10,6 +10,7 @@ import numpy as np
 from rahf import checkpoints, weights
 from rahf.reward import embed, model, sources
 from richhf_data import paths
+from richhf_data.errors import UserError
 
 
 class Reward:
@@ -26,10 +27,10 @@ class Reward:
         """uint8[B, H, W, 3], or B images of any sizes, and B prompts -> float32[B] in [0, 1].
 
         Raises:
-          ValueError: not as many images as prompts, an image that is not uint8[H, W, 3], a prompt too long for CLIP.
+          UserError: not as many images as prompts, an image that is not uint8[H, W, 3], a prompt too long for CLIP.
         """
         if len(images) != len(prompts):
-            raise ValueError(f"reward: got {len(images)} images and {len(prompts)} prompts, expected as many")
+            raise UserError(f"reward: got {len(images)} images and {len(prompts)} prompts, expected as many")
         different = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         texts = self.clip.texts(list(different))[[different[prompt] for prompt in prompts]]
         return model.predict(self.model, self.params, self.clip.images(images), texts)
@@ -42,21 +43,21 @@ def load(workdir, clip=None) -> Reward:
       clip: the folder of its CLIP, where that is no longer where training found it.
 
     Raises:
-      ValueError: no such folder, weights of another architecture, or another CLIP than the one it was trained with.
+      UserError: no such folder, weights of another architecture, or another CLIP than the one it was trained with.
     """
     workdir = paths.absolute(workdir)
     if not (workdir / "config.json").is_file():
-        raise ValueError(f"workdir: {workdir} has no config.json; expected one of `python -m rahf.reward.train`")
+        raise UserError(f"workdir: {workdir} has no config.json; expected one of `python -m rahf.reward.train`")
     config = checkpoints.read_json(workdir / "config.json")
     if (kind := config.get("kind", "rahf")) != "reward":
-        raise ValueError(f"workdir: {workdir} holds a {kind}, expected a reward model")
+        raise UserError(f"workdir: {workdir} holds a {kind}, expected a reward model")
     file = workdir / "weights.safetensors"
     if not file.is_file():
-        raise ValueError(f"workdir: {workdir} has no weights.safetensors yet; go on training until its first validation")
+        raise UserError(f"workdir: {workdir} has no weights.safetensors yet; go on training until its first validation")
     folder = clip or config["clip"]["folder"]
     clip = embed.Clip(folder)
     if clip.digest != config["clip"]["digest"]:
-        raise ValueError(f"clip: {folder} is not the CLIP that {workdir} was trained with; pass clip=DIR of that one")
+        raise UserError(f"clip: {folder} is not the CLIP that {workdir} was trained with; pass clip=DIR of that one")
     mlp, width = model.RewardMLP(tuple(config["model"]["hidden"])), clip.config.projection_dim
     wanted = nn.unbox(jax.eval_shape(lambda key: model.init(mlp, width, width, key), jax.random.key(0)))
     wanted = {name: leaf.shape for name, leaf in flax.traverse_util.flatten_dict(wanted, sep="/").items()}
@@ -85,11 +86,11 @@ def keep_best(
       int[B], which one to keep of each, and float32[B, K], all rewards.
 
     Raises:
-      ValueError: not K candidates of every prompt, or rewards that are not finite or not one an image.
+      UserError: not K candidates of every prompt, or rewards that are not finite or not one an image.
     """
     counts = {len(images) for images in candidates}
     if len(candidates) != len(prompts) or len(counts) != 1 or 0 in counts:
-        raise ValueError(
+        raise UserError(
             f"candidates: got {len(candidates)} groups of {sorted(counts)} images for {len(prompts)} prompts, expected as "
             "many groups, each of the same number of images"
         )

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from richhf_data.errors import UserError
+
 SINGULAR = ("one", "1")  # counts that a thing follows in the singular; without a count it has an article
 
 
@@ -31,7 +33,7 @@ class Words:
     """The lists that prompts are made of; a thing may give its plural: "mouse/mice".
 
     Raises:
-      ValueError: a list with an empty or repeated word, no things, or two combinations that read the same.
+      UserError: a list with an empty or repeated word, no things, or two combinations that read the same.
     """
 
     count: tuple[str, ...]
@@ -43,11 +45,11 @@ class Words:
         for name in CATEGORIES:
             words = getattr(self, name)
             if isinstance(words, str) or not all(isinstance(word, str) and word.strip() for word in words):
-                raise ValueError(f"prompts.{name}: got {words!r}, expected a list of words")
+                raise UserError(f"prompts.{name}: got {words!r}, expected a list of words")
             if repeated := sorted({word for word in words if list(words).count(word) > 1}):
-                raise ValueError(f"prompts.{name}: got {repeated} more than once, expected different words")
+                raise UserError(f"prompts.{name}: got {repeated} more than once, expected different words")
         if not self.thing:
-            raise ValueError("prompts.thing: got an empty list, expected at least one thing")
+            raise UserError("prompts.thing: got an empty list, expected at least one thing")
         self._by_text  # noqa: B018  (finds combinations that read the same)
 
     @functools.cached_property
@@ -58,7 +60,7 @@ class Words:
             for thing in self.thing:
                 prompt = Prompt(count, colour, thing, background)
                 if (other := found.setdefault(_plain(text(prompt)), prompt)) != prompt:
-                    raise ValueError(f"prompts: {other} and {prompt} both read {text(prompt)!r}; expected different words")
+                    raise UserError(f"prompts: {other} and {prompt} both read {text(prompt)!r}; expected different words")
         return found
 
     def parse(self, prompt_text: str) -> Prompt | None:
@@ -73,11 +75,11 @@ class Words:
         """So many different ones of `all`, their kinds (count alone, count and colour, ...) as even as the lists allow.
 
         Raises:
-          ValueError: the lists make fewer.
+          UserError: the lists make fewer.
         """
         prompts = self.all()
         if not 0 < number <= len(prompts):
-            raise ValueError(f"prompts: got {number} to draw, expected 1 to {len(prompts)}, which is what the lists make")
+            raise UserError(f"prompts: got {number} to draw, expected 1 to {len(prompts)}, which is what the lists make")
         rng, kinds = np.random.default_rng(seed), {}
         for i in rng.permutation(len(prompts)):
             kinds.setdefault(kind(prompts[i]), []).append(prompts[i])

@@ -21,13 +21,14 @@ import numpy as np
 import rahf
 from rahf import reward as rahf_reward
 from richhf_data import schema
+from richhf_data.errors import UserError
 
 
 def reward_of(spec: str) -> Callable:
     """`(images, prompts) -> float32[B]` of a spec as above; call it through `checked`.
 
     Raises:
-      ValueError: another spec, a folder that does not hold it, an unknown score, a module or a name that is not there.
+      UserError: another spec, a folder that does not hold it, an unknown score, a module or a name that is not there.
     """
     kinds = {"reward": lambda rest: rahf_reward.load(*re.split(":(?!//)", rest, maxsplit=1)), "rahf": _rahf}
     return _source("reward", spec, kinds | {"python": functools.partial(_python, "reward")})
@@ -42,10 +43,10 @@ def checked(reward: Callable, images: Sequence[np.ndarray], prompts: Sequence[st
     """A reward's float32[B] for B images and their prompts.
 
     Raises:
-      ValueError: not as many images as prompts; the reward gives another shape, no numbers, or some that are not finite.
+      UserError: not as many images as prompts; the reward gives another shape, no numbers, or some that are not finite.
     """
     if len(images) != len(prompts):
-        raise ValueError(f"reward: got {len(images)} images and {len(prompts)} prompts, expected as many")
+        raise UserError(f"reward: got {len(images)} images and {len(prompts)} prompts, expected as many")
     expected = f"expected {len(prompts)} finite numbers, one an image"
     given = reward(images, prompts)
     try:
@@ -54,12 +55,12 @@ def checked(reward: Callable, images: Sequence[np.ndarray], prompts: Sequence[st
             raise TypeError(f"values of type {rewards.dtype}")
         rewards = rewards.astype(np.float32)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"reward: got {type(given).__name__} ({error}), {expected}") from error
+        raise UserError(f"reward: got {type(given).__name__} ({error}), {expected}") from error
     if rewards.shape != (len(prompts),):
-        raise ValueError(f"reward: got shape {rewards.shape}, {expected}")
+        raise UserError(f"reward: got shape {rewards.shape}, {expected}")
     if len(wrong := np.flatnonzero(~np.isfinite(rewards))):
         first = f"{rewards[wrong[0]]} for {prompts[wrong[0]][:80]!r}"
-        raise ValueError(f"reward: got {len(wrong)} values that are not finite, the first {first}; {expected}")
+        raise UserError(f"reward: got {len(wrong)} values that are not finite, the first {first}; {expected}")
     return rewards
 
 
@@ -67,7 +68,7 @@ def _source(name: str, spec: str, kinds: Mapping[str, Callable]) -> Callable:
     kind, colon, rest = spec.partition(":")
     if kind not in kinds or not colon or not rest:
         expected = " or ".join(f"{kind}:..." for kind in kinds)
-        raise ValueError(f"{name}: got {spec!r}, expected {expected} (python -m pydoc rahf.reward.sources)")
+        raise UserError(f"{name}: got {spec!r}, expected {expected} (python -m pydoc rahf.reward.sources)")
     return kinds[kind](rest)
 
 
@@ -85,13 +86,13 @@ def _rahf(rest: str) -> Callable:
     for term in sum_of.split(","):
         name, equals, weight = term.partition("=")
         if name not in schema.SCORES or name in weights:
-            raise ValueError(f"reward: rahf:{rest}: got the score {name!r}, expected some of {schema.SCORES}, each once")
+            raise UserError(f"reward: rahf:{rest}: got the score {name!r}, expected some of {schema.SCORES}, each once")
         try:
             weights[name] = float(weight) if equals else 1.0
         except ValueError:
             weights[name] = math.nan
         if not math.isfinite(weights[name]):
-            raise ValueError(f"reward: rahf:{rest}: got {weight!r} times {name}, expected a number")
+            raise UserError(f"reward: rahf:{rest}: got {weight!r} times {name}, expected a number")
     model = rahf.load(folder)
 
     def reward(images, prompts):
@@ -104,13 +105,13 @@ def _rahf(rest: str) -> Callable:
 def _python(what: str, rest: str) -> Callable:
     module, colon, name = rest.partition(":")
     if not (module and colon and name):
-        raise ValueError(f"{what}: got python:{rest}, expected python:package.module:name")
+        raise UserError(f"{what}: got python:{rest}, expected python:package.module:name")
     try:
         found = functools.reduce(getattr, name.split("."), importlib.import_module(module))
     except ImportError as error:
-        raise ValueError(f"{what}: python:{rest}: {error}; is its folder on PYTHONPATH?") from error
+        raise UserError(f"{what}: python:{rest}: {error}; is its folder on PYTHONPATH?") from error
     except AttributeError as error:
-        raise ValueError(f"{what}: python:{rest}: {error}") from error
+        raise UserError(f"{what}: python:{rest}: {error}") from error
     if not callable(found):
-        raise ValueError(f"{what}: python:{rest} is a {type(found).__name__}, expected a function")
+        raise UserError(f"{what}: python:{rest} is a {type(found).__name__}, expected a function")
     return found

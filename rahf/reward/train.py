@@ -14,14 +14,14 @@ import io
 import os
 
 import numpy as np
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import flags
 from tabulate import tabulate
 
-from rahf import checkpoints
+from rahf import checkpoints, experiments
 from rahf.reward import embed, metrics, model, predict, prompts
 from rahf.reward.feedback import Feedback
-from richhf_data import paths
+from richhf_data import command, paths
+from richhf_data.errors import UserError
 
 METRICS = ("accuracy", "f1", "auc")
 
@@ -98,22 +98,22 @@ def train(config, feedback_file, clip_folder, workdir, cache=None) -> list[dict]
     """Runs `config`; returns what results.json has: an entry for each size of the training part, the whole one last.
 
     Raises:
-      ValueError: faulty feedback, a folder that is no CLIP, a workdir of another run, a prompt that the lists do not make.
+      UserError: faulty feedback, a folder that is no CLIP, a workdir of another run, a prompt that the lists do not make.
     """
     # ---- Feedback, prompts, CLIP ------------------------------------------------------------------------------------
     words, change = prompts.words_of(config.prompts), tuple(config.loss.change)
     if unknown := sorted(set(change) - set(prompts.CATEGORIES)):
-        raise ValueError(f"loss.change: got {unknown}, expected some of {list(prompts.CATEGORIES)}")
+        raise UserError(f"loss.change: got {unknown}, expected some of {list(prompts.CATEGORIES)}")
     sizes = sorted(set(config.eval.data_sizes))
     if not sizes or sizes[0] <= 0 or sizes[-1] != 1:
-        raise ValueError(f"eval.data_sizes: got {sizes}, expected shares above 0, the last of them 1.0")
+        raise UserError(f"eval.data_sizes: got {sizes}, expected shares above 0, the last of them 1.0")
     for name, folder in (("workdir", workdir), ("cache", cache)):
         if "://" in str(folder):
-            raise ValueError(f"{name}: got {folder}, expected a folder on a disk")
+            raise UserError(f"{name}: got {folder}, expected a folder on a disk")
     feedback = Feedback(feedback_file)
     foreign = sorted({text for text in feedback.prompts if words.parse(text) is None})
     if foreign and config.loss.classification_weight:
-        raise ValueError(
+        raise UserError(
             f"feedback: {feedback.path}: {len(foreign)} prompts cannot be made of the config's lists, such as "
             f"{foreign[0]!r}, and so have no negatives; add their words to the config's prompts, or pass "
             "--config.loss.classification_weight=0"
@@ -131,7 +131,7 @@ def train(config, feedback_file, clip_folder, workdir, cache=None) -> list[dict]
     file = workdir / "results.json"
     held = checkpoints.read_json(file) if file.exists() else {"feedback": identity, "results": []}
     if held["feedback"] != identity:
-        raise ValueError(f"workdir: {workdir} holds a run on other feedback than {feedback.path}; take another --workdir")
+        raise UserError(f"workdir: {workdir} holds a run on other feedback than {feedback.path}; take another --workdir")
     print(f"{len(rows)} training and {len(validation)} validation images, {len(set(feedback.prompts))} prompts", flush=True)
 
     # ---- A training for each size; the whole one's weights are kept -------------------------------------------------
@@ -159,25 +159,18 @@ def table(results) -> str:
     return tabulate(lines, headers, floatfmt=".3f", missingval="nan")
 
 
-def main(argv):
+def main():
     """The command."""
-    logging.set_verbosity(logging.WARNING)
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     args = flags.FLAGS
-    try:
-        results = train(args.config, args.feedback, args.clip, args.workdir, args.cache)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
+    results = train(args.config, args.feedback, args.clip, args.workdir, args.cache)
     print(table(results))
     print(f"{args.workdir}: weights.safetensors, results.json, data_size.png")
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "The experiment: configs/reward_clip.py.")
     flags.DEFINE_string("feedback", None, "A .jsonl or .parquet file of prompt, image and label.")
     flags.DEFINE_string("clip", None, "The CLIP, a folder that rahf.convert --source=clip-hf wrote.")
     flags.DEFINE_string("workdir", None, "For the weights, results and embeddings; a killed run goes on from it.")
     flags.DEFINE_string("cache", None, "Where CLIP's embeddings are kept, if not in the workdir.")
-    flags.mark_flags_as_required(["config", "feedback", "clip", "workdir"])
-    app.run(main)
+    flags.mark_flags_as_required(["feedback", "clip", "workdir"])
+    command.run(main, experiments.reader(default="reward_clip"))

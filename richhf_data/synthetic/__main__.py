@@ -9,26 +9,22 @@
 """
 
 import tabulate
-from absl import app, flags
+from absl import flags
 
+from richhf_data import command
 from richhf_data.synthetic import grammar
 from richhf_data.synthetic.write import write
 
 PAPER = {"all three raters equal": 0.25, "within one point": 0.85, "score mean": 0.633, "score deviation": 0.205}
 
 
-def main(argv):
+def main():
     """The command."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     args = flags.FLAGS
     novel = args.test if args.test_novel is None else args.test_novel
     counts = dict(zip(grammar.SPLITS, (args.train, args.dev, args.test, novel), strict=True))
     counts = {split: count for split, count in counts.items() if count}
-    try:
-        figures = write(args.output, counts, args.size, args.seed, args.workers)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
+    figures = write(args.output, counts, args.size, args.seed, args.workers)
     rows = [(name, value, PAPER.get(name)) for name, value in figures.items()]
     print(tabulate.tabulate(rows, headers=("", "RichHF-Synth", "paper"), floatfmt=".3f", missingval="-"))
 
@@ -43,4 +39,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("seed", 0, "Another seed, other examples.", lower_bound=0)
     flags.DEFINE_integer("workers", None, "Processes; one a core by default.", lower_bound=1)
     flags.mark_flag_as_required("output")
-    app.run(main)
+    command.run(main)

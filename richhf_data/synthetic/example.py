@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 
 from richhf_data import consolidate, schema
+from richhf_data.errors import UserError
 from richhf_data.synthetic import annotators, errors, grammar, render
 
 cv2.setNumThreads(1)  # one picture is too small to share, and its workers would fight over the cores
@@ -53,7 +54,7 @@ class Example:
 
 def _split_number(split: str) -> int:
     if split not in grammar.SPLITS:
-        raise ValueError(f"split: got {split!r}, expected one of {grammar.SPLITS}")
+        raise UserError(f"split: got {split!r}, expected one of {grammar.SPLITS}")
     return grammar.SPLITS.index(split)
 
 
@@ -72,11 +73,11 @@ def draw(seed: int, index: int, split: str, image_size: int, map_size: int, take
       take: another number is another picture of the same prompt, with errors and annotators of its own.
 
     Raises:
-      ValueError: an unknown split, or a size below 16 pixels.
+      UserError: an unknown split, or a size below 16 pixels.
     """
     for name, size in (("image_size", image_size), ("map_size", map_size)):
         if size < 16:
-            raise ValueError(f"{name}: got {size}, expected at least 16 pixels")
+            raise UserError(f"{name}: got {size}, expected at least 16 pixels")
     prompt = draw_prompt(seed, index, split)
     picture = errors.plan(np.random.default_rng((seed, _split_number(split), index, 1, take)), prompt, split)
     image, regions = render.render(picture, image_size)

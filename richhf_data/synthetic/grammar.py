@@ -11,6 +11,7 @@ import dataclasses
 import numpy as np
 
 from richhf_data import keywords
+from richhf_data.errors import UserError
 
 NUMBERS = ("one", "two", "three", "four", "five", "six")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -126,10 +127,10 @@ def sample_scene(rng: np.random.Generator, split: str) -> Scene:
     """A scene of `split`: a held-out colour-thing pair is in each of test_novel's and in no other's.
 
     Raises:
-      ValueError: an unknown split.
+      UserError: an unknown split.
     """
     if split not in SPLITS:
-        raise ValueError(f"split: got {split!r}, expected one of {SPLITS}")
+        raise UserError(f"split: got {split!r}, expected one of {SPLITS}")
     number = 1 if rng.random() < 0.5 else 2
     novel = int(rng.random() * number) if split == "test_novel" else -1
     groups = [_sample_group(rng, index, split, index == novel) for index in range(number)]

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from richhf_data import keywords, schema
+from richhf_data.errors import UserError
 from richhf_data.synthetic import example
 from richhf_data.vocabulary import Vocabulary
 
@@ -46,7 +47,7 @@ def batches(
         with this process, and on a worker's error, which is raised here.
 
     Raises:
-      ValueError: a size, split or variant that `example.draw` or `make_batch` refuses.
+      UserError: a size, split or variant that `example.draw` or `make_batch` refuses.
     """
     draw = functools.partial(
         _batch,
@@ -119,12 +120,12 @@ def make_batch(
     """Decoded examples (see `schema`), images and maps at their final sizes, as one batch.
 
     Raises:
-      ValueError: a prompt or a labelled prompt takes more ids than its length.
+      UserError: a prompt or a labelled prompt takes more ids than its length.
     """
 
     def encode(text, length, name):
         if (count := vocabulary.num_ids(text)) > length:
-            raise ValueError(f"{name}: got {length}, expected at least {count}, the ids of {text!r} and its end; raise it")
+            raise UserError(f"{name}: got {length}, expected at least {count}, the ids of {text!r} and its end; raise it")
         return vocabulary.encode(text, length)
 
     text_ids, keyword_ids = [], []

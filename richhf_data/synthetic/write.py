@@ -15,6 +15,7 @@ import pyarrow.parquet
 from tqdm.auto import tqdm
 
 from richhf_data import consolidate, schema
+from richhf_data.errors import UserError
 from richhf_data.synthetic import ceiling, example, stream
 
 JPEG_QUALITY = 95
@@ -82,7 +83,7 @@ def write(output, counts: dict[str, int], size: int, seed: int, workers: int | N
       size: pixels of the images, both sides.
 
     Raises:
-      ValueError: the folder holds other files, or the dataset of other arguments.
+      UserError: the folder holds other files, or the dataset of other arguments.
     """
     from richhf_data import records
 
@@ -90,9 +91,9 @@ def write(output, counts: dict[str, int], size: int, seed: int, workers: int | N
     arguments = {"counts": counts, "size": size, "seed": seed}
     marker, done = output / "arguments.json", output / "statistics.json"
     if marker.is_file() and (held := json.loads(marker.read_text())) != arguments:
-        raise ValueError(f"output: {output} holds RichHF-Synth of {held}, this is {arguments}; take another folder")
+        raise UserError(f"output: {output} holds RichHF-Synth of {held}, this is {arguments}; take another folder")
     if not marker.is_file() and output.is_dir() and any(output.iterdir()):
-        raise ValueError(f"output: {output} holds other files; take an empty or a new folder")
+        raise UserError(f"output: {output} holds other files; take an empty or a new folder")
     if done.is_file():
         print(f"{output} is complete already")
         return json.loads(done.read_text())

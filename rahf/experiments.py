@@ -1,0 +1,107 @@
+"""Experiments: configs by name, by file or of a workdir, with overrides from the command line.
+
+    --config=rahf_base                       a config that RAHF comes with
+    --config=mine/experiment.py              a file with a function `get_config()`
+    --config.optimizer.learning_rate=1e-3    another value for one key; an unknown key is refused
+"""
+
+import difflib
+import importlib.util
+import pathlib
+import re
+from collections.abc import Callable
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from richhf_data.errors import UserError
+
+FOLDERS = [pathlib.Path(__file__).parent / "configs", pathlib.Path(__file__).parents[1] / "configs"]  # wheel, checkout
+HELP = "The experiment: a name of RAHF's configs or a file. --config.KEY=VALUE overrides a value."
+
+
+def names() -> list[str]:
+    """The configs that RAHF comes with."""
+    return sorted(path.stem for folder in FOLDERS for path in folder.glob("*.py") if path.stem != "__init__")
+
+
+def load(name: str) -> ml_collections.ConfigDict:
+    """The config of a name or of a file.
+
+    Raises:
+      UserError: there is no such config, or the file has no `get_config`.
+    """
+    path = pathlib.Path(name)
+    if not path.suffix:
+        path = next((folder / f"{name}.py" for folder in FOLDERS if (folder / f"{name}.py").is_file()), path)
+    if not path.is_file():
+        raise UserError(f"config: no config {name!r}{_hint(name, names())}, or the path of a file with get_config()")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"config: {path} has no function get_config(), expected one that returns a ConfigDict")
+    return module.get_config()
+
+
+def reader(
+    *, default: str | None = None, of_workdir: Callable | None = None, required: bool = True
+) -> Callable[[list[str]], list[str]]:
+    """For `command.run`: defines the flag --config and its overrides.
+
+    Args:
+      default: the config where none is named.
+      of_workdir: workdir -> its config, which is then taken where none is named.
+      required: whether there must be a config.
+    """
+
+    def read_arguments(argv):
+        name, rest = _taken(argv, "config")
+        workdir, _ = _taken(argv, "workdir")
+        overrides = [match[1] for argument in rest if (match := re.match(r"--?(?:no)?config\.([^=]+)", argument))]
+        if name or default:
+            config = load(name or default)
+        elif of_workdir and workdir:
+            config = of_workdir(workdir)
+        elif overrides or (required and not re.search(r"(^| )--?help", " ".join(rest))):
+            expected = "--workdir=DIR" if of_workdir else f"--config=NAME, one of {', '.join(names())}, or of a file"
+            raise UserError(f"--config: got none, expected {expected}")
+        else:
+            flags.DEFINE_string("config", None, HELP)
+            return rest
+        for key in overrides:
+            check_key(config, key)
+        config_flags.DEFINE_config_dict("config", config, HELP, sys_argv=rest)
+        return rest
+
+    return read_arguments
+
+
+def check_key(config: ml_collections.ConfigDict, key: str) -> None:
+    """Refuses a key such as `optimizer.learning_rate` that a config does not have: UserError with the nearest one."""
+    node, done = config, []
+    for part in key.split("."):
+        if not isinstance(node, ml_collections.ConfigDict) or part not in node:
+            known = list(node) if isinstance(node, ml_collections.ConfigDict) else []
+            where = ".".join(["--config", *done, part])
+            raise UserError(f"{where}: the config has no such key{_hint(part, known)}")
+        node, done = node[part], [*done, part]
+
+
+def _hint(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f", expected one of {', '.join(known)}" if known else ""
+
+
+def _taken(argv: list[str], name: str) -> tuple[str | None, list[str]]:
+    """The value of a flag, and the arguments without it."""
+    value, rest, waiting = None, [], False
+    for argument in argv:
+        if waiting:
+            value, waiting = argument, False
+        elif match := re.fullmatch(rf"--?{name}(?:=(.*))?", argument, re.DOTALL):
+            value, waiting = match[1], match[1] is None
+        else:
+            rest.append(argument)
+    return value, rest

@@ -1,0 +1,69 @@
+"""One way to run every command: its flags are parsed, its work is done, and a user's error becomes one line.
+
+Exit codes: 0 = done, 2 = the user can mend it (one line on the error stream). A fault of the code ends with its traceback
+and 1. What else a command exits with is in its module's docstring.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from absl import app, flags, logging
+
+from richhf_data.errors import UserError
+
+USER_ERROR = 2
+
+
+def run(main: Callable[[], object], read_arguments: Callable[[list[str]], list[str]] = list) -> None:
+    """Parses the flags, then calls `main`.
+
+    Args:
+      read_arguments: called first with the arguments, gives back those that are left for the flags. It may define flags.
+    """
+    app.run(functools.partial(_main, main), flags_parser=functools.partial(_parse, read_arguments))
+
+
+def message(error: Exception) -> str | None:
+    """What a user is told of an error; None where it is a fault of the code, whose traceback is needed."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno:  # the machine's: a full disk, no right to write, no such file
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+    return None
+
+
+def fail(text: str) -> NoReturn:
+    """Ends the command over a user's error."""
+    sys.stdout.flush()
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    raise SystemExit(USER_ERROR)
+
+
+def _parse(read_arguments, argv):
+    wants_help = any(argument.lstrip("-").startswith("help") for argument in argv[1:])
+    try:
+        left = read_arguments(argv)
+        for name in list(flags.FLAGS):  # --help lists those that other modules define as well
+            if str(flags.FLAGS.find_module_defining_flag(name)).startswith(("rahf", "richhf_data")):
+                flags.FLAGS.register_key_flag_for_module(argv[0], flags.FLAGS[name])
+        arguments = flags.FLAGS(left)
+    except SystemExit as error:
+        raise SystemExit(0 if wants_help else error.code) from None
+    except (flags.Error, UserError) as error:
+        fail(f"{error}; --help lists the flags")
+    if len(arguments) > 1:
+        fail(f"unexpected arguments {arguments[1:]}: flags begin with --, and texts and patterns need quotes in a shell")
+    return arguments
+
+
+def _main(main, argv):
+    del argv
+    logging.set_verbosity(logging.WARNING)  # Orbax, seqio, TFDS and XManager log every step
+    try:
+        main()
+    except (UserError, OSError) as error:
+        if (text := message(error)) is None:
+            raise
+        fail(text)
