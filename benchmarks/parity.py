@@ -17,7 +17,7 @@ import torch
 import transformers
 from absl import flags
 
-from rahf import convert, predict, sources, weights
+from rahf import convert, predictor, sources, weights
 from rahf.models import clip, t5
 from rahf.models.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from rahf.models.rahf import RAHF, RAHFConfig, dummy_inputs
@@ -115,7 +115,7 @@ def bfloat16_rows(workdir):
     text, keywords = (rng.integers(2, 32000, x.shape).astype(np.int32) for x in inputs[1:])
     yield from drift_rows("base, random, bfloat16", config, params, image, text, keywords)
     if workdir:
-        model = predict.load(workdir)
+        model = predictor.load(workdir)
         arguments = sources.image_arguments(model.config) | sources.text_arguments(model.config)
         batch = next(stream.batches(64, seed=1, vocabulary=model.vocabulary, start=0, workers=1, **arguments))
         inputs = (batch[name] for name in ("image", "text_ids", "keyword_ids"))

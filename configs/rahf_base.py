@@ -97,7 +97,7 @@ def get_config():
     config.mesh = dict(
         data=-1,  # devices that the batch is divided over; -1: all that model leaves
         model=1,  # devices that a layer is divided over
-        rules="fully_sharded",  # or "optimizer_sharded", "data_parallel": what of the training state is divided too
+        sharding="fully_sharded",  # or "optimizer_sharded", "data_parallel": what of the training state is divided too
         shard_group=32,  # over how many devices of data at most; each group holds one copy
     )
     return config

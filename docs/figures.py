@@ -11,7 +11,7 @@ import matplotlib.figure
 import numpy as np
 from absl import flags
 
-from rahf import predict, report
+from rahf import predict, predictor, report
 from richhf_data import command, keywords, pictures, schema, synthetic
 
 HERE = pathlib.Path(__file__).parent
@@ -36,7 +36,7 @@ def annotated(path, count=16, columns=4, size=192):
 
 def main():
     annotated(HERE / "richhf_synth.png")
-    model = predict.load(flags.FLAGS.workdir)
+    model = predictor.load(flags.FLAGS.workdir)
     examples, _ = predict.dataset_examples(flags.FLAGS.data_dir, "test", 40)
     items = list(predict.predict_items(model, examples, 40))
     picked = [items[index] for index in map(int, flags.FLAGS.indices)]

@@ -6,7 +6,7 @@
 
 
 def load(workdir):
-    """The trained model of a workdir; see `rahf.predict.load`."""
-    from rahf import predict
+    """The trained model of a workdir; see `rahf.predictor.load`."""
+    from rahf import predictor
 
-    return predict.load(workdir)
+    return predictor.load(workdir)

@@ -1,17 +1,14 @@
-"""A workdir: the config, the vocabulary, and Orbax checkpoints that a killed run resumes from exactly.
+"""Orbax checkpoints that a killed run resumes from exactly, and that damage does not pass.
 
-    workdir/config.json          what the run was started with
-    workdir/vocabulary.model     the SentencePiece model that its text ids mean
-    workdir/checkpoints/<step>/  the latest training states (parameters, optimiser, EMA); the step is the data position
-    workdir/best/<step>/         parameters alone, of the best periodic evaluation
-    workdir/damaged/             checkpoints that did not read as they were saved, set aside
-    workdir/bad_batches/         batches whose loss or gradient was not finite
+    workdir/checkpoints/<step>/  the two latest training states (parameters, optimiser, EMA)
+    workdir/best/<step>/         the parameters of the best periodic evaluation
 
-Orbax commits a checkpoint whole or not at all, but TensorStore keeps no checksum of an array's bytes: a flipped one is read
+Orbax commits a checkpoint whole or not at all, but TensorStore keeps no checksum of an array's bytes: a flipped byte is read
 as another number. So each checkpoint's metadata has a digest of every array's values, and one of itself.
 """
 
 import contextlib
+import functools
 import json
 import math
 import sys
@@ -20,7 +17,6 @@ from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -28,102 +24,11 @@ from rahf import hosts
 from richhf_data import paths
 from richhf_data.errors import UserError
 
-# What may differ between the config of a workdir and the one a run is resumed with: nothing that changes its result.
-RESUMABLE = (
-    "data.data_dir",
-    "data.vocabulary",
-    "data.num_workers",
-    "mesh",
-    "model.heatmap_head.remat",
-    "model.heatmap_head.strips",
-    "model.remat",
-    "model.t5.remat",
-    "model.vit.remat",
-    "log_every",
-    "checkpoint_every",
-    "train.max_bad_steps",
-    "clip.folder",
-    "model.folder",  # identity.* says what these hold
-    "data.images",
-    "data.pretraining",
-    "reward.source",
-    "sample",
-)
-
-
-def is_new(workdir) -> bool:
-    """Whether no run has begun there."""
-    return not (epath.Path(workdir) / "config.json").exists()
-
-
-def open_workdir(workdir, config: ml_collections.ConfigDict) -> epath.Path:
-    """Makes the folder and writes its config, or checks that it holds this very config. Process 0 does it for all.
-
-    Raises:
-      UserError: the folder holds another config; names each key that differs. Or the processes do not share the folder.
-    """
-    workdir = paths.absolute(workdir)
-    path = workdir / "config.json"
-    if jax.process_index() == 0 and is_new(workdir):
-        write_json(path, config.to_dict())
-    hosts.wait("workdir")
-    if is_new(workdir):
-        raise UserError(
-            f"workdir: process {jax.process_index()} finds no {path}, which process 0 has; expected one folder that all "
-            "machines share: gs://BUCKET/FOLDER, or on a file system that all have mounted"
-        )
-    old, new = _flatten(read_json(path)), _flatten(json.loads(json.dumps(config.to_dict())))
-    differences = [
-        f"  {key}: the workdir has {old.get(key, '(nothing)')!r}, this run {new.get(key, '(nothing)')!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(RESUMABLE)
-    ]
-    if differences:
-        raise UserError(
-            f"workdir: {workdir} holds a run with another config:\n"
-            + "\n".join(differences)
-            + "\nTake another --workdir, or pass the config that the workdir holds."
-        )
-    return workdir
-
-
-def read_config(workdir) -> ml_collections.ConfigDict:
-    """The locked config of a workdir.
-
-    Raises:
-      UserError: the folder is not a workdir.
-    """
-    path = epath.Path(workdir) / "config.json"
-    if not path.is_file():
-        raise UserError(f"workdir: {workdir} has no config.json; expected a folder written by `python -m rahf.train`")
-    config = read_json(path)
-    if (kind := config.get("kind", "rahf")) != "rahf":
-        raise UserError(f"workdir: {workdir} holds the weights of a {kind}, expected those of a whole RAHF")
-    return ml_collections.ConfigDict(config).lock()
-
-
-def read_json(path) -> dict:
-    """The object of a JSON file.
-
-    Raises:
-      UserError: the file is not JSON, or another value than an object.
-    """
-    try:
-        value = json.loads(epath.Path(path).read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: damaged, expected JSON ({error}); write or fetch it again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: got a JSON {type(value).__name__}, expected an object")
-    return value
-
-
-def write_json(path, value) -> None:
-    """Writes a JSON file whole or not at all. Not-a-number becomes null."""
-    paths.replace(path, (json.dumps(_without_nan(value), indent=2, sort_keys=True) + "\n").encode())
+keystr = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
 
 
 class SaveError(hosts.EndNow):
-    """A checkpoint did not reach the disk. Orbax's threads would wait ten minutes for it."""
+    """A checkpoint did not reach the disk. The process must end at once: Orbax's threads would wait ten minutes."""
 
 
 @contextlib.contextmanager
@@ -191,13 +96,13 @@ def _reason(error) -> str:
 
 def digests(tree) -> dict[str, int]:
     """A 32-bit digest of the bits of each array by name, the same on every mesh; another when one number is another."""
-    # One at a time: on a CPU of many virtual devices, hundreds of collectives in flight may wait for each other for ever.
-    return {_key(path): int(_digest(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    # One at a time: on a CPU of many virtual devices, hundreds of collectives in flight can deadlock.
+    return {keystr(path): int(_digest(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-@jax.jit  # one small program for each shape: far sooner compiled than one for the whole tree
+@jax.jit  # one small program for each shape compiles much faster than one for the whole tree
 def _digest(array):
-    """The sum of a hash (MurmurHash3's finaliser) of each number's bits and position; an order of summing it has not."""
+    """The sum of a hash (MurmurHash3's finaliser) of each number's bits and position; the order of summing is free."""
     array = jnp.asarray(array)
     width = array.dtype.itemsize
     if array.dtype == jnp.bool_:
@@ -246,10 +151,10 @@ def restore(checkpoints: ocp.CheckpointManager, step: int, abstract_state):
     """
     where = checkpoints.directory / str(step)
     saved_digests = read_metadata(checkpoints, step)["digests"]
-    wanted = {_key(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_state)}
+    wanted = {keystr(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_state)}
     try:
         saved = checkpoints.item_metadata(step)["state"]
-        found = {_key(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(saved.tree)}
+        found = {keystr(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(saved.tree)}
         if found == wanted:
             state = checkpoints.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
@@ -374,24 +279,3 @@ def best_value(best: ocp.CheckpointManager) -> float | None:
     except UserError as error:
         _warn(f"{error}\nThe next evaluation takes its place. The damaged one is now {_set_aside(best, step)}")
         return None
-
-
-def _key(path) -> str:
-    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
-
-
-def _flatten(tree, prefix=""):
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    flat = {}
-    for key, value in tree.items():
-        flat.update(_flatten(value, f"{prefix}.{key}" if prefix else key))
-    return flat
-
-
-def _without_nan(value):
-    if isinstance(value, dict):
-        return {key: _without_nan(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(entry) for entry in value]
-    return None if isinstance(value, float) and value != value else value

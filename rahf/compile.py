@@ -21,15 +21,15 @@ import jax
 import tabulate
 from absl import flags
 
-from rahf import experiments, loop, optimizers, partitioning, predict, sources, train
-from rahf.diffusion import folder, inputs
-from rahf.diffusion import train as diffusion_train
-from rahf.models.rahf import RAHF, RAHFConfig
+from rahf import experiments, partitioning, train
+from rahf import program as programs
+from rahf.diffusion import finetuning, folder
+from rahf.predictor import Predictor
 from richhf_data import command
 from richhf_data.errors import UserError
 
 GIB = 2**30
-STEPS = ("train", "predict", "evaluate")
+STEPS = ("train", "predict", "evaluate")  # the last two are one program, at 32 rows and at eval.batch_size
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -78,65 +78,27 @@ def devices_of(topology: str) -> list:
         ) from error
 
 
-def lowered(config, step: str, mesh, batch_size: int):
-    """One of `STEPS` of a config, lowered from abstract shapes, and its parameters: (shapes, shardings)."""
-    if config.get("kind") == "diffusion":
-        return lowered_diffusion(config, mesh)
-    model_config = RAHFConfig.from_dict(config.model.to_dict())
-    model = RAHF(model_config)
-    batch_sharding = partitioning.batch_sharding(mesh)
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding)
-        for name, (shape, dtype) in sources.batch_shapes(config, batch_size).items()
-    }
-    optimizer = optimizers.make_optimizer(config.optimizer, config.train.num_steps)
-    state, shardings = train.state_shardings(model, optimizer, config, mesh, jax.random.key(0))
-    params = state["params"], shardings["params"]
-    if step == "train":
-        loop.check_batch(config, mesh)
-        schedule = optimizers.make_schedule(config.optimizer, config.train.num_steps)
-        jitted = loop.jit_train_step(train.make_train_step(model, optimizer, schedule, config, mesh), mesh, shardings)
-        key = jax.eval_shape(jax.random.key, 0)
-        with partitioning.activate(mesh, config.mesh.rules):
-            return jitted.lower(state, batch, key), params
-    forward = predict.Model(config, None, None, mesh).forward
-    params = state["params"], partitioning.gathered(shardings["params"])
-    placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), *params)
-    with partitioning.activate(mesh):
-        return forward.lower(placed, batch["image"], batch["text_ids"]), params
-
-
-def lowered_diffusion(config, mesh):
-    """The train step of a config of `rahf.diffusion.train`, of Stable Diffusion 1.5's sizes where it names no folder."""
-    config = diffusion_train.check(config)
-    loop.check_batch(config, mesh)
+def program_of(config) -> programs.Program:
+    """What a config trains: RAHF, or Stable Diffusion (of 1.5's sizes where the config names no folder)."""
+    if config.get("kind", "rahf") == "rahf":
+        return train.program(config)
+    config = finetuning.check(config)
     sizes = folder.read_config(config.model.folder) if config.model.folder else folder.Config()
-    model = diffusion_train.model_config(config, sizes)
-    optimizer = optimizers.make_optimizer(config.optimizer, config.train.num_steps)
-    schedule = optimizers.make_schedule(config.optimizer, config.train.num_steps)
-    key = jax.eval_shape(jax.random.key, 0)
-    state, shardings = diffusion_train.state_shardings(model, optimizer, config, mesh, jax.random.key(0))
-    train_step = diffusion_train.make_train_step(model, optimizer, schedule, config, mesh)
-    train_step = loop.jit_train_step(train_step, mesh, shardings)
-    sharding = partitioning.batch_sharding(mesh)
-    shapes = inputs.batch_shapes(model, config.train.batch_size).items()
-    batch = {name: jax.ShapeDtypeStruct(shape, "float32", sharding=sharding) for name, shape in shapes}
-    with partitioning.activate(mesh, config.mesh.rules):
-        return train_step.lower(state, batch, key), (state["params"], shardings["params"])
+    return finetuning.program(finetuning.model_config(config, sizes), config)
 
 
-def remat_keys(config) -> list[str]:
-    """What of a config says whether a part is recomputed in the backward pass."""
-    if config.get("kind") == "diffusion":
-        return ["model.remat"]
-    return [f"model.{part}.remat" for part in ("vit", "t5", "heatmap_head")]
+def lowered(config, step: str, mesh, batch_size: int):
+    """One of `STEPS` of a config, lowered from abstract shapes, and its parameters as shapes with shardings."""
+    if step == "train":
+        training = programs.assemble(program_of(config), config, mesh)
+        return training.lower(), training.params
+    predictor = Predictor(config, None, mesh)
+    return predictor.lower(batch_size), predictor.params
 
 
 def measure(config, topology: str, step: str, devices, batch_size: int) -> dict:
     """Compiles a step, and what the compiler says of it: the JSON object of this command."""
     mesh = partitioning.mesh_of(config.mesh, devices)
-    if step != "train":  # which adds rows up to a multiple of the devices
-        batch_size += -batch_size % partitioning.sizes(mesh)["data"]
     start = time.monotonic()
     low, params = lowered(config, step, mesh, batch_size)
     try:
@@ -164,9 +126,9 @@ def measure(config, topology: str, step: str, devices, batch_size: int) -> dict:
         "num_devices": len(devices),
         "mesh": partitioning.sizes(mesh),
         "batch_size": batch_size,
-        "rules": config.mesh.rules,
-        "num_params": sum(leaf.size for leaf in jax.tree.leaves(params[0])),
-        "largest_replicated": dict(partitioning.largest_replicated(*params)),  # bytes on every device
+        "sharding": config.mesh.sharding,
+        "num_params": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "largest_replicated": dict(partitioning.largest_replicated(params)),  # bytes on every device
         "hbm_gib_per_core": hbm,
         "hbm_gib_by_kind": {name: size / GIB for name, size in kinds.items()},
         "hbm_capacity_gib": chip and chip.hbm,
@@ -177,7 +139,7 @@ def measure(config, topology: str, step: str, devices, batch_size: int) -> dict:
         "peak_step_s": flops / (chip.tflops * 1e12) if chip and flops else None,
         "scheduler_cycles": scheduler_cycles(hlo),
         "collectives": collectives(hlo),
-        "loops": len(re.findall(r" while\(", hlo)),  # their bodies are counted once, by the scheduler's cycles not
+        "loops": len(re.findall(r" while\(", hlo)),  # their bodies count once, and not at all in scheduler_cycles
         "compile_s": seconds,
     }
 
@@ -185,7 +147,7 @@ def measure(config, topology: str, step: str, devices, batch_size: int) -> dict:
 def scheduler_cycles(hlo: str) -> int | None:
     """The TPU backend's own estimates of an optimised module's operations, added up; None on other platforms.
 
-    They know of tiles and layouts, of which `estimated_step_s` knows nothing, and count no communication.
+    They account for tiles and layouts, which `estimated_step_s` ignores. They count no communication.
     """
     entry = hlo[hlo.index("\nENTRY ") :]
     return sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', entry))) or None
@@ -220,7 +182,7 @@ def sweep(config, topology: str, step: str, devices, batch_size: int) -> list[di
     for model_axis, remat in itertools.product([n for n in (1, 2, 4, 8) if seen % n == 0], (False, True)):
         changed = config.copy_and_resolve_references()
         changed.mesh.data, changed.mesh.model = -1, model_axis
-        changed.update_from_flattened_dict(dict.fromkeys(remat_keys(config), remat))
+        changed.update_from_flattened_dict(dict.fromkeys(program_of(config).remat, remat))
         try:
             result = measure(changed, topology, step, devices, batch_size)
         except UserError as error:
@@ -272,8 +234,8 @@ def main():
     """The command."""
     args = flags.FLAGS
     config = args.config
-    if config.get("kind") == "diffusion" and args.step != "train":
-        raise UserError(f"step: got {args.step!r}, expected train, all that a config of rahf.diffusion.train has")
+    if config.get("kind", "rahf") != "rahf" and args.step != "train":
+        raise UserError(f"step: got {args.step!r}, expected train, the one step of a config of rahf.diffusion.train")
     section = {"train": "train", "evaluate": "eval"}.get(args.step)
     batch_size = args.batch_size or (config[section].batch_size if section else 32)
     if args.step == "train":
@@ -291,7 +253,7 @@ def main():
             print(f"{result['loops']} loops: FLOPs, bytes and the estimate count the body of each once, Mcycles not at all")
     best = recommended(results)
     if args.sweep and best:
-        remat = "".join(f" --config.{key}={best['remat']}" for key in remat_keys(config))
+        remat = "".join(f" --config.{key}={best['remat']}" for key in program_of(config).remat)
         print(f"recommended: --config.mesh.model={best['mesh']['model']}{remat}")
     print(json.dumps(best or results[0]))
     if best is None:

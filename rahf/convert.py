@@ -23,7 +23,7 @@ import numpy as np
 from absl import flags
 from flax import linen as nn
 
-from rahf import checkpoints, names, predict, pretrained, weights
+from rahf import checkpoints, names, predictor, pretrained, weights, workdirs
 from rahf.models.clip import CLIP, TOKENIZER_FILES, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from rahf.models.heads import HeatmapHeadConfig, ScoreHeadConfig
 from rahf.models.rahf import RAHF, RAHFConfig, dummy_inputs
@@ -31,7 +31,7 @@ from rahf.models.t5 import T5, T5Config
 from rahf.models.vit import ViT, ViTConfig
 from rahf.pretrained import Pretrained, matched
 from rahf.weights import Tensor, Tensors
-from richhf_data import command, schema
+from richhf_data import command, json_files, schema
 from richhf_data import vocabulary as vocabularies
 from richhf_data.errors import UserError
 
@@ -286,7 +286,7 @@ def rahf_pytorch(path) -> Pretrained:
     path = pathlib.Path(path)
     path = path / "rahf_model.pt" if path.is_dir() else path
     config_file = path.with_name("config.json")
-    known = checkpoints.read_json(config_file).get("vit", {}) if config_file.is_file() else {}
+    known = json_files.read(config_file).get("vit", {}) if config_file.is_file() else {}
     return rahf_from_release(weights.open_torch(path), known.get("num_heads"), f"RAHF {path}")
 
 
@@ -415,7 +415,7 @@ def _hugging_face_config(path, expected: str) -> dict:
     file = (path if path.is_dir() else path.parent) / "config.json"
     if not file.is_file():
         raise UserError(f"weights: no {file}, expected Hugging Face's config.json beside the weights")
-    config = checkpoints.read_json(file)
+    config = json_files.read(file)
     if config.get("model_type") not in (None, expected):
         raise UserError(f"weights: {file} is of a {config['model_type']!r}, expected {expected!r}; choose another --source")
     return config
@@ -425,7 +425,7 @@ def _hugging_face_config(path, expected: str) -> dict:
 def rahf_workdir(path) -> Pretrained:
     """The best checkpoint of a training run."""
     path = pathlib.Path(path)
-    config = checkpoints.read_config(path)
+    config = workdirs.read_config(path)
     model_config = RAHFConfig.from_dict(config.model.to_dict())
     ours = shapes(RAHF(model_config), *dummy_inputs(model_config))
     with checkpoints.manager(path, "best") as best:
@@ -481,7 +481,7 @@ def convert(source: str, path, output, vocabulary=None) -> Pretrained:
     converted, output = READERS[source](path), pathlib.Path(output)
     held = output / "config.json"
     if output.absolute() == pathlib.Path(path).absolute() or (
-        held.is_file() and "kind" not in checkpoints.read_json(held)
+        held.is_file() and "kind" not in json_files.read(held)
     ):
         raise UserError(f"output: {output} holds a config.json that rahf.convert did not write; choose another folder")
     if converted.kind == "rahf":
@@ -490,7 +490,7 @@ def convert(source: str, path, output, vocabulary=None) -> Pretrained:
         elif not vocabulary:
             raise UserError(f"vocabulary: got none, {path} needs the SentencePiece model of its T5; pass --vocabulary=PATH")
         vocabulary = vocabularies.Vocabulary(vocabulary)
-        predict.check_vocabulary(RAHFConfig.from_dict(converted.config["model"]), vocabulary)
+        predictor.check_vocabulary(RAHFConfig.from_dict(converted.config["model"]), vocabulary)
     for name in ("config.json", "weights.safetensors", "predict.stablehlo", "vocabulary.model", *TOKENIZER_FILES):
         (output / name).unlink(missing_ok=True)
     output.mkdir(parents=True, exist_ok=True)

@@ -1,107 +1,143 @@
 """Evaluates a run on a split with the papers' metrics, beside the constant predictor and the ceiling.
 
-    python -m rahf.evaluate --config=configs/X.py --workdir=DIR --split=test [--config.data.data_dir=DIR]
+    python -m rahf.evaluate --workdir=DIR --split=test [--config.data.data_dir=DIR]
 
 writes into DIR/eval: <split>.json (one flat object), <split>.references.json (an object for each reference row) and
-<split>.md (the papers' tables), and prints the tables.
+<split>.md (the papers' tables), and prints the tables. The config is the workdir's; --config.KEY=VALUE overrides what
+`MAY_DIFFER` names.
 """
 
-import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import jax
 import numpy as np
 from absl import flags
 from tqdm.auto import tqdm
 
-from rahf import checkpoints, experiments, hosts, predict, sources
-from richhf_data import command, metrics, paths, schema
+from rahf import experiments, hosts, predictor, sources, workdirs
+from richhf_data import command, json_files, metrics, paths, schema
+from richhf_data import vocabulary as vocabularies
 from richhf_data.errors import UserError
 
 CONSTANT_EXAMPLES = 500  # of the stream's training split, for the constant predictor's means
+# What may differ from the workdir's config: which data are read and how they are computed, not what was trained.
+MAY_DIFFER = (
+    "data.data_dir",
+    "data.mixture",
+    "data.num_workers",
+    "data.source",
+    "data.truncate_long_prompts",
+    "data.vocabulary",
+    "eval",
+    "mesh",
+    "model.dtype",
+    "model.heatmap_head.strips",
+)
 
 
-@dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """A split, ready to evaluate models on.
+    """A split that parameters are evaluated on, read once.
 
-    Attributes:
-      run: `predict.Model` -> flat metrics (DESIGN's keys).
-      references: () -> rows to compare with, {name: metrics}: the constant predictor, and what came with the data.
-    """
-
-    run: Callable[[predict.Model], dict[str, float]]
-    references: Callable[[], dict[str, dict[str, float]]]
-
-
-def prepare(config, vocabulary, split: str, num_examples: int | None = None) -> Evaluation:
-    """Reads a split once: through seqio's Evaluator where there is a built dataset, else drawn from the stream.
+    Args:
+      config: of the run. split: of the built dataset, where the config names one; else of RichHF-Synth.
+      num_examples: the first so many; by default all, or `eval.num_examples` of RichHF-Synth.
+      mesh: by default of all devices.
 
     Raises:
       UserError: no such dataset or split.
     """
-    if config.data.source == "seqio" or config.data.data_dir:
-        return _from_seqio(config, vocabulary, split, num_examples)
-    return _from_stream(config, vocabulary, split, num_examples or config.eval.num_examples)
+
+    def __init__(
+        self, config, vocabulary: vocabularies.Vocabulary, split: str, num_examples: int | None = None, mesh=None
+    ):
+        self._batch_size = config.eval.batch_size
+        self._predictor = predictor.Predictor(config, vocabulary, mesh)
+        if config.data.source == "seqio" or config.data.data_dir:
+            self._split = _DatasetSplit(config, vocabulary, split, num_examples)
+        else:
+            self._split = _StreamSplit(config, vocabulary, split, num_examples or config.eval.num_examples)
+
+    def run(self, params) -> dict[str, float]:
+        """Every metric of these parameters; keys as `richhf_data.metrics.evaluate`.
+
+        Args:
+          params: RAHF's, on any mesh; each process gives its part.
+        """
+        params = self._predictor.gather(params)
+
+        def predict(examples: Iterable[dict], count: int) -> list[dict]:
+            rows = self._predictor.predict_rows(params, examples, self._batch_size)
+            silent = jax.process_index() > 0
+            return list(tqdm(rows, total=count, desc="evaluate", unit="example", leave=False, disable=silent))
+
+        return self._split.evaluate(predict)
+
+    def references(self) -> dict[str, dict[str, float]]:
+        """Rows to compare with, {name: metrics}: the constant predictor, and what came with the data."""
+        return self._split.references()
 
 
-def _from_seqio(config, vocabulary, split, num_examples):
-    from rahf import features
-    from richhf_data import tasks
+class _DatasetSplit:
+    """A split of a built dataset, through seqio's Evaluator."""
 
-    task = sources.register_task(config, vocabulary, augment=False)
-    evaluator = features.evaluator(task, split, num_examples)
+    def __init__(self, config, vocabulary, split, num_examples):
+        from rahf import features
 
-    def run(model):
+        self._data_dir, self._name = sources.evaluation_dir(config), split
+        self._task = sources.register_task(config, vocabulary, augment=False)
+        self._evaluator = features.evaluator(self._task, split, num_examples)
+
+    def evaluate(self, predict) -> dict[str, float]:
         def predict_with_aux(dataset, model_feature_shapes=None):
             del model_feature_shapes
             examples = list(dataset.as_numpy_iterator())
-            rows = _predict_all(model, (features for _, features in examples), len(examples), config.eval.batch_size)
+            rows = predict((features for _, features in examples), len(examples))
             ids = [(int(index), row["keyword_ids"]) for (index, _), row in zip(examples, rows, strict=True)]
             return ids, {name: [row[name] for row in rows] for name in ("scores", "heatmaps")}
 
-        future, _ = evaluator.evaluate(compute_metrics=True, predict_with_aux_fn=predict_with_aux)
-        return {name: float(value) for name, value in future.result()[task].items()}
+        future, _ = self._evaluator.evaluate(compute_metrics=True, predict_with_aux_fn=predict_with_aux)
+        return {name: float(value) for name, value in future.result()[self._task].items()}
 
-    def references():
+    def references(self) -> dict[str, dict[str, float]]:
+        from rahf import features
+        from richhf_data import tasks
+
         rows = {}
-        data_dir = sources.evaluation_dir(config)
-        if (constants := tasks.constants(data_dir)) is not None:
-            targets = features.targets(evaluator, task)
+        if (constants := tasks.constants(self._data_dir)) is not None:
+            targets = features.targets(self._evaluator, self._task)
             predictions = metrics.constant_predictions(constants["scores"], constants["heatmaps"], targets)
             rows["constant predictor"] = metrics.evaluate(targets, predictions)
-        return rows | tasks.references(data_dir).get(split, {})
-
-    return Evaluation(run, references)
+        return rows | tasks.references(self._data_dir).get(self._name, {})
 
 
-def _from_stream(config, vocabulary, split, num_examples):
-    from richhf_data import synthetic
-    from richhf_data.synthetic import ceiling, stream
+class _StreamSplit:
+    """The first examples of a split of RichHF-Synth."""
 
-    sizes = tuple(sources.image_arguments(config).values())
-    examples = list(synthetic.examples(split, num_examples, config.seed, *sizes))
-    targets = [example.decoded() for example in examples]
-    batch = stream.make_batch(targets, vocabulary=vocabulary, **sources.text_arguments(config))
+    def __init__(self, config, vocabulary, split, num_examples):
+        from richhf_data import synthetic
+        from richhf_data.synthetic import stream
 
-    def run(model):
-        inputs = ({name: batch[name][i] for name in ("image", "text_ids")} for i in range(num_examples))
-        return metrics.evaluate(targets, _predict_all(model, inputs, num_examples, config.eval.batch_size))
+        sizes = sources.image_arguments(config)
+        self._seed, self._sizes = config.seed, (sizes["image_size"], sizes["heatmap_size"])
+        self._examples = list(synthetic.examples(split, num_examples, self._seed, *self._sizes))
+        self._targets = [example.decoded() for example in self._examples]
+        self._batch = stream.make_batch(self._targets, vocabulary=vocabulary, **sources.text_arguments(config))
 
-    def references():
-        train = list(synthetic.examples("train", CONSTANT_EXAMPLES, config.seed, *sizes))
+    def evaluate(self, predict) -> dict[str, float]:
+        count = len(self._examples)
+        inputs = ({name: self._batch[name][i] for name in ("image", "text_ids")} for i in range(count))
+        return metrics.evaluate(self._targets, predict(inputs, count))
+
+    def references(self) -> dict[str, dict[str, float]]:
+        from richhf_data import synthetic
+        from richhf_data.synthetic import ceiling
+
+        train = list(synthetic.examples("train", CONSTANT_EXAMPLES, self._seed, *self._sizes))
         scores = np.mean([example.scores for example in train], axis=0)
         heatmaps = np.mean([example.heatmaps for example in train], axis=0) / 255
-        constant = metrics.evaluate(targets, metrics.constant_predictions(scores, heatmaps, targets))
-        return {"constant predictor": constant} | ceiling.references([ceiling.evidence(one) for one in examples])
-
-    return Evaluation(run, references)
-
-
-def _predict_all(model, examples: Iterable[dict], count: int, batch_size: int) -> list[dict]:
-    rows = model.predict_rows(examples, batch_size)
-    silent = jax.process_index() > 0
-    return list(tqdm(rows, total=count, desc="evaluate", unit="example", leave=False, disable=silent))
+        constant = metrics.evaluate(self._targets, metrics.constant_predictions(scores, heatmaps, self._targets))
+        evidence = [ceiling.evidence(one) for one in self._examples]
+        return {"constant predictor": constant} | ceiling.references(evidence)
 
 
 def selection(results: dict[str, float]) -> float:
@@ -140,21 +176,29 @@ def summary(results: dict[str, float]) -> str:
     return ", ".join(f"{label} {value:.3f}" for label, value in values.items() if np.isfinite(value))
 
 
-def evaluate(config, workdir, split: str, num_examples: int | None = None) -> dict[str, float]:
+def evaluate(workdir, split: str, num_examples: int | None = None, config=None) -> dict[str, float]:
     """Evaluates a workdir's best checkpoint, writes the files of eval/, prints the tables, returns the metrics.
 
     On several hosts each has every example and predicts its share of each batch; all return the same, one writes.
+
+    Args:
+      config: the workdir's by default, or one that differs in what `MAY_DIFFER` names.
+
+    Raises:
+      UserError: no run or no evaluation there, no such split, or a config that contradicts the workdir's.
     """
-    model = predict.load(workdir)
-    evaluation = prepare(config, model.vocabulary, split, num_examples)
-    results = evaluation.run(model)
+    config = workdirs.read_config(workdir) if config is None else config
+    workdirs.check_config(workdir, config, MAY_DIFFER)
+    model = predictor.load(workdir, config)
+    evaluation = Evaluation(config, model.vocabulary, split, num_examples)
+    results = evaluation.run(model.params)
     if jax.process_index() > 0:
         return results
     references = evaluation.references()
     table = metrics.table({"this model": results} | references)
     folder = paths.absolute(workdir) / "eval"
-    checkpoints.write_json(folder / f"{split}.json", results)
-    checkpoints.write_json(folder / f"{split}.references.json", references)
+    json_files.write(folder / f"{split}.json", results)
+    json_files.write(folder / f"{split}.references.json", references)
     paths.replace(folder / f"{split}.md", f"{table}\n".encode())
     print(f"\n{split}: {results['num_examples']:.0f} examples, {workdir}\n\n{table}\n\nwritten to {folder / split}.json")
     return results
@@ -164,7 +208,7 @@ def main():
     """The command."""
     args = flags.FLAGS
     with hosts.joined():
-        evaluate(args.config, args.workdir, args.split, args.num_examples)
+        evaluate(args.workdir, args.split, args.num_examples, args.config)
 
 
 if __name__ == "__main__":
@@ -173,4 +217,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("num_examples", None, "The first so many only; all by default.", lower_bound=1)
     hosts.define_flags()
     flags.mark_flag_as_required("workdir")
-    command.run(main, experiments.reader(of_workdir=checkpoints.read_config))
+    command.run(main, experiments.reader(of_workdir=workdirs.read_config))

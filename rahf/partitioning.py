@@ -1,15 +1,16 @@
 """The mesh, and the tables that say where each array lives.
 
-A mesh of `data` x `model` devices: the batch is divided over `data`, tensor parallelism over `model`. Arrays that are
-sharded beside that are divided over groups of neighbours of `data`, and each group holds one copy: the axis `data` of the
-config is the two axes `replica` x `shard` here. The modules name what an axis of a parameter or an activation means
-("embed", "mlp", ...); only this file says where it lives.
+The mesh has `data` x `model` devices: the batch is divided over `data`, and tensor parallelism divides layers over `model`.
+What is sharded as well (parameters, moments) is divided over groups of neighbours along `data`; each group holds one copy.
+So the config's axis `data` is two axes here, `replica` x `shard`. Modules name what each axis of a parameter or an
+activation means ("embed", "mlp", ...); only this file says where it lives.
 """
 
 import contextlib
 import contextvars
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -31,11 +32,11 @@ RULES = (
     ("score_out", "model"),
 )
 
-# `mesh.rules` -> what is divided over `shard` too, and where gradients are summed up to be used.
-RULE_SETS = {
+# `mesh.sharding` -> the parts of the training state that are divided over `shard` too.
+SHARDED_PARTS = {
     "data_parallel": (),  # every device holds the whole training state
-    "optimizer_sharded": ("opt_state", "ema"),  # ZeRO 1: each updates its share, and gathers the parameters
-    "fully_sharded": ("params", "opt_state", "ema"),  # ZeRO 3, FSDP: a layer is gathered when it computes, already cast
+    "optimizer_sharded": ("opt_state", "ema"),  # ZeRO 1: each device updates its share, then all-gathers the parameters
+    "fully_sharded": ("params", "opt_state", "ema"),  # ZeRO 3, FSDP: a layer is cast, then all-gathered where it is used
 }
 
 
@@ -69,63 +70,92 @@ def sizes(mesh: Mesh) -> dict[str, int]:
     return {"data": mesh.shape["replica"] * mesh.shape["shard"], "model": mesh.shape["model"]}
 
 
-_rules = contextvars.ContextVar("rules", default=None)
+_sharding = contextvars.ContextVar("sharding", default=None)
 
 
 @contextlib.contextmanager
-def activate(mesh: Mesh, rules: str = "data_parallel"):
-    """What the modules' logical axes mean while a step is traced, and where its gradients live."""
-    token = _rules.set(rules)
+def activate(mesh: Mesh, sharding: str = "data_parallel"):
+    """Gives the modules' logical axes their meaning while a function is traced. `MeshFunction` does it for its callers."""
+    token = _sharding.set(sharding)
     try:
         with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
             yield
     finally:
-        _rules.reset(token)
+        _sharding.reset(token)
+
+
+class MeshFunction:
+    """A jitted function that is always called, and lowered, under its own mesh and sharding.
+
+    Args:
+      sharding: of `SHARDED_PARTS`; how parameters and gradients are divided inside.
+      options: of `jax.jit`.
+    """
+
+    def __init__(self, function: Callable, mesh: Mesh, sharding: str = "data_parallel", **options):
+        self._jitted, self._mesh, self._sharding = jax.jit(function, **options), mesh, sharding
+
+    def __call__(self, *args, **kwargs):
+        with activate(self._mesh, self._sharding):
+            return self._jitted(*args, **kwargs)
+
+    def lower(self, *args, **kwargs) -> jax.stages.Lowered:
+        with activate(self._mesh, self._sharding):
+            return self._jitted.lower(*args, **kwargs)
+
+
+def _active() -> str | None:
+    """The active sharding; None where a module is computed on one device, without a mesh."""
+    sharding = _sharding.get()
+    assert sharding is not None or jax.sharding.get_abstract_mesh().empty, "a mesh is set without partitioning.activate"
+    return sharding
 
 
 def compute_copy(param: jax.Array, axes: tuple[str | None, ...], dtype) -> jax.Array:
-    """A parameter as a layer computes with it: cast, then gathered from where it is sharded; its gradient goes back alike.
+    """The copy of a parameter that a layer computes with: cast to `dtype`, then all-gathered over `shard`.
 
-    Cast first, half of the bytes travel. Without `activate` it is the cast alone.
+    The cast comes first, so that half of the bytes travel. The gradient takes the same way back: it is reduce-scattered in
+    `dtype`, then cast. Without a mesh this is the cast alone.
     """
-    rules = _rules.get()
-    if rules is None:
+    sharding = _active()
+    if sharding is None:
         return param.astype(dtype)
     mesh = jax.sharding.get_abstract_mesh()
-    whole = _to_mesh(axes)
-    shared = _divided(mesh, param.shape, whole) if RULE_SETS[rules] else whole
+    gathered = _to_mesh(axes)
+    divided = _divided(mesh, param.shape, gathered) if SHARDED_PARTS[sharding] else gathered
 
     @jax.custom_vjp
     def copy(param):
-        return jax.lax.with_sharding_constraint(param.astype(dtype), whole)
+        return jax.lax.with_sharding_constraint(param.astype(dtype), gathered)
 
     def forward(param):
         return copy(param), None
 
     def backward(_, gradient):
-        return (jax.lax.with_sharding_constraint(gradient, shared).astype(param.dtype),)
+        return (jax.lax.with_sharding_constraint(gradient, divided).astype(param.dtype),)
 
     copy.defvjp(forward, backward)
     return copy(param)
 
 
 def product(x: jax.Array, kernel: jax.Array, axes: tuple[str | None, str | None]) -> jax.Array:
-    """dtype[B, I] x float32[I, O] -> dtype[B, O], where kernels may be much larger than the rows.
+    """dtype[B, I] x float32[I, O] -> dtype[B, O], for kernels that may be much larger than the rows.
 
-    Then the rows of a group of devices are gathered where the kernel is sharded, instead of the kernel (`compute_copy`):
-    each device multiplies its part of their inputs, and the products are summed up to where the rows came from.
+    Where sending the rows is cheaper than all-gathering the kernel (`compute_copy`), the rows of a group of devices are
+    gathered, each device multiplies the part of their inputs that its share of the kernel needs, and the products are
+    reduce-scattered back to the devices that hold the rows.
     """
-    rules = _rules.get()
-    if rules is None:
+    sharding = _active()
+    if sharding is None:
         return x @ kernel.astype(x.dtype)
-    mesh, whole = jax.sharding.get_abstract_mesh(), _to_mesh(axes)
-    shared = _divided(mesh, kernel.shape, whole)
-    sent = x.shape[0] // mesh.shape["replica"] * sum(kernel.shape)
-    if not RULE_SETS[rules] or shared[0] != "shard" or sent >= kernel.size:
+    mesh, gathered = jax.sharding.get_abstract_mesh(), _to_mesh(axes)
+    divided = _divided(mesh, kernel.shape, gathered)
+    sent = x.shape[0] // mesh.shape["replica"] * sum(kernel.shape)  # numbers, by way of the rows
+    if not SHARDED_PARTS[sharding] or divided[0] != "shard" or sent >= kernel.size:
         return x @ compute_copy(kernel, axes, x.dtype)
     constrain = jax.lax.with_sharding_constraint
     x = constrain(x, PartitionSpec("replica", "shard"))
-    return constrain(x @ constrain(kernel.astype(x.dtype), shared), PartitionSpec(DATA, whole[1]))
+    return constrain(x @ constrain(kernel.astype(x.dtype), divided), PartitionSpec(DATA, gathered[1]))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -142,7 +172,7 @@ def param_shardings(mesh: Mesh, boxed_params, sharded: bool = False):
     """Where every parameter lives, from abstract parameters that still carry their logical axis names.
 
     Args:
-      sharded: whether they are divided over `shard` beside what the logical axes say.
+      sharded: whether they are divided over `shard` too, besides what the logical axes say.
 
     Raises:
       UserError: a dimension does not divide by the mesh axis that the table gives it; names the parameter.
@@ -179,23 +209,20 @@ def gathered(shardings):
 
 
 def optimizer_shardings(mesh: Mesh, abstract_opt_state, abstract_params, shardings):
-    """Each leaf of the optimiser's state as its parameter, in `shardings`; what belongs to none is whole everywhere.
+    """Each leaf of the optimiser's state lives where its parameter does in `shardings`; any other is whole everywhere.
 
-    It belongs to the parameter whose path its own path ends with.
+    A leaf belongs to the parameter whose path its own path ends with.
     """
     by_path = {
-        _names(path): (leaf.shape, sharding)
-        for (path, leaf), (_, sharding) in zip(
-            jax.tree_util.tree_leaves_with_path(abstract_params),
-            jax.tree_util.tree_leaves_with_path(shardings),
-            strict=True,
+        path: (leaf.shape, sharding)
+        for (path, leaf), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(abstract_params), jax.tree.leaves(shardings), strict=True
         )
     }
 
     def place(path, leaf):
-        names = _names(path)
-        for start in range(len(names)):
-            shape, sharding = by_path.get(names[start:], (None, None))
+        for start in range(len(path)):
+            shape, sharding = by_path.get(path[start:], (None, None))
             if shape == leaf.shape:
                 return sharding
         return replicated(mesh)
@@ -203,20 +230,14 @@ def optimizer_shardings(mesh: Mesh, abstract_opt_state, abstract_params, shardin
     return jax.tree_util.tree_map_with_path(place, abstract_opt_state)
 
 
-def largest_replicated(abstract, shardings, count: int = 5) -> list[tuple[str, int]]:
-    """[(name, bytes)], largest first: the arrays that every device of the mesh holds whole, where there is more than one."""
+def largest_replicated(abstract, count: int = 5) -> list[tuple[str, int]]:
+    """[(name, bytes)], largest first: the arrays that each of several devices holds whole; from shapes with shardings."""
     found = [
-        ("/".join(_names(path)), math.prod(leaf.shape) * leaf.dtype.itemsize)
-        for (path, leaf), sharding in zip(
-            jax.tree_util.tree_leaves_with_path(abstract), jax.tree.leaves(shardings), strict=True
-        )
-        if sharding.is_fully_replicated and sharding.num_devices > 1
+        (jax.tree_util.keystr(path, simple=True, separator="/"), math.prod(leaf.shape) * leaf.dtype.itemsize)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)
+        if leaf.sharding.is_fully_replicated and leaf.sharding.num_devices > 1
     ]
     return sorted(found, key=lambda entry: -entry[1])[:count]
-
-
-def _names(path) -> tuple[str, ...]:
-    return tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
 @functools.cache
@@ -225,9 +246,9 @@ def _to_mesh(logical) -> PartitionSpec:
 
 
 def _divided(mesh, shape, spec: PartitionSpec) -> PartitionSpec:
-    """The spec, with the first dimension that divides given to `shard` beside what it has; vectors stay as they are.
+    """The spec with `shard` added to the first dimension that divides by it; vectors stay as they are.
 
-    If it is the first of all, what is gathered lies in memory as it came, and no tile of the last two is left half empty.
+    The first dimension is the best: what is gathered along it lies in memory in the right order, in full tiles.
     """
     axes = [*spec, *[None] * (len(shape) - len(spec))]
     if len(shape) > 1 and mesh.shape["shard"] > 1:
@@ -239,12 +260,12 @@ def _divided(mesh, shape, spec: PartitionSpec) -> PartitionSpec:
 
 
 def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """A global array from one that every process has whole; nothing is sent between them."""
+    """A global array from one that every process has whole; nothing is sent between processes."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
-    """int64[b], ascending: which rows of a global batch this process's devices hold. All of them where it is alone.
+    """int64[b], ascending: which rows of a global batch this process's devices hold; all of them in a run of one process.
 
     Processes that one `model` axis spans hold the same rows.
     """

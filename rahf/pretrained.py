@@ -16,9 +16,10 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
-from rahf import checkpoints, names, partitioning, weights
+from rahf import names, partitioning, weights
 from rahf.models.rahf import RAHFConfig
 from rahf.weights import Tensor, Tensors
+from richhf_data import json_files
 from richhf_data.errors import UserError
 
 MAX_NAMED = 5  # mismatches in a message
@@ -44,7 +45,7 @@ def write(pretrained: Pretrained, folder) -> None:
     folder = pathlib.Path(folder)
     progress = functools.partial(tqdm, desc="convert", unit="tensor")
     weights.write_safetensors(folder / "weights.safetensors", pretrained.tensors, progress)
-    checkpoints.write_json(folder / "config.json", {"kind": pretrained.kind, **pretrained.config})
+    json_files.write(folder / "config.json", {"kind": pretrained.kind, **pretrained.config})
 
 
 def read(folder, kind: str) -> Pretrained:
@@ -54,7 +55,7 @@ def read(folder, kind: str) -> Pretrained:
       UserError: no such folder, or one of another kind.
     """
     file = pathlib.Path(folder) / "config.json"
-    config = checkpoints.read_json(file) if file.is_file() else {}
+    config = json_files.read(file) if file.is_file() else {}
     if (found := config.pop("kind", None)) != kind:
         holds = f"holds a {found}" if found else "is no folder that rahf.convert wrote"
         raise UserError(f"init.{kind}: {folder} {holds}, expected one that it wrote from a {kind}")

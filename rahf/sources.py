@@ -4,6 +4,8 @@
 `data.mixture` at their rates. "stream" needs no files and no TensorFlow.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -120,6 +122,29 @@ def check_splits(config) -> None:
                 f"data: {folder} has the splits {', '.join(found)}, training needs {', '.join(missing)} too; build it again "
                 "with such a record file, or with a larger --holdout"
             )
+
+
+def identity(config) -> dict:
+    """Which datasets a run reads, in JSON: their names, versions and splits, whatever folder they lie in.
+
+    Raises:
+      UserError: there is no dataset.
+    """
+    if config.data.source != "seqio" and not config.data.data_dir:
+        return {"datasets": []}
+    from richhf_data import builder, tasks
+
+    found = []
+    for folder in (_mixture(config) if config.data.source == "seqio" else {}) or [evaluation_dir(config)]:
+        records = tasks.report(folder)["records"]  # digests of the record files or tables that it was built from
+        info = json.loads((builder.dataset_dir(folder) / "dataset_info.json").read_text())
+        splits = {split["name"]: _digest(split) for split in info["splits"]}
+        found.append({"name": info["name"], "version": info["version"], "splits": splits, "records": _digest(records)})
+    return {"datasets": found}
+
+
+def _digest(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def evaluation_dir(config) -> str:

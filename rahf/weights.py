@@ -18,7 +18,7 @@ import ml_dtypes  # also makes numpy's bfloat16 known, in which safetensors give
 import numpy as np
 import safetensors
 
-from rahf import checkpoints
+from richhf_data import json_files
 from richhf_data.errors import UserError
 
 NPY_HEADERS = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
@@ -86,7 +86,7 @@ def open_hugging_face(path) -> Tensors:
     path = _weights_file(path) if path.is_dir() else path
     if not path.name.endswith(INDEX):
         return _open_file(path)
-    parts = checkpoints.read_json(_existing(path)).get("weight_map")
+    parts = json_files.read(_existing(path)).get("weight_map")
     if not isinstance(parts, dict):
         raise UserError(f"weights: {path} has no weight_map, expected an index as Hugging Face writes it")
     tensors = {}

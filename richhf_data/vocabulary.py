@@ -1,5 +1,6 @@
 """SentencePiece vocabularies: T5's own from a file, or a small one trained on prompts. Imports no TensorFlow."""
 
+import hashlib
 import io
 from collections.abc import Iterable, Sequence
 
@@ -37,6 +38,11 @@ class Vocabulary:
     def copy(self, path) -> None:
         """Writes the SentencePiece model to `path`, whole or not at all."""
         paths.replace(path, epath.Path(self.path).read_bytes())
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the SentencePiece model."""
+        return hashlib.sha256(epath.Path(self.path).read_bytes()).hexdigest()
 
     @property
     def size(self) -> int:

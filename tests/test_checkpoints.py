@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rahf import checkpoints, experiments, optimizers, partitioning, train
-from rahf.models.rahf import RAHF, RAHFConfig
+from rahf import checkpoints, experiments, partitioning, train
+from rahf import program as programs
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 ROOT = pathlib.Path(__file__).parent.parent
@@ -152,14 +152,11 @@ def test_digest_tells_numbers_of_every_width_apart(dtype):
 def vit_state(mesh):
     """Random numbers in place of what rahf_ci's training state has for the ViT's kernels: parameters, both moments."""
     config = experiments.load("rahf_ci")
-    model = RAHF(RAHFConfig.from_dict(config.model.to_dict()))
-    optimizer = optimizers.make_optimizer(config.optimizer, config.train.num_steps)
-    shapes, shardings = train.state_shardings(model, optimizer, config, mesh, jax.random.key(0))
-    placed = zip(jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(shardings), strict=True)
+    shapes = programs.assemble(train.program(config), config, mesh).state
     rng = np.random.default_rng(0)
     return {
-        f"{number:03d}": jax.device_put(rng.normal(size=shape.shape).astype(shape.dtype), sharding)
-        for number, ((path, shape), sharding) in enumerate(placed)
+        f"{number:03d}": jax.device_put(rng.normal(size=shape.shape).astype(shape.dtype), shape.sharding)
+        for number, (path, shape) in enumerate(jax.tree_util.tree_leaves_with_path(shapes))
         if {"'vit'", "'kernel'"} <= set(re.findall(r"'\w+'", jax.tree_util.keystr(path)))
     }
 

@@ -51,7 +51,7 @@ def test_a_train_step_over_8_devices_adds_its_gradients_up():
     assert sum(entry["bytes"] for entry in result["collectives"].values()) >= gradients
     arguments = result["hbm_gib_by_kind"]["arguments"] * compiling.GIB
     assert gradients / 8 < arguments < gradients  # parameters and moments, sharded
-    config.mesh.rules = "data_parallel"
+    config.mesh.sharding = "data_parallel"
     whole = compiling.measure(config, "cpu", "train", jax.devices(), config.train.batch_size)
     assert whole["hbm_gib_by_kind"]["arguments"] * compiling.GIB > 3 * gradients
 

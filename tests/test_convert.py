@@ -16,7 +16,7 @@ import safetensors.numpy
 import tensorstore
 import tiny_model
 
-from rahf import convert, experiments, losses, names, predict, pretrained, weights
+from rahf import convert, experiments, losses, names, predictor, pretrained, weights
 from rahf.models import t5
 from rahf.models.rahf import RAHF, RAHFConfig
 from rahf.models.vit import ViT, ViTConfig
@@ -466,7 +466,7 @@ def test_a_folder_of_ours_is_written_anew(tmp_path):
     convert.convert("vit-hf", folder, out)
     assert sorted(file.name for file in out.iterdir()) == ["config.json", "weights.safetensors"]
     with pytest.raises(ValueError, match=r"workdir: .* holds the weights of a vit, expected those of a whole RAHF"):
-        predict.load(out)
+        predictor.load(out)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import tensorflow_datasets as tfds
 from tiny_data import annotation, built, prompt_of, write_annotations, write_captions, write_rapidata
 
-from rahf import evaluate, experiments, predict, sources, train
+from rahf import evaluate, experiments, predictor, sources, train
 from richhf_data import build, builder, consolidate, metrics, schema, tasks, vocabulary
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -70,9 +70,9 @@ TARGETS = {
 @pytest.mark.parametrize("kind", TARGETS)
 def test_each_kind_of_feedback_is_evaluated_on_what_it_has(kind, run, data_dirs):
     workdir, first = run
-    model = predict.load(workdir)
-    evaluation = evaluate.prepare(_config(data_dir=data_dirs[kind]), model.vocabulary, "dev", 6)
-    results = evaluation.run(model)
+    model = predictor.load(workdir)
+    evaluation = evaluate.Evaluation(_config(data_dir=data_dirs[kind]), model.vocabulary, "dev", 6)
+    results = evaluation.run(model.params)
     rows = {"this model": results} | evaluation.references()
     assert results["num_examples"] == 6
     scores, maps, words = TARGETS[kind]

@@ -13,19 +13,23 @@ import tiny_model
 from flax import linen as nn
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from rahf import experiments, loop, optimizers, partitioning, train
-from rahf.models.rahf import RAHF, RAHFConfig
+from rahf import experiments, partitioning, train
+from rahf import program as programs
+from rahf.models.rahf import RAHFConfig
 
 GOLDEN = pathlib.Path(__file__).parent / "data" / "rahf_base_shardings.txt"
-RULE_SETS = sorted(partitioning.RULE_SETS)
+SHARDINGS = sorted(partitioning.SHARDED_PARTS)
 
 
-def shardings(mesh, kind="adamw", rules="fully_sharded", config=None):
+def state(mesh, kind="adamw", sharding="fully_sharded", config=None):
     config = config or experiments.load("rahf_ci")
-    config.optimizer.kind, config.optimizer.ema_decay, config.mesh.rules = kind, 0.9, rules
-    model = RAHF(RAHFConfig.from_dict(config.model.to_dict()))
-    optimizer = optimizers.make_optimizer(config.optimizer, config.train.num_steps)
-    return train.state_shardings(model, optimizer, config, mesh, jax.random.key(0))
+    config.optimizer.kind, config.optimizer.ema_decay, config.mesh.sharding = kind, 0.9, sharding
+    config.train.batch_size = 256
+    return programs.assemble(train.program(config), config, mesh).state
+
+
+def specs(abstract):
+    return jax.tree.map(lambda x: x.sharding.spec, abstract)
 
 
 def test_make_mesh_takes_the_devices_that_model_leaves():
@@ -41,29 +45,28 @@ def test_make_mesh_refuses_a_product_that_is_not_the_devices(data, model):
 
 
 def test_model_axis_splits_mlp_heads_vocabulary_and_heads():
-    _, placed = shardings(partitioning.make_mesh(4, 2), rules="data_parallel")
-    params = placed["params"]
-    assert params["t5"]["token_embedder"]["embedding"].spec == PartitionSpec("model", None)
-    assert params["t5"]["encoder"]["layers_0"]["mlp"]["wi"]["kernel"].spec == PartitionSpec(None, "model")
-    assert params["t5"]["decoder"]["layers_0"]["mlp"]["wo"]["kernel"].spec == PartitionSpec("model", None)
-    assert params["score_head_overall"]["dense_0"]["kernel"].spec == PartitionSpec(None, "model")
+    params = specs(state(partitioning.make_mesh(4, 2), sharding="data_parallel")["params"])
+    assert params["t5"]["token_embedder"]["embedding"] == PartitionSpec("model", None)
+    assert params["t5"]["encoder"]["layers_0"]["mlp"]["wi"]["kernel"] == PartitionSpec(None, "model")
+    assert params["t5"]["decoder"]["layers_0"]["mlp"]["wo"]["kernel"] == PartitionSpec("model", None)
+    assert params["score_head_overall"]["dense_0"]["kernel"] == PartitionSpec(None, "model")
     deconv = params["heatmap_head_implausibility"]["up_0"]["deconv"]["conv"]["kernel"]
-    assert deconv.spec == PartitionSpec(None, None, None, "model")
+    assert deconv == PartitionSpec(None, None, None, "model")
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-@pytest.mark.parametrize("rules", RULE_SETS)
-def test_rule_sets_divide_what_they_name(rules, kind):
-    abstract, placed = shardings(partitioning.make_mesh(8, 1, shard_group=4), kind, rules)
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_shardings_divide_what_they_name(sharding, kind):
+    abstract = state(partitioning.make_mesh(8, 1, shard_group=4), kind, sharding)
     for part in ("params", "ema", "opt_state"):
         divisible = [
-            sharding.spec
-            for leaf, sharding in zip(jax.tree.leaves(abstract[part]), jax.tree.leaves(placed[part]), strict=True)
+            leaf.sharding.spec
+            for leaf in jax.tree.leaves(abstract[part])
             if leaf.ndim >= 2 and any(size % 4 == 0 for size in leaf.shape)
         ]
         assert divisible
         for spec in divisible:
-            assert ("shard" in jax.tree.leaves(tuple(spec))) == (part in partitioning.RULE_SETS[rules])
+            assert ("shard" in jax.tree.leaves(tuple(spec))) == (part in partitioning.SHARDED_PARTS[sharding])
 
 
 @pytest.mark.parametrize("rules", ["optimizer_sharded", "fully_sharded"])
@@ -79,18 +82,23 @@ def test_product_sends_the_rows_instead_of_the_kernel(rules):
     def loss(x, kernel):
         return jnp.sum(jnp.sin(partitioning.product(x, kernel, axes)))
 
-    with partitioning.activate(mesh, rules):
-        compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*placed).compile()
-        found = compiled(*placed)
+    compiled = partitioning.MeshFunction(jax.value_and_grad(loss, argnums=(0, 1)), mesh, rules).lower(*placed).compile()
+    found = compiled(*placed)
     wanted = jax.value_and_grad(lambda x, kernel: jnp.sum(jnp.sin(x @ kernel)), argnums=(0, 1))(x, kernel)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, wanted)
     gathered = re.findall(r"f32\[([\d,]+)\]\S* all-gather", compiled.as_text())
     assert "32,32" not in gathered and "32,64" not in gathered, gathered
 
 
-def test_an_unknown_rule_set_is_refused():
-    with pytest.raises(ValueError, match=r"mesh.rules: got 'zero', expected one of \['data_parallel'"):
-        shardings(partitioning.make_mesh(), rules="zero")
+def test_an_unknown_sharding_is_refused():
+    with pytest.raises(ValueError, match=r"mesh.sharding: got 'zero', expected one of \['data_parallel'"):
+        state(partitioning.make_mesh(), sharding="zero")
+
+
+def test_a_mesh_without_its_sharding_is_a_fault():
+    """`compute_copy` would be a cast alone, and the program another one."""
+    with jax.set_mesh(partitioning.make_mesh()), pytest.raises(AssertionError, match=r"without partitioning\.activate"):
+        partitioning.compute_copy(jnp.zeros((8, 8)), ("embed", "mlp"), jnp.bfloat16)
 
 
 def test_largest_replicated_names_what_no_rule_divides():
@@ -100,22 +108,26 @@ def test_largest_replicated_names_what_no_rule_divides():
         "bias": nn.LogicallyPartitioned(jax.ShapeDtypeStruct((8,), "float32"), ("embed",)),
     }
     mesh = partitioning.make_mesh(4, 2)
-    placed = partitioning.param_shardings(mesh, boxed, sharded=True)
-    assert partitioning.largest_replicated(nn.unbox(boxed), placed) == [("table", 252), ("bias", 32)]
-    one = partitioning.make_mesh(1, 1, devices=jax.devices()[:1])
-    assert partitioning.largest_replicated(nn.unbox(boxed), partitioning.param_shardings(one, boxed)) == []
+
+    def largest(mesh, sharded):
+        shardings = partitioning.param_shardings(mesh, boxed, sharded)
+        shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), shardings)
+        return partitioning.largest_replicated(shapes)
+
+    assert largest(mesh, True) == [("table", 252), ("bias", 32)]
+    assert largest(partitioning.make_mesh(1, 1, devices=jax.devices()[:1]), False) == []
 
 
 def base_shardings() -> str:
     """A line for each parameter of the base config on 64 x 2 devices: name, shape, where it lives."""
     mesh = AbstractMesh((2, 32, 2), (*partitioning.DATA, "model"))
-    abstract, placed = shardings(mesh, config=experiments.load("rahf_base"))
-    assert placed["ema"] == placed["params"]
+    abstract = state(mesh, config=experiments.load("rahf_base"))
+    assert specs(abstract["ema"]) == specs(abstract["params"])
     lines = [
-        f"{'/'.join(key.key for key in path)} {list(leaf.shape)} {[axis or '-' for axis in sharding.spec]}".replace("'", "")
-        for (path, leaf), sharding in zip(
-            jax.tree_util.tree_leaves_with_path(abstract["params"]), jax.tree.leaves(placed["params"]), strict=True
+        f"{'/'.join(key.key for key in path)} {list(leaf.shape)} {[axis or '-' for axis in leaf.sharding.spec]}".replace(
+            "'", ""
         )
+        for path, leaf in jax.tree_util.tree_leaves_with_path(abstract["params"])
     ]
     return "\n".join(lines) + "\n"
 
@@ -125,50 +137,46 @@ def test_every_parameter_of_the_base_config_lives_where_the_golden_file_says():
     assert base_shardings().splitlines() == GOLDEN.read_text().splitlines()
 
 
-def gradient_config(rules, data, model, shard_group, variant, scan):
+def gradient_config(sharding, data, model, shard_group, variant, scan):
     config = experiments.load("rahf_base")
     config.model = tiny_model.dividing(variant)
     for part in (config.model.vit, config.model.t5):
         part.scan = part.remat = scan
     config.train.batch_size, config.data.text_length, config.data.keyword_length = 8, 6, 5
-    config.mesh = dict(data=data, model=model, rules=rules, shard_group=shard_group)
+    config.mesh = dict(data=data, model=model, sharding=sharding, shard_group=shard_group)
     return config
 
 
 @functools.cache
-def loss_and_gradients(rules, data, model, shard_group=2, variant="multi_head", scan=False):
+def loss_and_gradients(sharding, data, model, shard_group=2, variant="multi_head", scan=False):
     """Of one real training step with dropout; an optimiser whose state is the gradient keeps it."""
-    config = gradient_config(rules, data, model, shard_group, variant, scan)
+    config = gradient_config(sharding, data, model, shard_group, variant, scan)
     mesh = partitioning.mesh_of(config.mesh, jax.devices()[: data * model])
-    module = RAHF(RAHFConfig.from_dict(config.model.to_dict()))
     keep = optax.GradientTransformation(
         lambda params: jax.tree.map(jnp.zeros_like, params),
         lambda gradients, state, params: (jax.tree.map(jnp.zeros_like, gradients), gradients),
     )
-    abstract, placed = train.state_shardings(module, keep, config, mesh, jax.random.key(0))
+    training = programs.assemble(train.program(config), config, mesh, keep)
     rng = np.random.default_rng(0)
-    values = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype) / max(1, x.size) ** 0.25, abstract)
-    state = jax.tree.map(jax.device_put, values | {"step": np.int32(0)}, placed)
-    batch = partitioning.shard_batch(tiny_model.batch(module.config, 8), partitioning.batch_sharding(mesh))
-    step = train.make_train_step(module, keep, optax.constant_schedule(0.0), config, mesh)
-    step = loop.jit_train_step(step, mesh, placed)
-    with partitioning.activate(mesh, rules):
-        state, metrics = step(state, batch, jax.random.key(1))
+    values = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype) / max(1, x.size) ** 0.25, training.state)
+    state = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), values | {"step": np.int32(0)}, training.state)
+    batch = tiny_model.batch(RAHFConfig.from_dict(config.model.to_dict()), 8)
+    state, metrics = training.step(state, batch)
     return jax.device_get(metrics["loss"]), jax.device_get(state["opt_state"])
 
 
 @pytest.mark.usefixtures("standard_promotion")  # optax promotes freely
 @pytest.mark.parametrize(
-    ("rules", "data", "model", "options"),
+    ("sharding", "data", "model", "options"),
     [
-        *[(rules, data, model, {}) for rules in RULE_SETS for data, model in ((8, 1), (4, 2), (2, 4), (1, 8))],
+        *[(sharding, data, model, {}) for sharding in SHARDINGS for data, model in ((8, 1), (4, 2), (2, 4), (1, 8))],
         ("fully_sharded", 4, 2, {"variant": "augmented_prompt"}),
         ("fully_sharded", 4, 2, {"scan": True, "shard_group": 16}),
     ],
 )
-def test_loss_and_every_gradient_are_the_same_on_any_mesh_by_any_rules(rules, data, model, options):
+def test_loss_and_every_gradient_are_the_same_on_any_mesh_by_any_sharding(sharding, data, model, options):
     expected_loss, expected = loss_and_gradients("data_parallel", 1, 1, **options)
-    loss, gradients = loss_and_gradients(rules, data, model, **options)
+    loss, gradients = loss_and_gradients(sharding, data, model, **options)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
     for (path, found), wanted in zip(
         jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(expected), strict=True

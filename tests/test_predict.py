@@ -9,7 +9,7 @@ import pytest
 import tiny_model
 
 import rahf
-from rahf import checkpoints, convert, experiments, predict, train
+from rahf import convert, experiments, predict, predictor, train, workdirs
 from rahf.reward import sources
 from richhf_data import schema
 
@@ -158,8 +158,8 @@ def test_load_refuses_a_run_without_a_checkpoint(workdir, tmp_path):
 
 def test_the_vocabulary_must_fit_the_embeddings(workdir):
     model = rahf.load(workdir)
-    config = checkpoints.read_config(workdir).copy_and_resolve_references()
+    config = workdirs.read_config(workdir).copy_and_resolve_references()
     config.model.t5.vocab_size = 5
-    small = predict.Model(config, None, model.vocabulary).model_config
+    small = predictor.Predictor(config, model.vocabulary).model_config
     with pytest.raises(ValueError, match=r"pieces, the model embeds model.t5.vocab_size=5"):
-        predict.check_vocabulary(small, model.vocabulary)
+        predictor.check_vocabulary(small, model.vocabulary)

@@ -12,6 +12,7 @@ import skimage.color
 import skimage.data
 from tiny_data import built, png
 
+from rahf import predictor
 from richhf_data import preprocessors, schema, vocabulary
 from richhf_data.tensorflow_cpu import tf
 
@@ -286,11 +287,10 @@ def test_keyword_target_is_zero_without_labels():
 
 @pytest.mark.parametrize("shape", [(97, 61), (40, 200), (24, 30), (48, 48)])
 def test_resize_is_that_of_prediction(shape):
-    from rahf import predict
 
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
     example = {"image": image, "heatmaps": np.zeros((512, 512, 2), np.uint8)}
     dataset = tf.data.Dataset.from_tensors(example)
     resized = next(preprocessors.resize(dataset, image_size=48, heatmap_size=16).as_numpy_iterator())["image"]
-    difference = np.abs(resized.astype(int) - predict.resize(image, 48))
+    difference = np.abs(resized.astype(int) - predictor.resize(image, 48))
     assert difference.max() <= 1

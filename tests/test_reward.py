@@ -19,10 +19,11 @@ import pyarrow.parquet
 import pytest
 import tiny_clip
 
-from rahf import checkpoints, experiments, reward
+from rahf import experiments, reward
 from rahf.models.clip import CLIP
 from rahf.reward import embed, metrics, model, predict, prompts, sources, train
 from rahf.reward.feedback import Feedback, Pictures
+from richhf_data import json_files
 
 ROOT = pathlib.Path(__file__).parent.parent
 WORDS = prompts.Words(
@@ -546,8 +547,8 @@ def test_train_writes_a_folder_that_load_reads_and_resumes(standard_promotion, c
 
     # Killed before the last training: it is repeated, the others are not, and the result is the same.
     whole = (workdir / "weights.safetensors").read_bytes()
-    held = checkpoints.read_json(workdir / "results.json")
-    checkpoints.write_json(workdir / "results.json", held | {"results": held["results"][:1]})
+    held = json_files.read(workdir / "results.json")
+    json_files.write(workdir / "results.json", held | {"results": held["results"][:1]})
     (workdir / "weights.safetensors").unlink()
     fits, real = [], model.fit
     monkeypatch.setattr(model, "fit", lambda *args: fits.append(len(args[1])) or real(*args))

@@ -11,11 +11,10 @@ import jax
 import numpy as np
 import optax
 import pytest
-from flax import linen as nn
 
-from rahf import checkpoints, experiments, loop, optimizers, partitioning, sources, train
-from rahf.models.rahf import RAHF, RAHFConfig
-from richhf_data import schema
+from rahf import checkpoints, experiments, loop, partitioning, sources, train, workdirs
+from rahf import program as programs
+from richhf_data import json_files, schema
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 ROOT = pathlib.Path(__file__).parent.parent
@@ -42,21 +41,15 @@ def make_batch(config, tmp_path):
 
 
 def gradient_step(config, batch, devices):
-    """The metrics and the gradient of one step from fixed parameters, on a mesh of these devices."""
+    """The metrics and the gradient of one step from fixed parameters, on a mesh of these devices: the program of a run."""
     mesh = partitioning.make_mesh(devices=devices)
-    model = RAHF(RAHFConfig.from_dict(config.model.to_dict()))
     optimizer = optax.sgd(1.0)  # so that the update is the gradient
-    _, shardings = train.state_shardings(model, optimizer, config, mesh, jax.random.key(0))
-    sharding = partitioning.batch_sharding(mesh)
-    step = jax.jit(
-        train.make_train_step(model, optimizer, optax.constant_schedule(1.0), config, mesh),
-        in_shardings=(shardings, sharding, None),
-        out_shardings=(shardings, None),
-    )
-    state = jax.device_get(nn.unbox(train.initial_state(model, optimizer, config, jax.random.key(0))))
-    with jax.set_mesh(mesh), nn.logical_axis_rules(partitioning.RULES):
-        new, metrics = step(state, partitioning.shard_batch(batch, sharding), jax.random.key(1))
-    return jax.device_get(metrics), jax.tree.map(lambda a, b: a - np.asarray(b), state["params"], new["params"])
+    config.train.batch_size = len(batch["image"])
+    training = programs.assemble(train.program(config), config, mesh, optimizer)
+    state = training.init_state(training.init_params())
+    params = jax.device_get(state["params"])
+    new, metrics = training.step(state, batch)
+    return jax.device_get(metrics), jax.tree.map(lambda a, b: a - np.asarray(b), params, new["params"])
 
 
 def assert_same_step(a, b):
@@ -158,15 +151,13 @@ def test_a_step_whose_loss_is_not_finite_changes_the_step_alone(tmp_path):
     config.optimizer.update(freeze=("vit",), ema_decay=0.9)
     batch = make_batch(config, tmp_path)
     mesh = partitioning.make_mesh(devices=jax.devices()[:1])
-    model = RAHF(RAHFConfig.from_dict(config.model.to_dict()))
-    optimizer = optimizers.make_optimizer(config.optimizer, config.train.num_steps)
-    step = jax.jit(train.make_train_step(model, optimizer, optax.constant_schedule(1.0), config, mesh))
+    training = programs.assemble(train.program(config), config, mesh)
+    places = jax.tree.map(lambda x: x.sharding, training.state)
 
     def run(state, batch):
-        with jax.set_mesh(mesh), nn.logical_axis_rules(partitioning.RULES):
-            return jax.device_get(step(state, batch, jax.random.key(1)))
+        return jax.device_get(training.step(jax.device_put(state, places), batch))
 
-    first = jax.device_get(nn.unbox(train.initial_state(model, optimizer, config, jax.random.key(0))))
+    first = jax.device_get(training.init_state(training.init_params()))
     bad = batch | {"scores": batch["scores"].copy()}
     bad["scores"][6, 0] = np.nan  # of the second microbatch
     skipped, metrics = run(first, bad)
@@ -224,19 +215,20 @@ def test_unknown_config_key_names_the_nearest(tmp_path):
 
 def test_another_config_in_the_workdir_is_refused_key_by_key(tmp_path):
     config = ci_config()
-    checkpoints.open_workdir(tmp_path, config)
-    checkpoints.open_workdir(tmp_path, config)
+    workdirs.open_workdir(tmp_path, config)
+    workdirs.open_workdir(tmp_path, config)
     config.optimizer.learning_rate = 0.5
     with pytest.raises(ValueError, match=r"optimizer.learning_rate: the workdir has 0.002, this run 0.5"):
-        checkpoints.open_workdir(tmp_path, config)
+        workdirs.open_workdir(tmp_path, config)
 
 
-def test_a_run_begun_before_images_were_cut_into_strips_goes_on(tmp_path):
+def test_a_run_begun_with_an_older_config_goes_on(tmp_path):
     config = ci_config()
     begun = config.to_dict()
     del begun["model"]["heatmap_head"]["strips"]
-    checkpoints.write_json(tmp_path / "config.json", begun)
-    assert checkpoints.open_workdir(tmp_path, config) == tmp_path
+    begun["mesh"]["rules"] = begun["mesh"].pop("sharding")
+    json_files.write(tmp_path / "config.json", begun)
+    assert workdirs.open_workdir(tmp_path, config, train.MAY_DIFFER) == tmp_path
 
 
 def test_checkpoint_of_another_architecture_names_the_mismatches(tmp_path):

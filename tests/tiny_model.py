@@ -9,7 +9,7 @@ import numpy as np
 import safetensors.numpy
 
 from rahf.models import rahf
-from rahf.predict import load
+from rahf.predictor import load
 from richhf_data import schema
 
 VOCAB = 40

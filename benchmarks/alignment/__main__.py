@@ -32,14 +32,14 @@ import tabulate
 from absl import flags
 
 from benchmarks.alignment import foundation, judge, pictures
-from rahf import checkpoints, experiments
+from rahf import experiments, workdirs
 from rahf import reward as rahf_reward
 from rahf.diffusion import evaluate, folder, inputs, sample
 from rahf.diffusion import train as diffusion_train
 from rahf.reward import embed, metrics, predict, prompts
 from rahf.reward import train as reward_train
 from rahf.reward.feedback import Pictures
-from richhf_data import command, paths
+from richhf_data import command, json_files, paths
 from richhf_data.errors import UserError
 
 AT_ONCE = 100  # pictures that are drawn at a time
@@ -265,9 +265,9 @@ def figure(found: list[evaluate.Evaluated], root: pathlib.Path, columns: int = 1
 def run(config, workdir) -> None:
     """All stages; each tells how long it took."""
     root = pathlib.Path(workdir).absolute()
-    checkpoints.open_workdir(root, config)
+    workdirs.open_workdir(root, config)
     seconds_file = root / "seconds.json"
-    seconds = checkpoints.read_json(seconds_file) if seconds_file.is_file() else {}
+    seconds = json_files.read(seconds_file) if seconds_file.is_file() else {}
 
     def stage(name, function, *args, unless=None):
         print(f"== {name}", flush=True)
@@ -276,13 +276,13 @@ def run(config, workdir) -> None:
             return None if unless and unless.is_file() else function(*args)
         finally:
             seconds[name] = seconds.get(name, 0) + time.monotonic() - start
-            checkpoints.write_json(seconds_file, seconds)
+            json_files.write(seconds_file, seconds)
 
     stage("pictures", make_pictures, config, root / "pictures")
     fit_judge = functools.partial(judge.fit, root / "judge", seed=seed_of(config, 10))
     stage("judge", fit_judge, unless=root / "judge/config.json")
     raters = judge.load(root / "judge")
-    accuracies = checkpoints.read_json(root / "judge/config.json")["accuracy"]
+    accuracies = json_files.read(root / "judge/config.json")["accuracy"]
     if min(accuracies.values()) < ACCURATE:
         raise UserError(f"judge: got accuracies {accuracies} on held-out pictures, expected at least {ACCURATE} of each")
     stage("clip, start", make_start, config, root)

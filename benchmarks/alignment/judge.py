@@ -21,6 +21,7 @@ from rahf import checkpoints, weights
 from rahf.diffusion.unet import Conv, GroupNorm, ResnetBlock
 from rahf.models.rahf import normalize_image
 from rahf.reward import embed, predict, prompts
+from richhf_data import json_files
 from richhf_data.errors import UserError
 
 Array = jax.Array
@@ -181,7 +182,7 @@ def fit(
     found = accuracy(Judge(words, size, network, params), pictures.images(table), table["shown"].to_pylist())
     predict.write_params(params, folder / "weights.safetensors")
     config = {"kind": "judge", "size": size, "widths": list(widths), "words": dataclasses.asdict(words)}
-    checkpoints.write_json(folder / "config.json", config | {"accuracy": found})
+    json_files.write(folder / "config.json", config | {"accuracy": found})
     return found
 
 
@@ -192,7 +193,7 @@ def load(folder) -> Judge:
       UserError: no such folder, or tensors of other shapes.
     """
     folder = pathlib.Path(folder)
-    config = checkpoints.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = json_files.read(folder / "config.json") if (folder / "config.json").is_file() else {}
     if config.get("kind") != "judge":
         raise UserError(f"judge: {folder} is no folder that judge.fit wrote")
     words, size = prompts.words_of(config["words"]), config["size"]

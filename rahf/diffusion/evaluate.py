@@ -23,11 +23,11 @@ from absl import flags
 from tabulate import tabulate
 from tqdm.auto import tqdm
 
-from rahf import checkpoints, experiments
+from rahf import experiments
 from rahf.reward import embed, sources
 from rahf.reward import prompts as rahf_prompts
 from rahf.reward.feedback import Pictures
-from richhf_data import command, paths, pictures
+from richhf_data import command, json_files, paths, pictures
 from richhf_data.errors import UserError
 
 BATCH = 32  # images at a time
@@ -476,7 +476,7 @@ def compare(
                 difference = told[key] - sets[0].means[key]
                 results |= {f"{key}/difference": difference.value, f"{key}/difference/se": difference.error}
         sets.append(Evaluated(name, one.prompts, values, told, results, shown))
-    checkpoints.write_json(output / "results.json", {one.name: one.results for one in sets})
+    json_files.write(output / "results.json", {one.name: one.results for one in sets})
     write_report(output / "report.html", sets, chosen, words)
     return sets
 

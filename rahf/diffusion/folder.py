@@ -30,6 +30,7 @@ from rahf.diffusion.vae import VAE, VAEConfig
 from rahf.models.clip import CLIP, TOKENIZER_FILES, VIT_L14, CLIPConfig, Tokenizer
 from rahf.pretrained import matched
 from rahf.weights import Tensor, Tensors
+from richhf_data import json_files
 from richhf_data.errors import UserError
 
 INDEX = "model_index.json"
@@ -194,7 +195,7 @@ def _config(cls, file: pathlib.Path, fixed: Mapping):
 def _read_json(file: pathlib.Path) -> dict:
     if not file.is_file():
         raise UserError(f"model: no {file}, expected a diffusers folder of Stable Diffusion: {INDEX} and a folder a part")
-    return checkpoints.read_json(file)
+    return json_files.read(file)
 
 
 def read_config(folder) -> Config:
@@ -328,15 +329,15 @@ def write(model: StableDiffusion, folder) -> None:
         weights.write_safetensors(folder / part / file, tensors, progress)
     for part, values in _their_configs(config).items():
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
-        checkpoints.write_json(folder / part / name, values)
+        json_files.write(folder / part / name, values)
     (folder / "tokenizer").mkdir(exist_ok=True)
     for name in VOCABULARY:
         if (model.vocabulary / name).is_file():
             shutil.copyfile(model.vocabulary / name, folder / "tokenizer" / name)
     if not (folder / "tokenizer/tokenizer_config.json").is_file():
         tokenizer = {"tokenizer_class": "CLIPTokenizer", "model_max_length": config.text.text.length}
-        checkpoints.write_json(folder / "tokenizer/tokenizer_config.json", tokenizer)
-    checkpoints.write_json(folder / INDEX, _index(config))
+        json_files.write(folder / "tokenizer/tokenizer_config.json", tokenizer)
+    json_files.write(folder / INDEX, _index(config))
 
 
 def _index(config: Config) -> dict:

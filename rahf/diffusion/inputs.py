@@ -27,6 +27,7 @@ from rahf import checkpoints, partitioning
 from rahf.diffusion import folder
 from rahf.reward import embed, sources
 from rahf.reward.feedback import Pictures
+from richhf_data import json_files
 from richhf_data.errors import UserError
 
 AT_ONCE = 16  # images or texts per device that the frozen parts read
@@ -120,7 +121,7 @@ def kept(
         try:
             found = np.load(place, mmap_mode="r")
             if found.shape == shape and found.dtype == dtype:
-                done = checkpoints.read_json(done_file)["rows"]
+                done = json_files.read(done_file)["rows"]
         except (OSError, ValueError, KeyError):  # not there, cut short, or not told how far it is: anew
             done = 0
         if jax.process_count() > 1:
@@ -137,7 +138,7 @@ def kept(
             done += len(part)
             if i % SAVE_EVERY == 0 or done == shape[0]:
                 array.flush()
-                checkpoints.write_json(done_file, {"rows": done})
+                json_files.write(done_file, {"rows": done})
     return np.load(place, mmap_mode="r")
 
 
@@ -161,16 +162,16 @@ def frozen(model: folder.StableDiffusion, part: str, method: str, mesh) -> tuple
     """A method of a frozen part, as a function of numpy arrays, and how many rows it reads at most: `AT_ONCE` a device."""
     module, rows = model.config.modules[part], AT_ONCE * partitioning.sizes(mesh)["data"]
 
-    @functools.partial(jax.jit, out_shardings=partitioning.replicated(mesh))
     def apply(params, x):
         outputs = module.apply({"params": params}, x, method=method)
         return jnp.concatenate(jax.tree.leaves(outputs), axis=-1)
 
+    on_mesh = partitioning.MeshFunction(apply, mesh, out_shardings=partitioning.replicated(mesh))
+
     def call(x):
         padded = np.pad(x, [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1), mode="edge")
-        with partitioning.activate(mesh):
-            placed = partitioning.place(padded, partitioning.batch_sharding(mesh))
-            return np.asarray(apply(model.params[part], placed))[: len(x)]
+        placed = partitioning.place(padded, partitioning.batch_sharding(mesh))
+        return np.asarray(on_mesh(model.params[part], placed))[: len(x)]
 
     return call, rows
 

@@ -29,11 +29,11 @@ from absl import flags
 from flax import linen as nn
 from tqdm.auto import tqdm
 
-from rahf import checkpoints, partitioning, predict
+from rahf import partitioning, predict
 from rahf.diffusion import folder
 from rahf.diffusion.schedule import SAMPLERS, Plan, Schedule, plan
 from rahf.models.rahf import normalize_image
-from richhf_data import command, paths
+from richhf_data import command, json_files, paths
 from richhf_data.errors import UserError
 
 Array = jax.Array
@@ -317,11 +317,11 @@ def _open_output(output: pathlib.Path, settings: dict) -> None:
     """Makes the folder, or refuses one with other pictures."""
     file = output / "settings.json"
     if any(output.glob("*.png")):
-        held = checkpoints.read_json(file) if file.is_file() else None
+        held = json_files.read(file) if file.is_file() else None
         different = [name for name in settings if settings[name] != held.get(name)] if held else ["origin"]
         if different:
             raise UserError(f"output: {output} holds pictures of another {' and '.join(different)}; choose another folder")
-    checkpoints.write_json(file, settings)
+    json_files.write(file, settings)
 
 
 def run(args) -> None:

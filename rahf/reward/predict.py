@@ -9,7 +9,7 @@ import numpy as np
 
 from rahf import checkpoints, weights
 from rahf.reward import embed, model, sources
-from richhf_data import paths
+from richhf_data import json_files, paths
 from richhf_data.errors import UserError
 
 
@@ -48,7 +48,7 @@ def load(workdir, clip=None) -> Reward:
     workdir = paths.absolute(workdir)
     if not (workdir / "config.json").is_file():
         raise UserError(f"workdir: {workdir} has no config.json; expected one of `python -m rahf.reward.train`")
-    config = checkpoints.read_json(workdir / "config.json")
+    config = json_files.read(workdir / "config.json")
     if (kind := config.get("kind", "rahf")) != "reward":
         raise UserError(f"workdir: {workdir} holds a {kind}, expected a reward model")
     file = workdir / "weights.safetensors"

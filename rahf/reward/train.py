@@ -17,10 +17,10 @@ import numpy as np
 from absl import flags
 from tabulate import tabulate
 
-from rahf import checkpoints, experiments
+from rahf import experiments, workdirs
 from rahf.reward import embed, metrics, model, predict, prompts
 from rahf.reward.feedback import Feedback
-from richhf_data import command, paths
+from richhf_data import command, json_files, paths
 from richhf_data.errors import UserError
 
 METRICS = ("accuracy", "f1", "auc")
@@ -122,14 +122,14 @@ def train(config, feedback_file, clip_folder, workdir, cache=None) -> list[dict]
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.clip = {"folder": os.path.abspath(clip_folder), "digest": clip.digest}
-    workdir = checkpoints.open_workdir(workdir, config)
+    workdir = workdirs.open_workdir(workdir, config)
 
     # ---- Features, parts --------------------------------------------------------------------------------------------
     features, keys = make_features(feedback, clip, words, change, cache or workdir / "embeddings")
     rows, validation = split(keys, config.eval.validation)
     identity = embed.key(repr((keys, feedback.prompts, feedback.labels)).encode())
     file = workdir / "results.json"
-    held = checkpoints.read_json(file) if file.exists() else {"feedback": identity, "results": []}
+    held = json_files.read(file) if file.exists() else {"feedback": identity, "results": []}
     if held["feedback"] != identity:
         raise UserError(f"workdir: {workdir} holds a run on other feedback than {feedback.path}; take another --workdir")
     print(f"{len(rows)} training and {len(validation)} validation images, {len(set(feedback.prompts))} prompts", flush=True)
@@ -145,7 +145,7 @@ def train(config, feedback_file, clip_folder, workdir, cache=None) -> list[dict]
 
         params, best = model.fit(features, part, validation, config, keep)
         results.append({"share": share, "train": len(part), **best, **evaluate(features, part, validation, mlp, params)})
-        checkpoints.write_json(file, {"feedback": identity, "results": results})
+        json_files.write(file, {"feedback": identity, "results": results})
     paths.replace(workdir / "data_size.png", plot(results))
     return results
 

@@ -1,0 +1,198 @@
+"""What reward-weighted fine-tuning (paper B) trains: the loss, its weights, the parameters, LoRA.
+
+    loss = sum(w L) / sum(w)  over the model's own images, w a function of their rewards
+         + beta mean(L)       over pre-training pairs;         L: the denoising error, the usual bound of -log p(x | z)
+
+Only the UNet is trained, or with LoRA the products that are added to its attention.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from rahf import program as programs
+from rahf.diffusion import folder, inputs
+from richhf_data.errors import UserError
+
+WEIGHTINGS = ("raw", "exponential", "top", "threshold")
+ADAPTED = ("to_q", "to_k", "to_v", "to_out")  # the layers that LoRA adds to
+
+
+# ---- Loss -----------------------------------------------------------------------------------------------------------
+def weights_of(rewards: np.ndarray, config) -> np.ndarray:
+    """Rewards of all images -> what their losses weigh, float32[n] at least 0; only the ratios between them count.
+
+    Args:
+      config: the section `reward`.
+
+    Raises:
+      UserError: rewards that are not finite or all equal, an unknown weighting or a setting out of its range, rewards
+        below 0 to be taken raw, or weights that are all 0.
+    """
+    rewards = np.asarray(rewards, np.float64)
+    if not np.isfinite(rewards).all():
+        raise UserError(f"reward: got {np.sum(~np.isfinite(rewards))} of {len(rewards)} not finite, expected numbers")
+    if np.ptp(rewards) == 0:
+        raise UserError(
+            f"reward: got {rewards[0]:.6g} for all {len(rewards)} images, expected different ones; equal ones weight nothing"
+        )
+    if config.weighting == "raw":
+        if rewards.min() < 0:
+            raise UserError(
+                f"reward: got {rewards.min():.4g}, expected at least 0 for --config.reward.weighting=raw; take exponential"
+            )
+        weights = rewards / rewards.max()
+    elif config.weighting == "exponential":
+        if config.temperature <= 0:
+            raise UserError(f"reward.temperature: got {config.temperature}, expected above 0")
+        weights = np.exp((rewards - rewards.max()) / config.temperature)
+    elif config.weighting == "top":
+        if not 0 < config.fraction <= 1:
+            raise UserError(f"reward.fraction: got {config.fraction}, expected above 0 and at most 1")
+        weights = np.zeros(len(rewards))
+        weights[np.argsort(-rewards, kind="stable")[: max(1, round(config.fraction * len(rewards)))]] = 1
+    elif config.weighting == "threshold":
+        weights = rewards >= config.threshold
+        if not weights.any():
+            raise UserError(
+                f"reward.threshold: got {config.threshold}, expected at most {rewards.max():.4g}, the highest reward"
+            )
+    else:
+        raise UserError(f"reward.weighting: got {config.weighting!r}, expected one of {WEIGHTINGS}")
+    return weights.astype(np.float32)
+
+
+def normalisers_of(batch) -> dict[str, jax.Array]:
+    """What the sums of both terms are divided by, of the global batch."""
+    return {
+        "weight": jnp.maximum(jnp.sum(batch["weight"]), 1e-12),
+        "pretraining": jnp.maximum(jnp.sum(batch["pretraining"]), 1.0),
+    }
+
+
+def make_loss(model: folder.Config, beta: float, lora_alpha: float) -> Callable:
+    """(params, rows, normalisers, key) -> (loss, metrics), which add up over the parts of a batch.
+
+    rows: moments float32[B, h, w, 2Z] (mean and log variance of the VAE), context float32[B, L, D], weight float32[B] (0
+    in pre-training rows), pretraining float32[B] (1 in these).
+    """
+    unet, schedule = model.modules["unet"], model.schedule
+
+    def loss_fn(params, rows, normalisers, key):
+        latent_key, time_key, noise_key = jax.random.split(key, 3)
+        mean, logvar = jnp.split(rows["moments"], 2, axis=-1)
+        x0 = mean + jnp.exp(0.5 * logvar) * jax.random.normal(latent_key, mean.shape)
+        x0 = model.vae.scaling_factor * x0
+        noise = jax.random.normal(noise_key, x0.shape)
+        timesteps = jax.random.randint(time_key, x0.shape[:1], 0, schedule.num_train_timesteps)
+        noised = schedule.add_noise(x0, noise, timesteps)
+        prediction = unet.apply({"params": merged(params, lora_alpha)}, noised, timesteps, rows["context"])
+        errors = jnp.square(prediction - schedule.target(x0, noise, timesteps)).mean((1, 2, 3))  # [B]
+        metrics = {
+            "reward_weighted": jnp.sum(rows["weight"] * errors) / normalisers["weight"],
+            "pretraining": jnp.sum(rows["pretraining"] * errors) / normalisers["pretraining"],
+        }
+        metrics["loss"] = metrics["reward_weighted"] + beta * metrics["pretraining"]
+        return metrics["loss"], metrics
+
+    return loss_fn
+
+
+# ---- Parameters -----------------------------------------------------------------------------------------------------
+def initial_params(model: folder.Config, rank: int, key) -> dict:
+    """{"unet"} and, with a rank, {"lora"} (arXiv 2106.09685), which begins as adding nothing; boxed, fresh."""
+    key, lora_key = jax.random.split(key)
+    params = {"unet": folder.init(model, key)["unet"]}
+    if rank:
+        params["lora"] = {}
+        for path, kernel in _attention_kernels(params["unet"]).items():
+            (inputs, outputs), (first, second) = kernel.value.shape, kernel.names
+            key = jax.random.fold_in(lora_key, len(params["lora"]))
+            down = nn.initializers.lecun_normal()(key, (inputs, rank), jnp.float32)
+            up = jnp.zeros((rank, outputs), jnp.float32)
+            params["lora"]["/".join(path[:-1])] = {
+                "down": nn.LogicallyPartitioned(down, (first, None)),
+                "up": nn.LogicallyPartitioned(up, (None, second)),
+            }
+    return params
+
+
+def _attention_kernels(unet) -> dict[tuple[str, ...], jax.Array]:
+    flat = flax.traverse_util.flatten_dict(unet, is_leaf=lambda path, leaf: not isinstance(leaf, dict))
+    return {path: leaf for path, leaf in flat.items() if path[-2] in ADAPTED and path[-1] == "kernel"}
+
+
+def merged(params, alpha: float) -> dict:
+    """The UNet's parameters, LoRA's products added: kernel + alpha / rank * down up."""
+    if "lora" not in params:
+        return params["unet"]
+    flat = flax.traverse_util.flatten_dict(params["unet"])
+    for name, added in params["lora"].items():
+        path, scale = (*name.split("/"), "kernel"), alpha / added["down"].shape[1]
+        flat[path] = flat[path] + scale * added["down"] @ added["up"]
+    return flax.traverse_util.unflatten_dict(flat)
+
+
+# ---- The program ----------------------------------------------------------------------------------------------------
+def model_config(config, of_folder: folder.Config) -> folder.Config:
+    """The sizes of the folder's parts, the UNet computed as the config's `model` says; the frozen parts in float32.
+
+    Raises:
+      UserError: an inpainting model, whose UNet reads more than noised latents.
+    """
+    if of_folder.inpaints:
+        raise UserError(
+            f"model.folder: got an inpainting model (unet.in_channels = {of_folder.unet.in_channels}), expected one for "
+            f"text to image, with {of_folder.unet.out_channels}"
+        )
+    if config.model.dtype not in ("float32", "bfloat16"):  # float16 would need its losses scaled
+        raise UserError(f"model.dtype: got {config.model.dtype!r}, expected 'float32' or 'bfloat16'")
+    unet = dataclasses.replace(of_folder.unet, dtype=config.model.dtype, remat=config.model.remat)
+    return dataclasses.replace(of_folder, unet=unet)
+
+
+def check(config):
+    """The config as it is meant, the UNet frozen where LoRA is trained. Raises UserError: settings out of their range."""
+    limits = {
+        "train.beta": (config.train.beta >= 0, "0 or more"),
+        "train.pretraining_share": (0 < config.train.pretraining_share < 1, "above 0 and below 1"),
+        "train.text_dropout": (0 <= config.train.text_dropout < 1, "0 or more and below 1"),
+        "lora.rank": (config.lora.rank >= 0, "0 (train the whole UNet) or more"),
+        "sample.every": (config.sample.every > 0, "1 or more"),
+    }
+    for name, (holds, expected) in limits.items():
+        if not holds:
+            section, _, entry = name.partition(".")
+            raise UserError(f"{name}: got {config[section][entry]!r}, expected {expected}")
+    if config.data.images and bool(config.data.pretraining) != (config.train.beta > 0):
+        raise UserError(
+            f"train.beta: got {config.train.beta} with data.pretraining={config.data.pretraining!r}; expected pre-training "
+            "pairs with a beta above 0, or none with --config.train.beta=0"
+        )
+    rows = inputs.pretraining_rows(config)
+    if config.data.images and config.data.pretraining and not 0 < rows < config.train.batch_size:
+        raise UserError(
+            f"train.pretraining_share: got {config.train.pretraining_share}, {rows} rows of train.batch_size="
+            f"{config.train.batch_size}, expected some rows of both kinds"
+        )
+    config = config.copy_and_resolve_references()
+    if config.lora.rank:
+        config.optimizer.freeze = ("unet", *config.optimizer.freeze)
+    return config
+
+
+def program(model: folder.Config, config) -> programs.Program:
+    """The fine-tuning of a model (of `model_config`), to be assembled (program.py)."""
+    loss = make_loss(model, config.train.beta if config.data.images else 1.0, config.lora.alpha)
+    return programs.Program(
+        init=lambda key: initial_params(model, config.lora.rank, key),
+        loss=loss,
+        normalisers=normalisers_of,
+        batch_shapes=lambda rows: {name: (shape, "float32") for name, shape in inputs.batch_shapes(model, rows).items()},
+        remat=("model.remat",),
+    )

@@ -1,0 +1,225 @@
+"""A trained RAHF in Python: images and prompts in, feedback out. Needs no TensorFlow.
+
+    model = rahf.load(DIR)
+    feedback = model.predict(images, prompts)
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+
+import flax.traverse_util
+import jax
+import numpy as np
+import PIL.Image
+from flax import linen as nn
+
+from rahf import checkpoints, partitioning, sources, weights, workdirs
+from rahf.models import rahf as rahf_model
+from richhf_data import keywords, paths, schema
+from richhf_data import vocabulary as vocabularies
+from richhf_data.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Feedback:
+    """What RAHF says of B images.
+
+    Attributes:
+      scores: name of `schema.SCORES` -> float32[B] in [0, 1], higher is better.
+      heatmaps: name of `schema.HEATMAPS` -> float32[B, h, w] in [0, 1], the model's heatmap resolution.
+      labelled_prompts: B keyword sequences as the decoder wrote them ("a yellow_0 cat").
+      keywords: for each image the prompt's words that it contradicts.
+    """
+
+    scores: dict[str, np.ndarray]
+    heatmaps: dict[str, np.ndarray]
+    labelled_prompts: list[str]
+    keywords: list[list[str]]
+
+
+class Predictor:
+    """RAHF's forward pass, compiled for one config and one mesh. The parameters are an argument of its calls.
+
+    Attributes:
+      config: of the run. model_config: RAHFConfig. vocabulary: None is enough to compile.
+      params: the parameters that it expects, as shapes with shardings; divided over `model` alone.
+    """
+
+    def __init__(self, config, vocabulary: vocabularies.Vocabulary | None, mesh=None):
+        self.config, self.vocabulary = config, vocabulary
+        self.model_config = rahf_model.RAHFConfig.from_dict(config.model.to_dict())
+        self._mesh = partitioning.make_mesh() if mesh is None else mesh
+        self._rows = partitioning.batch_sharding(self._mesh)
+        module = rahf_model.RAHF(self.model_config)
+        inputs = rahf_model.dummy_inputs(self.model_config, config.data.text_length)
+        boxed = jax.eval_shape(lambda key: module.init(key, *inputs)["params"], jax.random.key(0))
+        shardings = partitioning.param_shardings(self._mesh, boxed)
+        self.params = jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), nn.unbox(boxed), shardings
+        )
+        self._gather = jax.jit(lambda params: params, out_shardings=shardings)
+
+        def forward(params, image, text_ids):
+            length = config.data.keyword_length
+            return module.apply({"params": params}, image, text_ids, length, method=module.predict)
+
+        everywhere = partitioning.replicated(self._mesh)  # every process has every row
+        self._forward = partitioning.MeshFunction(forward, self._mesh, out_shardings=everywhere)
+
+    def gather(self, params):
+        """Parameters of a training state, in the places where this expects them."""
+        return self._gather(params)
+
+    def batch_size(self, rows: int) -> int:
+        """`rows`, rounded up to a multiple of the devices that share a batch."""
+        return rows + -rows % partitioning.sizes(self._mesh)["data"]
+
+    def lower(self, rows: int) -> jax.stages.Lowered:
+        """The forward pass of `rows` images, lowered from shapes alone."""
+        shapes = sources.batch_shapes(self.config, self.batch_size(rows))
+        inputs = (jax.ShapeDtypeStruct(*shapes[name], sharding=self._rows) for name in ("image", "text_ids"))
+        return self._forward.lower(self.params, *inputs)
+
+    def predict_batch(self, params, batch) -> list[dict]:
+        """One dictionary a row: scores float32[4] and heatmaps float32[h, w, 2], both in [0, 1], keyword_ids int32[T]
+        and the labelled_prompt that they spell.
+
+        Args:
+          batch: `image` uint8[B, H, W, 3] at the model's size and `text_ids`, as schema.py describes. Any B: rows are
+            added up to a multiple of the devices and taken off again. On several hosts each is given the same rows.
+        """
+        rows = len(batch["image"])
+        padding = self.batch_size(rows) - rows
+        inputs = {
+            name: np.pad(batch[name], [(0, padding)] + [(0, 0)] * (batch[name].ndim - 1))
+            for name in ("image", "text_ids")
+        }
+        local = partitioning.local_rows(self._rows, rows + padding)
+        inputs = partitioning.shard_batch({name: array[local] for name, array in inputs.items()}, self._rows)
+        outputs = self._forward(params, inputs["image"], inputs["text_ids"])
+        scores, heatmaps, keyword_ids = (np.asarray(array)[:rows] for array in outputs)
+        return [
+            {"scores": s, "heatmaps": m, "keyword_ids": ids, "labelled_prompt": self.vocabulary.decode(ids)}
+            for s, m, ids in zip(scores, heatmaps, keyword_ids, strict=True)
+        ]
+
+    def predict_rows(self, params, examples: Iterable[dict], batch_size: int) -> Iterator[dict]:
+        """`predict_batch` over any number of rows, each a dictionary of `image` and `text_ids`.
+
+        The last batch is filled up to the one compiled shape, and cut again.
+        """
+        examples = iter(examples)
+        while part := list(itertools.islice(examples, batch_size)):
+            filled = part + [part[-1]] * (batch_size - len(part))
+            batch = {name: np.stack([example[name] for example in filled]) for name in ("image", "text_ids")}
+            yield from self.predict_batch(params, batch)[: len(part)]
+
+
+class Model:
+    """A RAHF with its parameters and vocabulary, ready to predict.
+
+    Attributes:
+      predictor, params: the compiled forward pass, and the parameters in its places.
+    """
+
+    def __init__(self, predictor: Predictor, params):
+        self.predictor, self.params = predictor, params
+        self.config, self.model_config, self.vocabulary = predictor.config, predictor.model_config, predictor.vocabulary
+
+    def prepare(self, image: np.ndarray, prompt: str) -> dict:
+        """One row of a batch from an RGB image uint8[H, W, 3] of any size and its prompt.
+
+        Raises:
+          UserError: the image is not uint8[H, W, 3], or the prompt is longer than the model's text length.
+        """
+        image = np.asarray(image)
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+            raise UserError(f"image: got {image.dtype}{list(image.shape)}, expected uint8[H, W, 3], RGB")
+        length = self.config.data.text_length
+        texts = schema.task_prompts(prompt, self.model_config.variant)
+        if (longest := max(map(self.vocabulary.num_ids, texts))) > length:
+            raise UserError(
+                f"prompt: {prompt[:80]!r} takes {longest} ids with its end, the model reads data.text_length={length}; "
+                "shorten it"
+            )
+        text_ids = np.stack([self.vocabulary.encode(text, length) for text in texts])
+        if self.model_config.variant == "multi_head":
+            text_ids = text_ids[0]
+        return {"image": resize(image, self.model_config.image_size), "text_ids": text_ids}
+
+    def predict(self, images: Sequence[np.ndarray], prompts: Sequence[str], batch_size: int = 32) -> Feedback:
+        """Feedback for B RGB images, uint8[H, W, 3] of any sizes, and their B prompts.
+
+        Raises:
+          UserError: different numbers of images and prompts; an image or a prompt that `prepare` refuses.
+        """
+        if len(images) != len(prompts):
+            raise UserError(f"prompts: got {len(prompts)} for {len(images)} images, expected one each")
+        inputs = (self.prepare(image, prompt) for image, prompt in zip(images, prompts, strict=True))
+        return _feedback(list(self.predict_rows(inputs, min(batch_size, len(images)))), prompts)
+
+    def predict_rows(self, examples: Iterable[dict], batch_size: int) -> Iterator[dict]:
+        """`Predictor.predict_rows` with the model's parameters."""
+        return self.predictor.predict_rows(self.params, examples, batch_size)
+
+
+def _feedback(rows: Sequence[dict], prompts: Sequence[str]) -> Feedback:
+    """Collects `predict_batch`'s rows."""
+    size = rows[0]["heatmaps"].shape[:2] if rows else (0, 0)
+    scores = np.asarray([row["scores"] for row in rows], np.float32).reshape(-1, len(schema.SCORES))
+    heatmaps = np.asarray([row["heatmaps"] for row in rows], np.float32).reshape(-1, *size, len(schema.HEATMAPS))
+    words = []
+    for row, prompt in zip(rows, prompts, strict=True):
+        tokens = keywords.tokenize(prompt)
+        words.append(keywords.misaligned_words(tokens, keywords.read_labels(row["labelled_prompt"], tokens)))
+    return Feedback(
+        scores={name: scores[:, i] for i, name in enumerate(schema.SCORES)},
+        heatmaps={name: heatmaps[..., i] for i, name in enumerate(schema.HEATMAPS)},
+        labelled_prompts=[row["labelled_prompt"] for row in rows],
+        keywords=words,
+    )
+
+
+def load(workdir, config=None) -> Model:
+    """The model of a workdir, with the parameters of its best evaluation so far; or of a folder that rahf.convert wrote.
+
+    Args:
+      config: the workdir's by default.
+
+    Raises:
+      UserError: the folder holds no run, or no checkpoint, or one of another architecture.
+    """
+    workdir = paths.absolute(workdir)
+    config = workdirs.read_config(workdir) if config is None else config
+    predictor = Predictor(config, vocabularies.Vocabulary(workdir / "vocabulary.model"))
+    if (file := workdir / "weights.safetensors").is_file():
+        if "://" in str(workdir):
+            raise UserError(f"workdir: {workdir} holds weights of rahf.convert, expected them on a disk; copy the folder")
+        return Model(predictor, _read_params(file, predictor.params))
+    return Model(predictor, checkpoints.restore_params(workdir, predictor.params))
+
+
+def _read_params(file, targets):
+    """Parameters of a safetensors file with our names, placed as `targets` says, one tensor at a time."""
+    tensors, targets = weights.open_safetensors(file), flax.traverse_util.flatten_dict(targets, sep="/")
+    shapes = ({name: tuple(value.shape) for name, value in side.items()} for side in (tensors, targets))
+    checkpoints.check_shapes(*shapes, file)
+    params = {name: partitioning.place(array, targets[name].sharding) for name, array in weights.read_all(tensors)}
+    return flax.traverse_util.unflatten_dict(params, sep="/")
+
+
+def check_vocabulary(model_config: rahf_model.RAHFConfig, vocabulary: vocabularies.Vocabulary) -> None:
+    """Refuses a vocabulary with more pieces than the model has embeddings."""
+    if vocabulary.size > model_config.t5.vocab_size:
+        raise UserError(
+            f"vocabulary: {vocabulary.path} has {vocabulary.size} pieces, the model embeds "
+            f"model.t5.vocab_size={model_config.t5.vocab_size}; raise it, or train a smaller vocabulary"
+        )
+
+
+def resize(image: np.ndarray, size: int) -> np.ndarray:
+    """uint8[H, W, 3] -> uint8[size, size, 3], antialiased bilinear: within one level of `preprocessors.resize`."""
+    if image.shape[:2] == (size, size):
+        return image
+    return np.asarray(PIL.Image.fromarray(image).resize((size, size), PIL.Image.Resampling.BILINEAR))

@@ -1,0 +1,218 @@
+"""The seam between a model and its machinery: what is trained, and the compiled training step that comes of it.
+
+A `Program` is what one model says of itself: fresh parameters, its loss, the shapes of a batch. `assemble` makes from it and
+a config what `rahf.train`, `rahf.diffusion.train`, `rahf.compile`, the benchmarks and the tests use: the mesh, the training
+state as shapes with their places, and a step that brings its own mesh and sharding.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from rahf import optimizers, partitioning
+from richhf_data.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What is trained.
+
+    Attributes:
+      init: key -> fresh parameters, boxed with their logical axis names (`flax.linen.with_logical_partitioning`).
+      loss: (params, rows, normalisers, key) -> (loss, metrics with "loss"). Over the parts of a batch they add up.
+      normalisers: batch -> what the losses of its parts are divided by.
+      batch_shapes: rows of the global batch -> {name: (shape, dtype)} of the batch.
+      remat: the config keys that say whether a part is recomputed in the backward pass.
+    """
+
+    init: Callable[[jax.Array], dict]
+    loss: Callable
+    normalisers: Callable[[Mapping], dict[str, jax.Array]]
+    batch_shapes: Callable[[int], dict[str, tuple[tuple[int, ...], str]]]
+    remat: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Training:
+    """A program assembled for one config and one mesh.
+
+    Attributes:
+      config, program, mesh: what it was made of.
+      state: the training state as `jax.ShapeDtypeStruct`s with shardings: `step`, `params`, `opt_state`, and `ema` where
+        `optimizer.ema_decay` is above 0.
+      batch: {name: `jax.ShapeDtypeStruct`} of the global batch.
+      init_key, step_key: of the config's seed.
+    """
+
+    config: object
+    program: Program
+    mesh: Mesh
+    state: dict
+    batch: dict[str, jax.ShapeDtypeStruct]
+    init_key: jax.Array
+    step_key: jax.Array
+    _optimizer: optax.GradientTransformation
+    _update: partitioning.MeshFunction
+
+    @property
+    def params(self):
+        """The parameters as shapes with shardings."""
+        return self.state["params"]
+
+    @property
+    def own_rows(self) -> np.ndarray:
+        """int64[b]: which rows of each global batch this process reads."""
+        return partitioning.local_rows(partitioning.batch_sharding(self.mesh), self.config.train.batch_size)
+
+    def init_params(self) -> dict:
+        """Fresh parameters, in their places; the config's seed decides them."""
+        init = jax.jit(lambda key: nn.unbox(self.program.init(key)), out_shardings=_shardings(self.params))
+        return init(self.init_key)
+
+    def init_state(self, params) -> dict:
+        """The state of step 0 with these parameters. They are given up: the first step reuses their memory."""
+
+        def state_of(params):
+            return _state_of(params, self._optimizer, ema="ema" in self.state)
+
+        return jax.jit(state_of, out_shardings=_shardings(self.state))(params)
+
+    def step(self, state, rows: Mapping[str, np.ndarray]):
+        """One update: (the state, which is given up; this process's rows of the batch) -> (new state, metrics).
+
+        The losses are normalised over the global batch, so neither the number of devices nor `train.accumulation_steps`
+        changes the mathematics. Where the loss or the gradient is not finite, the metric `skipped` is 1 and only the step
+        number changes.
+        """
+        batch = partitioning.shard_batch(rows, partitioning.batch_sharding(self.mesh))
+        return self._update(state, batch, self.step_key)
+
+    def lower(self) -> jax.stages.Lowered:
+        """The update, lowered from shapes alone: no device computes."""
+        return self._update.lower(self.state, self.batch, jax.eval_shape(lambda: self.step_key))
+
+
+def assemble(
+    program: Program,
+    config,
+    mesh: Mesh | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+) -> Training:
+    """A program, ready to train as a config says.
+
+    Args:
+      config: with `seed`, and the sections `mesh`, `optimizer` and `train`.
+      mesh: by default that of `config.mesh` on all devices. An abstract one is enough to see where the state lives.
+      optimizer: by default that of `config.optimizer`.
+
+    Raises:
+      UserError: a mesh, batch size, optimiser or frozen part that cannot be.
+    """
+    mesh = partitioning.mesh_of(config.mesh) if mesh is None else mesh
+    _check_batch_size(config, mesh)
+    schedule = optimizers.make_schedule(config.optimizer, config.train.num_steps)
+    optimizer = optimizer or optimizers.make_optimizer(config.optimizer, config.train.num_steps)
+    init_key, step_key = jax.random.split(jax.random.key(config.seed))
+
+    boxed = jax.eval_shape(program.init, init_key)
+    optimizers.check_freeze(nn.unbox(boxed), config.optimizer.freeze)
+    state = _abstract_state(boxed, optimizer, config, mesh)
+    rows = partitioning.batch_sharding(mesh)
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+        for name, (shape, dtype) in program.batch_shapes(config.train.batch_size).items()
+    }
+    update = partitioning.MeshFunction(
+        _make_update(program, optimizer, schedule, config, mesh),
+        mesh,
+        config.mesh.sharding,
+        in_shardings=(_shardings(state), rows, None),
+        out_shardings=(_shardings(state), None),
+        donate_argnums=0,
+    )
+    return Training(config, program, mesh, state, batch, init_key, step_key, optimizer, update)
+
+
+def _state_of(params, optimizer, ema: bool) -> dict:
+    state = {"step": jnp.zeros((), jnp.int32), "params": params, "opt_state": optimizer.init(params)}
+    return state | ({"ema": jax.tree.map(jnp.copy, params)} if ema else {})
+
+
+def _abstract_state(boxed_params, optimizer, config, mesh) -> dict:
+    """`Training.state`, from abstract parameters that carry their logical axis names."""
+    if config.mesh.sharding not in partitioning.SHARDED_PARTS:
+        known = sorted(partitioning.SHARDED_PARTS)
+        raise UserError(f"mesh.sharding: got {config.mesh.sharding!r}, expected one of {known}")
+    sharded = partitioning.SHARDED_PARTS[config.mesh.sharding]
+    ema = config.optimizer.ema_decay > 0
+    state = jax.eval_shape(lambda params: _state_of(params, optimizer, ema), nn.unbox(boxed_params))
+    like_params = {
+        part: partitioning.param_shardings(mesh, boxed_params, part in sharded) for part in ("params", "opt_state", "ema")
+    }
+    moments = partitioning.optimizer_shardings(mesh, state["opt_state"], state["params"], like_params["opt_state"])
+    places = like_params | {"step": partitioning.replicated(mesh), "opt_state": moments}
+    places = {name: places[name] for name in state}
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places)
+
+
+def _shardings(abstract):
+    return jax.tree.map(lambda x: x.sharding, abstract)
+
+
+def _check_batch_size(config, mesh) -> None:
+    data = partitioning.sizes(mesh)["data"]
+    unit = data * config.train.accumulation_steps
+    if config.train.batch_size % unit:
+        raise UserError(
+            f"train.batch_size: got {config.train.batch_size}, expected a multiple of {unit} = "
+            f"{data} (mesh.data) x {config.train.accumulation_steps} (train.accumulation_steps)"
+        )
+
+
+def _make_update(program: Program, optimizer, schedule, config, mesh) -> Callable:
+    """The pure update `(state, batch, key) -> (state, metrics)`; see `Training.step`."""
+    microbatches = config.train.accumulation_steps
+
+    def update(state, batch, key):
+        key = jax.random.fold_in(key, state["step"])
+        normalisers = program.normalisers(batch)
+
+        def loss_of_part(params, rows, index):
+            params = optimizers.stop_frozen(params, config.optimizer.freeze)
+            return program.loss(params, rows, normalisers, jax.random.fold_in(key, index))
+
+        gradient = jax.value_and_grad(loss_of_part, has_aux=True)
+        if microbatches == 1:
+            (_, metrics), grads = gradient(state["params"], batch, 0)
+        else:
+            rows = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
+            spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, partitioning.DATA))
+            rows = jax.lax.with_sharding_constraint(rows, spread)
+
+            def accumulate(total, scanned):
+                (_, metrics), grads = gradient(state["params"], *scanned)
+                return jax.tree.map(jnp.add, total, (grads, metrics)), None
+
+            first = jax.tree.map(lambda x: x[0], rows)
+            (_, metrics), grads = jax.eval_shape(gradient, state["params"], first, 0)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, metrics))
+            (grads, metrics), _ = jax.lax.scan(accumulate, zeros, (rows, jnp.arange(microbatches)))
+
+        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        metrics |= {"gradient_norm": optax.global_norm(grads), "learning_rate": schedule(state["step"])}
+        new = {"params": params, "opt_state": opt_state}
+        if "ema" in state:
+            decay = config.optimizer.ema_decay
+            new["ema"] = jax.tree.map(lambda old, now: old - (1 - decay) * (old - now), state["ema"], params)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+        new = jax.tree.map(lambda now, old: jnp.where(finite, now, old), new, {name: state[name] for name in new})
+        return {"step": state["step"] + 1} | new, metrics | {"skipped": 1 - finite.astype(jnp.int32)}
+
+    return update

@@ -1,0 +1,134 @@
+"""A workdir: the folder of one run, and what keeps another run out of it.
+
+    workdir/config.json          the config that the run was started with
+    workdir/data.json            which data it reads: datasets and vocabulary (rahf.train)
+    workdir/rewards.json         which rewards weight its images (rahf.diffusion.train)
+    workdir/vocabulary.model     the SentencePiece model that its text ids mean
+    workdir/checkpoints/, best/  see checkpoints.py
+    workdir/damaged/             checkpoints that do not read as they were saved
+    workdir/bad_batches/         batches whose loss or gradient was not finite
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+
+import flax.traverse_util
+import jax
+import ml_collections
+from etils import epath
+
+from rahf import hosts
+from rahf.models.rahf import RAHFConfig
+from richhf_data import json_files, paths
+from richhf_data.errors import UserError
+
+
+def is_new(workdir) -> bool:
+    """Whether no run has begun there."""
+    return not (epath.Path(workdir) / "config.json").exists()
+
+
+def open_workdir(workdir, config: ml_collections.ConfigDict, may_differ: Sequence[str] = ()) -> epath.Path:
+    """Makes the folder and writes its config, or checks that the config it holds is this one. Process 0 does it for all.
+
+    Args:
+      may_differ: keys and sections that may have other values than the workdir's.
+
+    Raises:
+      UserError: the folder holds another config; names each key that differs. Or the processes do not share the folder.
+    """
+    workdir = paths.absolute(workdir)
+    path = workdir / "config.json"
+    if jax.process_index() == 0 and is_new(workdir):
+        json_files.write(path, config.to_dict())
+    hosts.wait("workdir")
+    if is_new(workdir):
+        raise UserError(
+            f"workdir: process {jax.process_index()} finds no {path}, which process 0 has; expected one folder that all "
+            "machines share: gs://BUCKET/FOLDER, or on a file system that all have mounted"
+        )
+    check_config(workdir, config, may_differ)
+    return workdir
+
+
+def check_config(workdir, config: ml_collections.ConfigDict, may_differ: Sequence[str] = ()) -> None:
+    """Refuses a config that contradicts the workdir's: UserError that names each key that differs."""
+    held = json_files.read(epath.Path(workdir) / "config.json")
+    old, new = (_flat(_upgraded(values)) for values in (held, config.to_dict()))
+    differences = [
+        f"  {key}: the workdir has {old.get(key, '(nothing)')!r}, this run {new.get(key, '(nothing)')!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not any(key == name or key.startswith(f"{name}.") for name in may_differ)
+    ]
+    if differences:
+        raise UserError(
+            f"workdir: {workdir} holds a run with another config:\n"
+            + "\n".join(differences)
+            + "\nTake another --workdir, or pass the config that the workdir holds."
+        )
+
+
+def record(file: epath.Path, found: Mapping, what: str) -> None:
+    """Writes what a run reads, or refuses to go on with something else than the file says.
+
+    Process 0 writes. A workdir that has no such file gets one.
+
+    Args:
+      found: JSON. what: names it in errors: "data", "reward".
+    """
+    found = json.loads(json.dumps(found))
+    if jax.process_index() == 0 and not file.exists():
+        json_files.write(file, found)
+    hosts.wait(f"record {file}")
+    begun, now = _flat(json_files.read(file)), _flat(found)
+    differences = [
+        f"  {key}: it began with {begun.get(key, '(nothing)')!r}, this is {now.get(key, '(nothing)')!r}"
+        for key in sorted(begun.keys() | now.keys())
+        if begun.get(key) != now.get(key)
+    ]
+    if differences:
+        raise UserError(
+            f"{what}: {file.parent} holds a run with other {what}:\n"
+            + "\n".join(differences)
+            + f"\nTake another --workdir, or the {what} that the run began with."
+        )
+
+
+def read_config(workdir) -> ml_collections.ConfigDict:
+    """The locked config of a RAHF workdir, or of a folder that rahf.convert wrote.
+
+    Raises:
+      UserError: the folder is neither.
+    """
+    path = epath.Path(workdir) / "config.json"
+    if not path.is_file():
+        raise UserError(f"workdir: {workdir} has no config.json; expected a folder written by `python -m rahf.train`")
+    config = json_files.read(path)
+    if (kind := config.get("kind", "rahf")) != "rahf":
+        raise UserError(f"workdir: {workdir} holds the weights of a {kind}, expected those of a whole RAHF")
+    return ml_collections.ConfigDict(_with_tuples(_upgraded(config))).lock()
+
+
+def _upgraded(config: Mapping) -> dict:
+    """A config with the names and the options of today; an option that an older config lacks has its default."""
+    config = dict(config)
+    if "rules" in config.get("mesh", {}):
+        mesh = dict(config["mesh"])
+        config["mesh"] = mesh | {"sharding": mesh.pop("rules")}
+        del config["mesh"]["rules"]
+    if config.get("kind", "rahf") == "rahf" and "model" in config:
+        config["model"] = dataclasses.asdict(RAHFConfig.from_dict(config["model"]))
+    return config
+
+
+def _flat(config: Mapping) -> dict:
+    """{"optimizer.learning_rate": value}, the values as JSON has them."""
+    return flax.traverse_util.flatten_dict(json.loads(json.dumps(config)), keep_empty_nodes=True, sep=".")
+
+
+def _with_tuples(value):
+    """A config's sequences are tuples, which the command line can override."""
+    if isinstance(value, Mapping):
+        return {key: _with_tuples(entry) for key, entry in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list | tuple) else value
