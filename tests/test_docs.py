@@ -6,9 +6,11 @@ import itertools
 import json
 import pathlib
 import re
+import runpy
 import shlex
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 import pytest
@@ -55,8 +57,9 @@ def commands(script: str) -> list[list[str]]:
 
 
 def documented() -> list[list[str]]:
-    """Every command of the pages and of the configs' headers."""
+    """Every command of the pages, of the configs' headers and of `make demo`."""
     scripts = [script for page in PAGES for script in blocks(page.read_text())]
+    scripts += re.findall(r"^\t\$\(BIN\)/(python -m r.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     scripts += [span for page in PAGES for span in spans(page.read_text()) if re.match(r"python .* --", span)]
     for config in CONFIGS:
         docstring = ast.get_docstring(ast.parse(config.read_text()))
@@ -141,7 +144,9 @@ def test_documented_commands_parse(tmp_path):
 
 def test_documented_make_targets_and_extras_exist():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    extras = set(re.findall(r'^        "(\w+)": \[', (ROOT / "setup.py").read_text(), re.MULTILINE))
+    with mock.patch("setuptools.setup") as setup:
+        runpy.run_path(ROOT / "setup.py")
+    extras = set(setup.call_args.kwargs["extras_require"])
     text = "\n".join(page.read_text() for page in PAGES)
     assert {"demo", "test"} <= set(re.findall(r"(?:^|`|PATH )make ([\w-]+)", text, re.MULTILINE)) <= targets
     found = {extra for group in re.findall(r"(?:\.|rahf)\[([\w,]+)\]", text) for extra in group.split(",")}
