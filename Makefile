@@ -13,8 +13,8 @@ $(VENV)/installed: setup.py constraints.txt
 demo: $(VENV)/installed
 	$(BIN)/python -m richhf_data.synthetic --output=demo/records --train=12000 --dev=200 --test=400 --size=96 --seed=0
 	$(BIN)/python -m richhf_data.build --records=demo/records --images='parquet:demo/records/images/*.parquet' --data_dir=demo/data
-	$(BIN)/python -m rahf.train --config=configs/rahf_synth_tiny.py --workdir=demo/run --config.data.data_dir=demo/data
-	$(BIN)/python -m rahf.evaluate --config=configs/rahf_synth_tiny.py --workdir=demo/run --config.data.data_dir=demo/data --split=test
+	$(BIN)/python -m rahf.train --config=rahf_synth_tiny --workdir=demo/run --config.data.data_dir=demo/data
+	$(BIN)/python -m rahf.evaluate --workdir=demo/run --split=test
 	$(BIN)/python -m rahf.predict --workdir=demo/run --data_dir=demo/data --split=test --limit=24 --output=demo/run
 
 lint: $(VENV)/installed

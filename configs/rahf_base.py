@@ -1,6 +1,6 @@
 """The paper's RAHF, multi-head: ViT-B/16 + T5 v1.1 base at 224 px, on RichHF-18K.
 
-  command    python -m rahf.train --config=configs/rahf_base.py --workdir=DIR --config.data.data_dir=DIR
+  command    python -m rahf.train --config=rahf_base --workdir=DIR --config.data.data_dir=DIR
   hardware   the paper: 64 TPU v3 chips, batch 256, 20,000 steps
   result     not yet measured
 """
@@ -9,7 +9,7 @@ import ml_collections
 
 
 def get_config():
-    """All that a run can be told; every other config changes values of this one."""
+    """Every value of a run and its default; the other `rahf_*` configs change some of them."""
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.log_every = 50  # steps

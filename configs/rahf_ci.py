@@ -1,8 +1,8 @@
-"""The smallest RAHF that runs every line: a few seconds on one core, for tests.
+"""The smallest RAHF that runs every line of code, for tests: a few seconds on one core.
 
-  command    python -m rahf.train --config=configs/rahf_ci.py --workdir=DIR [--config.data.source=stream]
+  command    python -m rahf.train --config=rahf_ci --workdir=DIR --config.data.source=stream
   hardware   1 CPU core
-  result     none: it learns nothing of use
+  result     none: it learns nothing useful
 """
 
 from rahf import experiments

@@ -1,15 +1,14 @@
 """The RAHF that the paper's first author released in PyTorch: ViT-L/16-384 + T5 base (v1.0), multi-head.
 
   command    python -m rahf.convert --source=rahf-pytorch --input=rahf_model.pt --vocabulary=t5-base --output=release
-             python -m rahf.train --config=configs/rahf_pytorch.py --workdir=DIR --config.init.rahf=release \\
+             python -m rahf.train --config=rahf_pytorch --workdir=DIR --config.init.rahf=release \\
                  --config.data.data_dir=DIR --config.data.vocabulary=release/vocabulary.model
   hardware   the release's: batch 8, 30 epochs of RichHF-18K
   result     the release reports PLCC .739 / .565 / .629 / .642; not measured here
 
 The architecture, learning rates, weight decay and batch are the release's (github.com/youweiliang/RichHF), whose weights
-are for non-commercial use; warm-up, clipping and augmentation are those of rahf_base.py. The release attends to the
-prompt's padding and counts it in the loss: `model.mask_padding` and `train.count_padding` imitate that, and are left at
-what is right.
+are for non-commercial use; warm-up, clipping and augmentation are those of `rahf_base`. The release attends to the prompt's
+padding and counts it in the loss. This config does not; `model.mask_padding=False` and `train.count_padding=True` would.
 """
 
 from rahf import experiments

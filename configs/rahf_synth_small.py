@@ -1,9 +1,9 @@
-"""The serious run on RichHF-Synth, multi-head: drawn endlessly, 96 px, no example seen twice.
+"""The longer run on RichHF-Synth, multi-head, 96 px: pictures are drawn during training, and none is seen twice.
 
-  command    python -m rahf.train --config=configs/rahf_synth_small.py --workdir=DIR
-             python -m rahf.evaluate --config=configs/rahf_synth_small.py --workdir=DIR --split=test   (and test_novel)
+  command    python -m rahf.train --config=rahf_synth_small --workdir=DIR
+             python -m rahf.evaluate --workdir=DIR --split=test        # and --split=test_novel
   hardware   1 CPU core, 73 minutes (2026-11-22); about half of that on 2
-  result     mean PLCC .718 on test, .735 on test_novel: 79 % and 80 % of the ceiling; tables in README.md
+  result     mean PLCC .718 on test, .735 on test_novel: 79 % and 80 % of the ceiling; tables in docs/results.md
 """
 
 from rahf import experiments

@@ -1,8 +1,8 @@
-"""The serious run on RichHF-Synth, augmented prompt: one head of each kind, the task named in the text.
+"""The longer run on RichHF-Synth, augmented prompt: one head of each kind, the task named in the text.
 
-  command    python -m rahf.train --config=configs/rahf_synth_small_augmented.py --workdir=DIR
-  hardware   2 CPU cores, 75 minutes (2026-11-22, by the 33 minutes that its last 2,400 steps took)
-  result     mean PLCC .700 on test, .723 on test_novel: 77 % and 79 % of the ceiling; tables in README.md
+  command    python -m rahf.train --config=rahf_synth_small_augmented --workdir=DIR
+  hardware   2 CPU cores, 75 minutes (2026-11-22, estimated from the 33 minutes of its last 2,400 steps)
+  result     mean PLCC .700 on test, .723 on test_novel: 77 % and 79 % of the ceiling; tables in docs/results.md
 """
 
 from rahf import experiments

@@ -2,7 +2,7 @@
 
   command    make demo
   hardware   2 CPU cores
-  result     in README.md
+  result     mean PLCC .574 on test; tables in docs/results.md
 """
 
 from rahf import experiments

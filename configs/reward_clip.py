@@ -1,6 +1,6 @@
 """Paper B's reward model: an MLP on frozen CLIP ViT-L/14 embeddings, from binary feedback.
 
-  command    python -m rahf.reward.train --config=configs/reward_clip.py --feedback=FILE --clip=DIR --workdir=DIR
+  command    python -m rahf.reward.train --feedback=FILE --clip=DIR --workdir=DIR
   hardware   one GPU; the MLP has 2,624,513 parameters
   result     not yet measured
 """

@@ -1,16 +1,16 @@
 """Paper B's reward-weighted fine-tuning of Stable Diffusion 1.5 at 512 px.
 
-  command    python -m rahf.diffusion.train --config=configs/sd_reward.py --workdir=DIR --config.model.folder=SD15
-             --config.data.images=samples --config.data.pretraining=pairs.parquet --config.reward.source=reward:DIR
+  command    python -m rahf.diffusion.train --config=sd_reward --workdir=DIR --config.model.folder=SD15 \\
+                 --config.data.images=samples --config.data.pretraining=pairs.parquet --config.reward.source=reward:DIR
   hardware   8 TPU v3 cores or one GPU of 80 GB
-  result     not yet measured (the whole method is, in small: python -m benchmarks.alignment)
+  result     not yet measured at this size; docs/results.md has the whole method at small scale
 """
 
 import ml_collections
 
 
 def get_config():
-    """All that a run can be told."""
+    """Every value of a run and its default."""
     config = ml_collections.ConfigDict()
     config.kind = "diffusion"
     config.seed = 0

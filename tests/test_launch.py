@@ -444,8 +444,8 @@ def test_run_refuses_a_second_job(cloud):
     assert len(cloud.starts()) == 1
 
 
-def test_readme_commands_run(cloud):
-    section = (ROOT / "README.md").read_text().partition("## On a TPU pod")[2].partition("\n## ")[0]
+def test_documented_commands_run(cloud):
+    section = (ROOT / "docs" / "pods.md").read_text().partition("## On a TPU pod")[2].partition("\n## ")[0]
     script = "set -ex\n" + "\n".join(re.findall(r"```\n(.*?)```", section, re.DOTALL)[:1])
     verbs = re.findall(r"launch\.tpu_vm (\w+)", script)
     assert set(verbs) == {"create", "setup", "run", "status", "logs", "delete", "train"}
