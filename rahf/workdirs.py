@@ -114,9 +114,7 @@ def _upgraded(config: Mapping) -> dict:
     """A config with the names and the options of today; an option that an older config lacks has its default."""
     config = dict(config)
     if "rules" in config.get("mesh", {}):
-        mesh = dict(config["mesh"])
-        config["mesh"] = mesh | {"sharding": mesh.pop("rules")}
-        del config["mesh"]["rules"]
+        config["mesh"] = {"sharding" if name == "rules" else name: value for name, value in config["mesh"].items()}
     if config.get("kind", "rahf") == "rahf" and "model" in config:
         config["model"] = dataclasses.asdict(RAHFConfig.from_dict(config["model"]))
     return config

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 
 from rahf import checkpoints, experiments, loop, partitioning, sources, train, workdirs
 from rahf import program as programs
@@ -46,9 +47,9 @@ def gradient_step(config, batch, devices):
     optimizer = optax.sgd(1.0)  # so that the update is the gradient
     config.train.batch_size = len(batch["image"])
     training = programs.assemble(train.program(config), config, mesh, optimizer)
-    state = training.init_state(training.init_params())
-    params = jax.device_get(state["params"])
-    new, metrics = training.step(state, batch)
+    params = jax.device_get(jax.jit(lambda key: nn.unbox(training.program.init(key)))(jax.random.key(0)))
+    placed = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), params, training.params)
+    new, metrics = training.step(training.init_state(placed), batch)
     return jax.device_get(metrics), jax.tree.map(lambda a, b: a - np.asarray(b), params, new["params"])
 
 
