@@ -82,7 +82,7 @@ tar -xzf rahf.tar.gz -C rahf
 cd rahf
 python3 -m pip install --quiet --user uv
 ~/.local/bin/uv venv --quiet --python=3.11 .venv
-~/.local/bin/uv pip install --quiet --python=.venv/bin/python -c constraints.txt -e '.[tpu]'"""
+~/.local/bin/uv pip install --quiet --python=.venv/bin/python -c constraints.txt -e '.[tpu,data]'"""
 
 # The lock is taken before the job goes to the background and lives as long as any process of it. The job has left the
 # ssh's session when it writes its pid, which is waited for: nothing that ends the ssh can end it.

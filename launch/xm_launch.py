@@ -119,14 +119,14 @@ def vertex_packageable(folder: pathlib.Path, needs: xm.JobRequirements) -> xm.Pa
     subprocess.run(tpu_vm.archive_command(tpu_vm.commit(), archive), check=True)
     (folder / "rahf").mkdir()
     subprocess.run(["tar", "-xzf", archive, "-C", folder / "rahf"], check=True)
-    extra = "" if needs.accelerator is None else "[tpu]" if needs.accelerator in xm.TpuType else "[cuda]"
+    extras = "data" if needs.accelerator is None else "data,tpu" if needs.accelerator in xm.TpuType else "data,cuda"
     spec = xm.PythonContainer(
         path=str(folder / "rahf"),
         base_image="python:3.11",
         docker_instructions=[
             "COPY rahf/ /rahf",
             "WORKDIR /rahf",
-            f"RUN python -m pip install --no-cache-dir -c constraints.txt '.{extra}'",
+            f"RUN python -m pip install --no-cache-dir -c constraints.txt '.[{extras}]'",
         ],
         entrypoint=xm.ModuleName("rahf.train"),
     )

@@ -551,7 +551,7 @@ def test_xmanager_vertex_packages_the_commit_and_asks_for_resources(cloud, xmana
     client, image, instructions, first, second = [json.loads(line) for line in done.stdout.splitlines() if line[0] in "[{"]
     assert client == ["p", "europe-west4", "b"]
     assert image == {"tag": "i:1", "files": ["configs", "constraints.txt", "launch", "setup.py"], "module": "rahf.train"}
-    assert instructions[-1].endswith("-c constraints.txt '.[tpu]'")
+    assert instructions[-1].endswith("-c constraints.txt '.[data,tpu]'")
     for seed, job in enumerate((first, second)):
         flags = ["--config=configs/rahf_ci.py", f"--workdir=gs://b/run/seed={seed}", f"--config.seed={seed}"]
         assert job["job"] == flags
