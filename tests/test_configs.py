@@ -1,5 +1,6 @@
 """Every config of RAHF builds, abstractly where it is large; the others' tests are beside what they train."""
 
+import dataclasses
 import pathlib
 
 import jax
@@ -27,3 +28,10 @@ def test_config_has_at_most_60_keys_besides_the_models(name):
     config = experiments.load(name)
     sections = [section for section in config if section != "model"]
     assert sum(len(config[key]) if hasattr(config[key], "keys") else 1 for key in sections) <= 60
+
+
+def test_base_config_names_every_option_of_the_model():
+    def keys(tree):
+        return {name: keys(value) if isinstance(value, dict) else None for name, value in tree.items()}
+
+    assert keys(experiments.load("rahf_base").model.to_dict()) == keys(dataclasses.asdict(RAHFConfig()))
