@@ -8,6 +8,7 @@ import pytest
 
 from rahf import experiments, train
 from rahf import program as programs
+from rahf.models.rahf import RAHFConfig
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs"
 CONFIGS = sorted(path.stem for path in FOLDER.glob("rahf_*.py"))

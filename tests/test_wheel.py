@@ -28,12 +28,10 @@ EVALUATE_AND_PREDICT = """
 import pathlib, sys
 import cv2
 import rahf, richhf_data
-from rahf import evaluate, experiments, predict
+from rahf import evaluate, predict
 
 assert all(pathlib.Path(module.__file__).is_relative_to(sys.argv[1]) for module in (rahf, richhf_data)), rahf.__file__
-config = experiments.load("rahf_ci")
-config.data.source = "stream"
-assert evaluate.evaluate(config, "run", "test", 8)["num_examples"] == 8
+assert evaluate.evaluate("run", "test", 8)["num_examples"] == 8
 
 model = rahf.load("run")
 image = cv2.imread("cat.png")[..., ::-1]
