@@ -4,6 +4,12 @@ import pathlib
 
 from setuptools import find_packages, setup
 
+DATA = [  # what needs TensorFlow: record files, built datasets, and training from them
+    "seqio>=0.0.20",
+    "tensorflow>=2.18",
+    "tensorflow-datasets>=4.9.7",
+]
+
 setup(
     name="rahf",
     version="0.1.0",
@@ -12,7 +18,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["rahf*", "richhf_data*", "launch*"]),
+    packages=[*find_packages(include=["rahf*", "richhf_data*", "launch*"]), "rahf.configs"],
+    package_dir={"rahf.configs": "configs"},
     package_data={"rahf": ["*.jinja"], "richhf_data": ["*.jinja"]},
     install_requires=[
         "absl-py>=2.1",
@@ -31,31 +38,32 @@ setup(
         "pillow>=10.1",
         "pyarrow>=15",
         "safetensors>=0.4",
+        "scikit-learn>=1.4",
         "scipy>=1.12",
         "sentencepiece>=0.2",
-        "seqio>=0.0.20",
         "tabulate>=0.9",
         "tensorboardX>=2.6",
-        "tensorflow>=2.18",
-        "tensorflow-datasets>=4.9.7",
         "tensorstore>=0.1.60",
         "tqdm>=4.66",
         "transformers>=4.48",
     ],
     extras_require={
+        "data": DATA,
         "tpu": ["jax[tpu]>=0.5"],
         "cuda": ["jax[cuda12]>=0.5"],
         "launch": ["xmanager>=0.5"],  # asks for protobuf below 7: in an environment without constraints.txt
         "test": [
+            *DATA,
             "gcsfs>=2024.2",
+            "psutil>=5.9",
             "pytest>=8",
             "pytest-xdist>=3.5",
             "ruff>=0.6",
             "scikit-image>=0.24",
-            "scikit-learn>=1.4",
+            "setuptools>=70.1",
             "tensorboard>=2.16",
         ],
         "parity": ["torch>=2.4", "diffusers>=0.35"],
-        "beam": ["apache-beam>=2.60", "sentencepiece<0.2.3"],  # Beam asks for protobuf 6: without constraints.txt
+        "beam": [*DATA, "apache-beam>=2.60", "sentencepiece<0.2.3"],  # Beam asks for protobuf 6: without constraints.txt
     },
 )

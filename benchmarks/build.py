@@ -1,10 +1,10 @@
-"""The build on generated Pick-a-Pic-like shards: time, peak memory, and what it reads again after it was killed half way.
+"""Time and peak memory of richhf_data.build on generated shards, and which shards it reads again after a kill half way.
 
     python benchmarks/build.py [--shards=20] [--megabytes=500] [--rows_per_group=25] [--workers=2]
 
-The shards hold random noise, which JPEG compresses badly; a third of the images is wanted, of every shard some, so that the
-scan ends with the last part. Which shards a build opens is asked of the kernel (inotify); its memory is the sum of what its
-processes have resident (RSS, so that shared pages count several times).
+The shards have Pick-a-Pic's columns and hold random noise, which JPEG compresses badly. The records name a third of the
+images, some in every shard, so the scan must read all shards. The kernel reports which shards a build opens (inotify). A
+build's memory is the sum of the resident memory (RSS) of its processes: shared pages count several times.
 """
 
 import collections
@@ -30,7 +30,7 @@ IN_OPEN, NON_BLOCKING = 0x20, 0o4000
 
 
 def generate(folder: pathlib.Path, num_shards: int, megabytes: int, rows_per_group: int) -> None:
-    """Shards under images/ and records of a third of their images under records/."""
+    """Writes shards to images/, and records of a third of their images to records/."""
     import cv2
     import numpy as np
     import pyarrow.parquet
@@ -93,7 +93,7 @@ class Opened:
 
 
 def contents(data_dir: pathlib.Path) -> dict:
-    """Every file's bytes; of records the examples in order, whose serialised keys have no order of their own."""
+    """path -> bytes of the file; for record files the examples, serialised again with their keys in order."""
     from richhf_data import records
 
     def read(path):
@@ -106,14 +106,14 @@ def contents(data_dir: pathlib.Path) -> dict:
 
 
 def run(folder: pathlib.Path, data_dir: pathlib.Path, workers: int, num_shards: int, kill_after: int | None = None) -> dict:
-    """One build, to its end or until so many shards are finished."""
-    command = [
+    """One build, to its end or killed after `kill_after` finished shards."""
+    arguments = [
         sys.executable, "-m", "richhf_data.build", f"--records={folder / 'records'}", f"--data_dir={data_dir}",
         f"--images=parquet:{folder / 'images'}/*.parquet", f"--workers={workers}", "--vocabulary_size=40",
     ]  # fmt: skip
     opened, peaks, seconds, processes = Opened(folder / "images"), collections.Counter(), collections.Counter(), {}
     last = time.monotonic()
-    process = psutil.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = psutil.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while process.poll() is None:
         resident = []
         for one in (process, *process.children(recursive=True)):
@@ -157,7 +157,7 @@ def main():
     rows = [
         {
             "": name,
-            "s, until the scan": one["seconds"]["start"],
+            "s, before the scan": one["seconds"]["start"],
             "s, scan": one["seconds"]["scan"],
             "s, dataset": one["seconds"]["dataset"],
             "shards opened": len(one["opened"]),
@@ -168,16 +168,16 @@ def main():
     ]
     print(tabulate.tabulate(rows, headers="keys", tablefmt="github", floatfmt=".1f"))
     print(f"{args.shards} shards, {size / 1e6:.0f} MB, {args.workers} workers")
-    print(f"finished before the kill: {len(runs['killed half way']['finished'])}; of these opened again: {len(again)}")
+    print(f"finished before the kill: {len(runs['killed half way']['finished'])}; opened again: {len(again)}")
     names = outputs[0].keys() | outputs[1].keys()
     differing = [str(name) for name in names if outputs[0].get(name) != outputs[1].get(name)]
-    print(f"files of a data folder: {len(names)}; not the same: {', '.join(differing) or 'none'}")
+    print(f"files of a data folder: {len(names)}; different: {', '.join(differing) or 'none'}")
     sys.exit(bool(again or differing))
 
 
 if __name__ == "__main__":
-    flags.DEFINE_integer("shards", 20, "Generated shards.")
-    flags.DEFINE_integer("megabytes", 500, "All of them together.")
-    flags.DEFINE_integer("rows_per_group", 25, "Rows of a row group, two images each.")
+    flags.DEFINE_integer("shards", 20, "Number of generated shards.")
+    flags.DEFINE_integer("megabytes", 500, "Size of all shards together.")
+    flags.DEFINE_integer("rows_per_group", 25, "Rows of a row group; a row has two images.")
     flags.DEFINE_integer("workers", 2, "The build's --workers.")
     command.run(main)

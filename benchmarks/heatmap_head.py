@@ -1,8 +1,8 @@
-"""What the TPU compiler says of one heatmap head of the paper's size, forward and backward, alone on one core.
+"""The TPU compiler's figures of one heatmap head of the paper's size: forward and backward pass, alone on one core.
 
     python -m benchmarks.heatmap_head [--topology=v3:2x2] [--images=2] [--strips=4]
 
-Prints FLOPs, bytes, the compiler's estimate, the scheduler's, and the time at the chip's peak. Needs libtpu, no TPU.
+Prints FLOPs, bytes, the compiler's and the scheduler's estimates, and the time at the chip's peak. Needs libtpu, no TPU.
 """
 
 import jax
@@ -15,7 +15,7 @@ from rahf import compile as compiling
 from rahf.models.heads import HeatmapHead, HeatmapHeadConfig
 from richhf_data import command
 
-CLOCK = 940e6  # of a v3, Hz
+CLOCK = 940e6  # Hz, of a TPU v3
 
 
 def main():
@@ -50,7 +50,7 @@ def main():
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("topology", "v3:2x2", "Of a TPU.")
-    flags.DEFINE_integer("images", 2, "Of one core.", lower_bound=1)
+    flags.DEFINE_string("topology", "v3:2x2", "Topology of the TPU.")
+    flags.DEFINE_integer("images", 2, "Images on one core.", lower_bound=1)
     flags.DEFINE_integer("strips", 4, "`model.heatmap_head.strips`.", lower_bound=1)
     command.run(main)

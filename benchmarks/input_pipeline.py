@@ -1,8 +1,8 @@
-"""Examples per second of the seqio input pipeline: a built dataset to augmented batches, on this machine.
+"""Examples per second of the seqio input pipeline on this machine, from a built dataset to augmented batches.
 
     python benchmarks/input_pipeline.py --data_dir=DIR [--image_size=224] [--heatmap_size=224] [--num_shards=32]
 
-The first table is what training reads (`rahf.features.training_batches`); the second says where its time goes.
+The first table measures the batches that training reads (`rahf.features.training_batches`), the second each step.
 """
 
 import os
@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 
 import tabulate
-from absl import flags, logging
+from absl import flags
 
 from rahf import features
 from richhf_data import command, tasks
@@ -18,7 +18,7 @@ from richhf_data.tensorflow_cpu import seqio, tf
 
 
 def seconds(batches: Iterator, count: int) -> tuple[float, float]:
-    """Wall and CPU seconds that `count` batches take."""
+    """(wall, CPU) seconds of `count` batches."""
     for _ in range(3):  # starts the threads and fills the buffers
         next(batches)
     start, cpu = time.perf_counter(), time.process_time()
@@ -28,14 +28,14 @@ def seconds(batches: Iterator, count: int) -> tuple[float, float]:
 
 
 def stages(task_name: str, batch_size: int, count: int) -> Iterator[tuple[str, float]]:
-    """(step, CPU milliseconds of an example up to and with it) of reading and then of each of the task's steps."""
+    """(step, CPU milliseconds per example up to and including it): reading, then each preprocessor of the task."""
     task = seqio.TaskRegistry.get(task_name)
     dataset = task.source.get_dataset("train", shuffle=False).cache().repeat()
     steps = [step for step in task.preprocessors if not isinstance(step, seqio.CacheDatasetPlaceholder)]
     with seqio.utils.map_seed_manager(0):
         for step in [None, *steps]:
             dataset = dataset if step is None else step(dataset)
-            # Sizes alone go into the batch: images of different sizes have none in common.
+            # Batch the sizes only: images of different sizes cannot be stacked.
             sizes = dataset.map(lambda example: [tf.size(value) for value in example.values()], tf.data.AUTOTUNE)
             _, cpu = seconds(iter(sizes.batch(batch_size)), count)
             name = "read" if step is None else getattr(step, "func", step).__name__
@@ -43,7 +43,6 @@ def stages(task_name: str, batch_size: int, count: int) -> Iterator[tuple[str, f
 
 
 def main():
-    logging.set_verbosity(logging.WARNING)  # TFDS tells of each file it opens
     args = flags.FLAGS
     per_host, rows = args.batch_size // args.num_shards, []
     count = max(1, args.examples // per_host)
@@ -60,15 +59,15 @@ def main():
         rows.append((name, total - before, total))
         before = total
     print()
-    print(tabulate.tabulate(rows, headers=("step", "CPU-ms an example", "up to here"), floatfmt=".2f"))
+    print(tabulate.tabulate(rows, headers=("step", "CPU-ms per example", "cumulative"), floatfmt=".2f"))
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("data_dir", None, "What richhf_data.build wrote.")
-    flags.DEFINE_integer("image_size", 224, "Pixels.")
-    flags.DEFINE_integer("heatmap_size", 224, "Pixels.")
+    flags.DEFINE_integer("image_size", 224, "Side in pixels.")
+    flags.DEFINE_integer("heatmap_size", 224, "Side in pixels.")
     flags.DEFINE_integer("batch_size", 64, "Rows of the global batch.")
-    flags.DEFINE_integer("num_shards", 1, "Hosts that share a batch; the first one's reading is measured.")
-    flags.DEFINE_integer("examples", 2000, "How many are timed.")
+    flags.DEFINE_integer("num_shards", 1, "Hosts that share a batch; the first one is measured.")
+    flags.DEFINE_integer("examples", 2000, "Number of timed examples.")
     flags.mark_flag_as_required("data_dir")
     command.run(main)

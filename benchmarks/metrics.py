@@ -1,19 +1,19 @@
-"""Seconds that the heatmap metrics take, and AUC-Judd as it is usually written beside them.
+"""Seconds of the heatmap metrics, and of AUC-Judd in its usual form, a loop over thresholds.
 
-python benchmarks/metrics.py --maps=1000 --size=384
+    python benchmarks/metrics.py [--maps=1000] [--size=384]
 """
 
-import argparse
 import time
 
 import numpy as np
+from absl import flags
 from tabulate import tabulate
 
-from richhf_data import metrics
+from richhf_data import command, metrics
 
 
 def random_maps(rng, n, size):
-    """Smooth predictions with noise, and the disks of three annotators."""
+    """(smooth predictions with noise, means of three annotators' disks), [n, size, size] each, in [0, 1]."""
     y, x = np.mgrid[:size, :size]
     truth, prediction = np.zeros((n, size, size)), np.empty((n, size, size), np.float32)
     for i in range(n):
@@ -27,7 +27,7 @@ def random_maps(rng, n, size):
 
 
 def auc_judd_by_thresholds(prediction, truth):
-    """One pass over the map for each fixated pixel."""
+    """AUC-Judd of each map, by one pass over the map for each fixated pixel."""
     values = []
     for p, g in zip(prediction.reshape(len(prediction), -1), truth.reshape(len(truth), -1), strict=True):
         fixated = g > 0
@@ -39,13 +39,7 @@ def auc_judd_by_thresholds(prediction, truth):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--maps", type=int, default=1000)
-    parser.add_argument("--size", type=int, default=384, help="height and width in pixels")
-    parser.add_argument("--batch", type=int, default=50, help="maps per call: bounds the memory of the benchmark")
-    parser.add_argument("--slow_maps", type=int, default=1, help="maps that the loop over thresholds gets")
-    args = parser.parse_args()
-
+    args = flags.FLAGS
     rng = np.random.default_rng(0)
     functions = (metrics.mse, metrics.cc, metrics.kld, metrics.sim, metrics.nss, metrics.auc_judd)
     seconds = dict.fromkeys(functions, 0.0)
@@ -70,4 +64,8 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    flags.DEFINE_integer("maps", 1000, "Number of maps.", lower_bound=1)
+    flags.DEFINE_integer("size", 384, "Height and width in pixels.", lower_bound=16)
+    flags.DEFINE_integer("batch", 50, "Maps in memory at a time.", lower_bound=1)
+    flags.DEFINE_integer("slow_maps", 1, "Maps for the loop over thresholds, at most --batch.", lower_bound=1)
+    command.run(main)

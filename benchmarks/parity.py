@@ -1,4 +1,4 @@
-"""Our ViT, T5 and CLIP against transformers at full size with random weights; and RAHF in bfloat16 against float32.
+"""Compares our ViT, T5 and CLIP with transformers at full size with random weights, and RAHF in bfloat16 with float32.
 
     python benchmarks/parity.py [--workdir=RUN]         (needs torch: pip install -e '.[parity]'; some minutes and 10 GB)
 """
@@ -48,7 +48,7 @@ CLIP_L14 = {
 
 
 def converted(model, reader):
-    """(configuration, parameters) of a model that transformers wrote to a folder and we read."""
+    """(configuration, parameters) that `reader` reads from a folder written by transformers."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         found = reader(folder)
@@ -106,23 +106,23 @@ def clip_rows():
 
 
 def bfloat16_rows(workdir):
-    """Drift of the base config with random parameters, and of a trained run on pictures of RichHF-Synth."""
+    """Differences of the base config with random parameters, and of a trained run on RichHF-Synth."""
     config = RAHFConfig()
     inputs = dummy_inputs(config, 64)
     params = nn.unbox(jax.jit(RAHF(config).init)(jax.random.key(0), *inputs)["params"])
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, inputs[0].shape).astype(np.uint8)
     text, keywords = (rng.integers(2, 32000, x.shape).astype(np.int32) for x in inputs[1:])
-    yield from drift_rows("base, random, bfloat16", config, params, image, text, keywords)
+    yield from difference_rows("base, random, bfloat16", config, params, image, text, keywords)
     if workdir:
         model = predictor.load(workdir)
         arguments = sources.image_arguments(model.config) | sources.text_arguments(model.config)
         batch = next(stream.batches(64, seed=1, vocabulary=model.vocabulary, start=0, workers=1, **arguments))
         inputs = (batch[name] for name in ("image", "text_ids", "keyword_ids"))
-        yield from drift_rows("trained, bfloat16", model.model_config, model.params, *inputs)
+        yield from difference_rows("trained, bfloat16", model.model_config, model.params, *inputs)
 
 
-def drift_rows(name, config, params, *inputs):
+def difference_rows(name, config, params, *inputs):
     exact, rounded = (
         jax.jit(RAHF(dataclasses.replace(config, dtype=dtype)).apply)({"params": params}, *inputs)
         for dtype in ("float32", "bfloat16")
@@ -148,5 +148,5 @@ def main():
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "A trained run, to measure its drift in bfloat16 as well.")
+    flags.DEFINE_string("workdir", None, "A trained run, to compare its bfloat16 with its float32 as well.")
     command.run(main)

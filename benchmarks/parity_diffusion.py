@@ -1,8 +1,8 @@
-"""Our Stable Diffusion against diffusers at the full size of SD 1.5, with random weights, 512 px, float32.
+"""Compares our Stable Diffusion with diffusers at the size of SD 1.5: random weights, 512 px, float32.
 
     python benchmarks/parity_diffusion.py [--steps=3]     (needs torch and diffusers: pip install -e '.[parity]')
 
-diffusers writes a folder (4.3 GB, removed again), we read it, both compute the same one after the other: 10 GB.
+diffusers writes a temporary folder (4.3 GB), which we read; then both compute the same outputs. Takes 10 GB of memory.
 """
 
 import functools
@@ -44,13 +44,13 @@ SCHEDULE = {
     "steps_offset": 1,
     "set_alpha_to_one": False,
     "clip_sample": False,
-    "timestep_spacing": "leading",  # or else DPMSolverMultistepScheduler would take its own default, linspace
+    "timestep_spacing": "leading",  # DPMSolverMultistepScheduler's default is linspace
 }
 PROMPT = "a yellow cat"
 
 
 def write_vocabulary(path: pathlib.Path) -> None:
-    """A vocabulary of CLIP's size whose pieces are single bytes; the rest of its ids is never met."""
+    """Writes a vocabulary of CLIP's size whose pieces are single bytes; the other ids are unused."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     chars = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
     pieces = chars + [char + "</w>" for char in chars] + [f"unused{i}" for i in range(49408 - 2 - 512)]
@@ -61,7 +61,7 @@ def write_vocabulary(path: pathlib.Path) -> None:
 
 
 def make_pipeline(path: pathlib.Path):
-    """diffusers' pipeline with random weights, written to `path`."""
+    """A pipeline of diffusers with random weights; writes it to `path`."""
     write_vocabulary(path.with_name("vocabulary"))
     pipeline = diffusers.StableDiffusionPipeline(
         vae=diffusers.AutoencoderKL(**VAE),
@@ -86,7 +86,7 @@ def nhwc(x) -> np.ndarray:
 
 
 def timed(makers) -> dict:
-    """name -> its result as numpy."""
+    """name -> result as numpy; prints the seconds of each."""
     out = {}
     for name, make in makers.items():
         start = time.monotonic()
@@ -166,5 +166,5 @@ def main():
 
 
 if __name__ == "__main__":
-    flags.DEFINE_integer("steps", 3, "Of the samplers.", lower_bound=1)
+    flags.DEFINE_integer("steps", 3, "Steps of the samplers.", lower_bound=1)
     command.run(main)

@@ -1,12 +1,12 @@
-"""Kills and corruption: whether a training run ends bit for bit as if nothing had happened.
+"""Kills training runs and corrupts their checkpoints, and checks that they end in the same state, bit for bit.
 
     python -m benchmarks.surviving [--times=20] [--steps=600]
 
-1. One run is killed (SIGKILL) `times` times, each at a random moment while it trains and saves, and started again by the
-   same command. Its last training state is compared with that of a run which nobody disturbed.
-2. `times` times, one random file of the newest checkpoint of the finished run is flipped in a random bit or cut at a random
-   place; then the run goes on. It must end with the same state, from this checkpoint or from the one before.
-3. What the digests of the base config's training state cost, from those of an array of 100 million numbers.
+1. One run is killed (SIGKILL) `times` times, at a random moment while it trains and saves, and started again by the same
+   command. Its last training state is compared with that of an undisturbed run.
+2. `times` times, a random file of the finished run's newest checkpoint is truncated, or one random bit of it is flipped;
+   then the run is resumed. It must end in the same state, from this checkpoint or from the one before.
+3. The time of the digests of the base config's training state, estimated from an array of 100 million numbers.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from absl import flags
 from richhf_data import command
 
 ROOT = pathlib.Path(__file__).parent.parent
-CHECKPOINT_EVERY = 3  # so often that a save is nearly always under way
+CHECKPOINT_EVERY = 3  # steps; a save is in progress nearly all the time
 
 
 def overrides(steps: int) -> dict:
@@ -43,13 +43,13 @@ def overrides(steps: int) -> dict:
 
 
 def start(workdir, steps: int, log) -> subprocess.Popen:
-    command = [sys.executable, "-m", "rahf.train", "--config=configs/rahf_ci.py", f"--workdir={workdir}"]
-    command += [f"--config.{key}={value}" for key, value in overrides(steps).items()]
-    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+    arguments = [sys.executable, "-m", "rahf.train", "--config=rahf_ci", f"--workdir={workdir}"]
+    arguments += [f"--config.{key}={value}" for key, value in overrides(steps).items()]
+    return subprocess.Popen(arguments, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
 
 
 def finish(workdir, steps: int) -> str:
-    """Runs to the end; returns what was printed."""
+    """Runs to the end; returns the printed text."""
     with tempfile.TemporaryFile("w+") as log:
         code = start(workdir, steps, log).wait()
         log.seek(0)
@@ -59,19 +59,19 @@ def finish(workdir, steps: int) -> str:
 
 
 def resumed_from(printed: str) -> int:
-    """The step, from what a run printed; 0 for a start from scratch."""
+    """The step that a run resumed from, by its printed text; 0 for a start from scratch."""
     return int(printed.split("resumed from step ")[1].split()[0]) if "resumed from step " in printed else 0
 
 
 def entries(workdir) -> tuple[set[int], bool]:
-    """The steps whose save is complete, and whether another is under way."""
+    """(the saved steps, whether a save is in progress)."""
     folder = workdir / "checkpoints"
     names = os.listdir(folder) if folder.exists() else []
     return {int(name) for name in names if name.isdigit()}, any("tmp" in name for name in names)
 
 
 def kill(workdir, steps: int, rng) -> dict:
-    """Starts the run, and kills it at a random moment after it has begun to save."""
+    """Starts the run and kills it at a random moment after its first save has begun."""
     before, _ = entries(workdir)
     with tempfile.TemporaryFile("w+") as log:
         process = start(workdir, steps, log)
@@ -88,7 +88,7 @@ def kill(workdir, steps: int, rng) -> dict:
 
 
 def damage(folder: pathlib.Path, rng) -> str:
-    """Flips one bit of one file, or cuts it; returns what was done."""
+    """Flips one bit of one file, or truncates the file; returns a description."""
     path = rng.choice(sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size))
     data = bytearray(path.read_bytes())
     where = rng.randrange(len(data))
@@ -100,7 +100,7 @@ def damage(folder: pathlib.Path, rng) -> str:
 
 
 def final_state(workdir, steps: int) -> list[np.ndarray]:
-    """The numbers of the last training state."""
+    """The arrays of the last training state."""
     import jax
 
     from rahf import checkpoints
@@ -112,12 +112,12 @@ def final_state(workdir, steps: int) -> list[np.ndarray]:
 
 
 def equal(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
-    """Bit for bit."""
+    """Whether all arrays are equal, bit for bit."""
     return len(a) == len(b) and all(x.tobytes() == y.tobytes() for x, y in zip(a, b, strict=True))
 
 
-def go_on(workdir, steps: int) -> tuple[str, str]:
-    """Trains to the end in this process; returns what was printed, and warned."""
+def resume(workdir, steps: int) -> tuple[str, str]:
+    """Trains to the end in this process; returns what went to (standard output, standard error)."""
     from rahf import experiments, train
 
     config = experiments.load("rahf_ci")
@@ -128,7 +128,7 @@ def go_on(workdir, steps: int) -> tuple[str, str]:
 
 
 def digest_seconds() -> float:
-    """Of 100 million float32."""
+    """Seconds for 100 million float32."""
     import jax.numpy as jnp
 
     from rahf import checkpoints
@@ -168,7 +168,7 @@ def main():
             workdir = folder / "damaged"
             shutil.copytree(folder / "whole", workdir)
             done = damage(workdir / "checkpoints" / str(steps), rng)
-            printed, warned = go_on(workdir, steps)
+            printed, warned = resume(workdir, steps)
             row = {"": number + 1, "damage": done, "resumed from": resumed_from(printed), "warned": "WARNING" in warned}
             row["equal"] = equal(whole, final_state(workdir, steps))
             print(row, flush=True)
@@ -182,7 +182,7 @@ def main():
 
 
 if __name__ == "__main__":
-    flags.DEFINE_integer("times", 20, "Kills, and corruptions.")
-    flags.DEFINE_integer("steps", 600, "Of the whole run, a multiple of 3.")
-    flags.DEFINE_integer("seed", 0, "Of the moments, files and places.")
+    flags.DEFINE_integer("times", 20, "Number of kills, and of corruptions.")
+    flags.DEFINE_integer("steps", 600, "Steps of the run, a multiple of 3.")
+    flags.DEFINE_integer("seed", 0, "Seed of the moments, files and positions.")
     command.run(main)

@@ -19,8 +19,8 @@ def get_config():
         variant="multi_head",
         image_size=224,  # pixels; not in the paper
         dtype="bfloat16",  # of the computation; parameters, losses and softmax are float32
-        decoder_attends="fused",
-        mask_padding=True,
+        decoder_attends="fused",  # "text": the prompt alone, as in the first author's PyTorch release
+        mask_padding=True,  # False in that release
         vit=dict(
             patch_size=16,
             width=768,
@@ -33,7 +33,8 @@ def get_config():
             class_token=False,
             gelu="tanh",  # "erf" in Hugging Face's
             epsilon=1e-6,  # 1e-12 in Hugging Face's
-            stem_patch=0,
+            stem_patch=0,  # pixels of the smaller patches that are embedded first; 0: none
+            stem_width=64,
         ),
         t5=dict(
             vocab_size=32128,
@@ -45,18 +46,27 @@ def get_config():
             mlp_dim=2048,
             mlp_activations=("gelu", "linear"),  # T5 v1.1; ("relu",) is v1.0
             logits_via_embedding=False,  # True in v1.0
+            num_buckets=32,  # of the relative positions
+            max_distance=128,  # tokens; larger distances share the last bucket
             relpos_bias_per_layer=False,  # True in UMT5
             dropout=0.1,
             remat=False,
             scan=False,
         ),
-        score_head=dict(filters=(768, 384, 128, 64), kernel_size=2, padding="VALID", dense=(2048, 1024)),
+        score_head=dict(
+            filters=(768, 384, 128, 64),
+            kernel_size=2,
+            padding="VALID",
+            dense=(2048, 1024),
+            style="paper",  # "pytorch": the first author's release
+        ),
         heatmap_head=dict(
             filters=(768, 384),
             deconv_filters=(768, 384, 384, 192),
-            output_hidden=192,
+            output_hidden=192,  # not in the paper
+            style="paper",  # "pytorch": the first author's release
             remat=False,
-            strips=4,  # that each image is cut into, for TPUs, slow at few images; 1 elsewhere, with the same result
+            strips=4,  # pieces that an image is cut into: faster on TPUs with few images; use 1 elsewhere
         ),
     )
     config.data = dict(

@@ -1,6 +1,6 @@
-"""Draws the README's pictures.
+"""Draws the figures of the README.
 
-    python docs/figures.py --workdir=RUN --data_dir=demo/data      RUN: of configs/rahf_synth_small.py
+    python docs/figures.py --workdir=RUN --data_dir=demo/data      RUN: a run of rahf_synth_small
 """
 
 import itertools
@@ -18,7 +18,7 @@ HERE = pathlib.Path(__file__).parent
 
 
 def annotated(path, count=16, columns=4, size=192):
-    """RichHF-Synth examples: the picture, where it is implausible, where it contradicts the prompt; scores below."""
+    """Draws RichHF-Synth examples: the image, both heatmaps over it, the labelled prompt above and the scores below."""
     rows = -(-count // columns)
     figure = matplotlib.figure.Figure(figsize=(5.2 * columns, 2.5 * rows))
     for index, example in enumerate(synthetic.examples("train", count, 1, size, size)):

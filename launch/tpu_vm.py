@@ -3,20 +3,20 @@
     python -m launch.tpu_vm train --name=NAME --project=PROJECT --zone=ZONE --type=v3-128 --version=tpu-ubuntu2204-base \\
         --spot --workdir=gs://BUCKET/run -- --config=configs/rahf_base.py --config.data.data_dir=gs://BUCKET/data
 
-creates the queued resource, waits for it, installs the commit that is checked out on every worker, starts rahf.train there,
-watches it, creates the resource again after a preemption, and deletes it at the end. Given again, the same command attaches
-to what runs, or goes on from the workdir's last checkpoint. `create`, `setup`, `run`, `logs`, `status` and `delete` do one
+creates the queued resource, waits for it, installs the checked-out commit on every worker, starts rahf.train there, watches
+it, creates the resource again after a preemption, and deletes it at the end. The same command, given again, attaches to a
+running job or resumes from the workdir's last checkpoint. `create`, `setup`, `run`, `logs`, `status` and `delete` do one
 step each. `--dry_run` prints the commands and runs none.
 
-The job of a worker is a detached session that keeps its log, exit code and lock in ~/rahf-job, so an ssh that drops does
-not end it. What rahf.train's exit codes mean: 0 finished, 75 (EX_TEMPFAIL) preempted and saved, any other an error.
+A worker's job is a detached session, so a dropped ssh does not end it. Its log, exit code and lock are in ~/rahf-job. Exit
+codes of rahf.train: 0 finished, 75 (EX_TEMPFAIL) preempted and saved, any other an error.
 
-The commands, their flags and the states follow the definitions that Cloud SDK 528.0.0 ships, its
-`lib/surface/compute/tpus/{queued_resources,tpu_vm}` and its TPU API v2 messages: `queued-resources create`, `describe` and
+The commands, their flags and the states follow Cloud SDK 528.0.0 (`lib/surface/compute/tpus/{queued_resources,tpu_vm}` and
+the TPU API v2 messages): `queued-resources create`, `describe` and
 `delete --force`; `tpu-vm describe`, `ssh --worker=all --command` (its exit status is non-zero if any worker's is) and `scp`;
 CREATING, ACCEPTED, WAITING_FOR_RESOURCES, PROVISIONING, ACTIVE, SUSPENDING, SUSPENDED, FAILED and DELETING of a queued
 resource, with `stateInitiator`; READY, PREEMPTED and TERMINATED of its node. `ssh --output-directory` is not used: that
-version writes to a folder named None. None of this has met a real pod yet.
+version writes to a folder named None. Not yet run on a real pod.
 """
 
 import argparse
@@ -34,11 +34,11 @@ from richhf_data.errors import UserError
 ROOT = pathlib.Path(__file__).parent.parent
 PREEMPTED = 75  # os.EX_TEMPFAIL
 RETRIES = 3  # failed gcloud calls in a row, or restarts on one machine, before an error
-LINGER = 10  # polls that the other workers have to end in after one has ended
+LINGER = 10  # polls to wait for the other workers after one has ended
 WAITING = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "SUSPENDING", "DELETING")
 GONE = ("PREEMPTED", "TERMINATED")  # states of a node that never comes back
 
-# What to do about gcloud's messages, the first that matches.
+# (pattern in gcloud's message, what to do about it); the first match counts.
 ADVICE = [
     (
         r"active account|gcloud auth|reauthentication|refreshing auth tokens|UNAUTHENTICATED|invalid_grant",
@@ -55,7 +55,7 @@ ADVICE = [
     ),
     (
         r"ALREADY_EXISTS|already exists",
-        "choose another --name, or look at what has it: {describe}",
+        "choose another --name, or see which resource has it: {describe}",
     ),
     (
         r"accelerator|locations?/|[Zz]one|INVALID_ARGUMENT|runtime version",
@@ -72,7 +72,7 @@ ADVICE = [
 
 # ------------------------------------------------------------------------------------------- what runs on each worker
 
-# The images' Python is 3.10, RAHF needs 3.11: uv brings one.
+# The images have Python 3.10 and RAHF needs 3.11, which uv installs.
 SETUP = """set -e
 mkdir -p rahf-job
 flock -n rahf-job/lock true || { echo "a job runs here: setup would replace its code" >&2; exit 1; }
@@ -82,10 +82,10 @@ tar -xzf rahf.tar.gz -C rahf
 cd rahf
 python3 -m pip install --quiet --user uv
 ~/.local/bin/uv venv --quiet --python=3.11 .venv
-~/.local/bin/uv pip install --quiet --python=.venv/bin/python -c constraints.txt -e '.[tpu]'"""
+~/.local/bin/uv pip install --quiet --python=.venv/bin/python -c constraints.txt -e '.[tpu,data]'"""
 
-# The lock is taken before the job goes to the background and lives as long as any process of it. The job has left the
-# ssh's session when it writes its pid, which is waited for: nothing that ends the ssh can end it.
+# The job inherits the lock, so it is held until the last process of the job ends. The job writes its pid after it has left
+# the ssh's session. START waits for the pid: from then on, the end of the ssh cannot end the job.
 START = """set -e
 cd rahf
 exec 9>>../rahf-job/lock
@@ -117,7 +117,7 @@ FAILURES = '[ "$(cat rahf-job/exit)" = 0 ] || tail -n 20 rahf-job/log | sed "s/^
 
 
 class CloudError(Exception):
-    """A command that failed: its message, and what to do if that is known."""
+    """A command failed. The message ends with what to do, if that is known."""
 
     def __init__(self, message: str, advice: str = ""):
         super().__init__(message + (f"\n  what to do: {advice}" if advice else ""))
@@ -125,7 +125,7 @@ class CloudError(Exception):
 
 
 class Failure(CloudError):
-    """What looking again does not mend."""
+    """An error that another attempt does not solve."""
 
 
 class Pod:
@@ -134,13 +134,13 @@ class Pod:
     def __init__(self, args):
         self.args = args
         self.where = [f"--zone={args.zone}", f"--project={args.project}"]
-        self.said = ""
+        self.logged = ""
 
-    def say(self, text: str) -> None:
-        """Prints what differs from the last time."""
-        if text != self.said:
+    def log(self, text: str) -> None:
+        """Prints the text, unless it was the last one printed."""
+        if text != self.logged:
             print(text, flush=True)
-        self.said = text
+        self.logged = text
 
     def command(self, group: str, verb: str, *arguments: str) -> list[str]:
         return ["gcloud", "compute", "tpus", group, verb, *arguments, *self.where]
@@ -187,17 +187,17 @@ class Pod:
         message = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}")[-4000:]
         values = {"type": "this type", **vars(self.args), "describe": shlex.join(self.describe_command())}
         advice = next((text.format(**values) for pattern, text in ADVICE if re.search(pattern, message)), "")
-        if "Attempting to connect" in message:  # the worker's words, not the cloud's
+        if "Attempting to connect" in message:  # the message is the worker's, not the cloud's
             advice = ""
         raise CloudError(f"{shlex.join(command[:5])}: {message}", advice)
 
     def left(self) -> str:
-        """A sentence on what exists now, with the command that deletes it."""
+        """States which resource exists, with the command that deletes it."""
         name, delete = self.args.name, shlex.join(self.delete_command())
         try:
             state, _ = self.state()
         except CloudError:
-            return f"{name} may exist. Look: {shlex.join(self.describe_command())}\nDelete: {delete}"
+            return f"{name} may exist. Check: {shlex.join(self.describe_command())}\nDelete: {delete}"
         if state == "ABSENT":
             return f"Nothing named {name} is left in {self.args.zone}."
         return f"{name} exists ({state}) and is paid for until it is deleted: {delete}"
@@ -213,13 +213,13 @@ class Pod:
         return found["state"]["state"], found
 
     def jobs(self) -> dict[str, str]:
-        """host -> its job: "absent", "running", "died" or "exit N"; prints what changed."""
+        """host -> state of its job: "absent", "running", "died" or "exit N"; prints them if they changed."""
         lines = [
             line.split(": ", 3) for line in self.call(self.ssh_command(STATE)).splitlines() if line.startswith("rahf-job: ")
         ]
         if not lines:
             raise CloudError("ssh: no worker answered")
-        self.say("\n".join(f"{host}: {state}: {last}".rstrip(": ") for _, host, state, last in sorted(lines)))
+        self.log("\n".join(f"{host}: {state}: {last}".rstrip(": ") for _, host, state, last in sorted(lines)))
         return {host: state for _, host, state, _ in lines}
 
 
@@ -236,14 +236,16 @@ def commit() -> str:
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
     if head.returncode:
         raise UserError(
-            f"{ROOT}: got no git checkout, the workers install a commit; clone the repository: {head.stderr.strip()}"
+            f"{ROOT}: got no git checkout, expected one: the workers install a commit; clone the repository: "
+            f"{head.stderr.strip()}"
         )
     changed = subprocess.run(
         [*git, "diff", "--name-only", "HEAD"], capture_output=True, text=True, check=True
     ).stdout.split()
     if changed:
         raise UserError(
-            f"uncommitted changes: got {', '.join(changed)}; the workers install a commit: commit or stash them"
+            f"uncommitted changes: got {', '.join(changed)}, expected none: the workers install a commit; commit or stash "
+            "them"
         )
     return head.stdout.strip()
 
@@ -254,26 +256,26 @@ def archive_command(revision: str, path) -> list[str]:
 
 
 def start_script(command: list[str]) -> str:
-    """What starts a command on a worker, detached from the ssh."""
+    """The script that starts a command on a worker, detached from the ssh."""
     return START.format(job=shlex.quote(JOB.format(command=shlex.join(command))))
 
 
 def create(pod: Pod) -> None:
-    """Asks for the resource and waits until it is there."""
+    """Requests the resource and waits until it is active."""
     pod.call(pod.create_command())
     while (state := check(pod, *pod.state())) != "ACTIVE":
         if state in ("ABSENT", "SUSPENDED"):
             raise Failure(f"{pod.args.name}: {state} before it was ACTIVE")
-        pod.say(f"{pod.args.name}: {state}")
+        pod.log(f"{pod.args.name}: {state}")
         time.sleep(pod.args.poll)
-    pod.say(f"{pod.args.name}: ACTIVE")
+    pod.log(f"{pod.args.name}: ACTIVE")
 
 
 def check(pod: Pod, state: str, found: dict) -> str:
-    """`state`, if it is one to go on from.
+    """Returns `state` if the launcher can continue from it.
 
     Raises:
-      Failure: FAILED, suspended by a person, or another accelerator than --type has this name.
+      Failure: the state is FAILED, a person suspended the resource, or the name belongs to another accelerator type.
     """
     details, name = found.get("state", {}), pod.args.name
     nodes = found.get("tpu", {}).get("nodeSpec", [])
@@ -296,7 +298,7 @@ def setup(pod: Pod, revision: str) -> None:
         pod.call(archive_command(revision, path))
         pod.call(pod.scp_command(path))
     pod.call(pod.ssh_command(SETUP))
-    pod.say(f"{pod.args.name}: commit {revision[:12]} installed on all workers")
+    pod.log(f"{pod.args.name}: commit {revision[:12]} installed on all workers")
 
 
 def run(pod: Pod, command: list[str]) -> None:
@@ -311,16 +313,16 @@ def run(pod: Pod, command: list[str]) -> None:
 
 
 def train(pod: Pod, command: list[str]) -> None:
-    """Brings the training to its end through preemptions.
+    """Runs the training to its end, through preemptions.
 
-    Each round looks at what there is and does the one next step, so it does not matter where an earlier launcher ended.
+    Each round reads the state of the cloud and does one next step, so it can continue where an earlier launcher ended.
 
     Raises:
-      CloudError: the training failed; the cloud refused; or nothing answers.
+      CloudError: the training failed, the cloud refused a command, or nothing answers.
     """
     revision, name = commit(), pod.args.name
     failures = restarts = lingered = preemptions = 0
-    first = True  # what ended before this launcher came is no reason to stop: it is started again
+    first = True  # a job that ended before this launcher started is started again
     while True:
         try:
             state, found = pod.state()
@@ -328,13 +330,13 @@ def train(pod: Pod, command: list[str]) -> None:
             if state == "ACTIVE" and json.loads(pod.call(pod.node_command()))["state"] in GONE:
                 state = "SUSPENDED"
             if state == "ABSENT":
-                pod.say(f"{name}: creating {pod.args.type} in {pod.args.zone}")
+                pod.log(f"{name}: creating {pod.args.type} in {pod.args.zone}")
                 pod.call(pod.create_command())
             elif state in WAITING:
-                pod.say(f"{name}: {state}")
+                pod.log(f"{name}: {state}")
             elif state == "SUSPENDED":
                 preemptions, restarts, lingered = preemptions + 1, 0, 0
-                pod.say(f"{name}: preempted (number {preemptions}); deleting it to create it again")
+                pod.log(f"{name}: preempted (number {preemptions}); deleting it to create it again")
                 pod.call(pod.delete_command())
                 failures = 0
                 continue
@@ -347,7 +349,7 @@ def train(pod: Pod, command: list[str]) -> None:
                 elif jobs == {"exit 0"}:
                     print(f"{name}: training finished; {preemptions} preemptions")
                     return
-                elif "absent" in jobs:  # an earlier start reached only some
+                elif "absent" in jobs:  # an earlier start reached only some workers
                     pod.call(pod.ssh_command(start_script(command)))
                 elif "running" in jobs and (jobs <= {"running", "exit 0"} or lingered < LINGER):
                     lingered = 0 if jobs <= {"running", "exit 0"} else lingered + 1
@@ -357,7 +359,7 @@ def train(pod: Pod, command: list[str]) -> None:
                             f"{name}: training ended {restarts + 1} times on one machine without an error of its own"
                         )
                     restarts, lingered = restarts + 1, 0
-                    pod.say(f"{name}: starting the training again (number {restarts})")
+                    pod.log(f"{name}: starting the training again (number {restarts})")
                     pod.call(pod.ssh_command(KILL))
                     pod.call(pod.ssh_command(start_script(command)))
                 else:
@@ -374,7 +376,7 @@ def train(pod: Pod, command: list[str]) -> None:
             failures += 1
             if error.advice or failures == RETRIES:
                 raise
-            print(f"{error}\n{name}: looking again", flush=True)
+            print(f"{error}\n{name}: trying again", flush=True)
         time.sleep(pod.args.poll)
 
 
@@ -382,7 +384,7 @@ def train(pod: Pod, command: list[str]) -> None:
 
 
 def status(pod: Pod) -> None:
-    """Prints the resource's state, its node's, and each worker's job with its log's last line."""
+    """Prints the states of the resource, its node and each worker's job, with the last line of the job's log."""
     state, _ = pod.state()
     print(f"{pod.args.name}: {state}")
     if state == "ACTIVE":
@@ -391,7 +393,7 @@ def status(pod: Pod) -> None:
 
 
 def plan(pod: Pod, verb: str, job: list[str]) -> list[list[str]]:
-    """The commands of `verb`, each once, in the order in which they come first."""
+    """The commands that `verb` runs, each once, in the order of their first use."""
     pack = archive_command("HEAD", "rahf.tar.gz")
     install = [pack, pod.scp_command("rahf.tar.gz"), pod.ssh_command(SETUP)]
     start, jobs, describe = pod.ssh_command(start_script(job)), pod.ssh_command(STATE), pod.describe_command()
@@ -407,7 +409,7 @@ def plan(pod: Pod, verb: str, job: list[str]) -> list[list[str]]:
 
 
 def logs_command(pod: Pod) -> list[str]:
-    """Shows, or follows, the log of a worker's job."""
+    """The command that prints or follows the log of a worker's job."""
     args = pod.args
     follow = ["-F"] if getattr(args, "follow", True) else []
     script = shlex.join(["tail", "-n", str(getattr(args, "lines", 100)), *follow, "rahf-job/log"])
@@ -415,23 +417,23 @@ def logs_command(pod: Pod) -> list[str]:
 
 
 def parse(argv: list[str]):
-    """The flags before `--`, and what stands after it."""
+    """(the flags before `--`, the arguments after it)."""
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser("python -m launch.tpu_vm", allow_abbrev=False, description=__doc__.partition("\n")[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
 
     def add(verb, text):
         flags = verbs.add_parser(verb, allow_abbrev=False, help=text, description=text)
-        flags.add_argument("--name", required=True, help="Of the queued resource and of its node.")
+        flags.add_argument("--name", required=True, help="Name of the queued resource and of its node.")
         flags.add_argument("--project", required=True, help="Google Cloud project.")
-        flags.add_argument("--zone", required=True, help="Such as europe-west4-a.")
-        flags.add_argument("--internal_ips", action="store_true", help="No external addresses; run this inside the network.")
+        flags.add_argument("--zone", required=True, help="Zone, such as europe-west4-a.")
+        flags.add_argument("--internal_ips", action="store_true", help="No external addresses; launch inside the network.")
         flags.add_argument("--dry_run", action="store_true", help="Print the commands, run none.")
         return flags
 
     for verb, text in [
-        ("create", "Ask for the queued resource and wait until it is active."),
-        ("train", "Create, set up, start rahf.train with what stands after `--`, watch, create again, delete."),
+        ("create", "Request the queued resource and wait until it is active."),
+        ("train", "Create, set up, start rahf.train with the flags after `--`, watch, create again, delete."),
     ]:
         flags = add(verb, text)
         flags.add_argument("--type", required=True, help="Accelerator type, such as v3-128.")
@@ -439,20 +441,20 @@ def parse(argv: list[str]):
         flags.add_argument("--spot", action="store_true", help="Cheaper, and may be preempted.")
         flags.add_argument("--network", help="Network of the node; gcloud's default if absent.")
         flags.add_argument("--subnetwork", help="Subnetwork of the node.")
-        flags.add_argument("--service_account", help="Whom the workers act as; it needs access to the bucket.")
-        flags.add_argument("--poll", type=float, default=30, help="Seconds between two looks.")
+        flags.add_argument("--service_account", help="Account of the workers; it needs access to the bucket.")
+        flags.add_argument("--poll", type=float, default=30, help="Seconds between two polls.")
         if verb == "train":
             flags.add_argument(
                 "--workdir", required=True, help="gs://BUCKET/FOLDER: checkpoints and logs outlive the machines."
             )
             flags.add_argument("--keep", action="store_true", help="Do not delete the resource when training has finished.")
-    add("setup", "Install the commit that is checked out on all workers.")
-    add("run", "Start what stands after `--` on all workers, detached, in the code's folder.")
+    add("setup", "Install the checked-out commit on all workers.")
+    add("run", "Start the command after `--` on all workers, detached, in the code's folder.")
     flags = add("logs", "Follow the log of a worker.")
-    flags.add_argument("--worker", default="0", help="Which one.")
-    flags.add_argument("--lines", type=int, default=100, help="How many of the last lines.")
-    flags.add_argument("--nofollow", dest="follow", action="store_false", help="Do not wait for more.")
-    add("status", "Tell the state of the resource and of the job on each worker.")
+    flags.add_argument("--worker", default="0", help="Index of the worker.")
+    flags.add_argument("--lines", type=int, default=100, help="Number of last lines to print.")
+    flags.add_argument("--nofollow", dest="follow", action="store_false", help="Do not wait for more lines.")
+    add("status", "Print the state of the resource and of the job on each worker.")
     add("delete", "Delete the resource and its node.")
     return parser.parse_args(argv[:cut]), argv[cut + 1 :]
 
@@ -501,7 +503,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}\n{pod.left()}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\nno longer watching; what runs goes on. {pod.left()}", file=sys.stderr)
+        print(f"\nwatching has ended, the job has not. {pod.left()}", file=sys.stderr)
         return 130
     return 0
 

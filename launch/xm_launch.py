@@ -3,12 +3,12 @@
     xmanager launch launch/xm_launch.py -- --config=configs/rahf_synth_tiny.py --workdir=run --executor=local \\
         --python=.venv/bin/python --config.data.source=stream --sweep=optimizer.learning_rate=1e-3,3e-4
 
-XManager needs protobuf below 7, so it cannot be installed beside constraints.txt: give it an environment of its own (`pip
-install 'xmanager>=0.5' ml_collections`). The local executor's jobs run with --python; Vertex AI's in an image of the commit
-that is checked out. Vertex AI takes TPU v2 and v3 by eights only: for pods, use launch/tpu_vm.py.
+XManager needs protobuf below 7, which contradicts constraints.txt: install it in an environment of its own (`pip install
+'xmanager>=0.5' ml_collections`). Local jobs run with --python, Vertex AI's in an image of the checked-out commit. Vertex AI
+has only slices of 8 cores of TPU v2 and v3: for pods, use launch/tpu_vm.py.
 
-Every combination of the sweeps' values is one run, in a folder of --workdir that is named by them. Local runs come one
-after another. The config and its overrides are checked before anything is packaged.
+Each combination of the sweeps' values is one run, in a folder of --workdir that is named after the values. Local runs
+follow one another. The config and its overrides are checked before anything is packaged.
 """
 
 import asyncio
@@ -21,20 +21,21 @@ import sys
 import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))  # `xmanager launch` takes the first entry away again
+sys.path.append(str(ROOT))  # `xmanager launch` removes the first entry
 
 from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 from xmanager import xm, xm_local  # noqa: E402
 
 from launch import tpu_vm  # noqa: E402
+from rahf import experiments  # noqa: E402
 from richhf_data import command  # noqa: E402
 from richhf_data.errors import UserError  # noqa: E402
 
 config_flags.DEFINE_config_file("config", None, "The experiment: a file of configs/. --config.KEY=VALUE overrides a value.")
 flags.DEFINE_string("workdir", None, "As rahf.train takes it; gs://BUCKET/FOLDER on Vertex AI.")
-flags.DEFINE_enum("executor", None, ["local", "vertex"], "Where it runs.")
-flags.DEFINE_multi_string("sweep", [], "KEY=VALUE,VALUE of the config; several: every combination.")
+flags.DEFINE_enum("executor", None, ["local", "vertex"], "Where the runs are executed.")
+flags.DEFINE_multi_string("sweep", [], "KEY=VALUE,VALUE of the config; with several, every combination is run.")
 flags.DEFINE_string("python", None, "local: a Python that has RAHF.")
 flags.DEFINE_list("requirements", [], "vertex: such as cpu=96,ram=300,tpu_v3=8 or a100=1; ram in GiB.")
 flags.DEFINE_string("project", None, "vertex: Google Cloud project.")
@@ -46,7 +47,7 @@ FLAGS = flags.FLAGS
 
 
 def trials(sweeps: list[str], config) -> list[dict[str, str]]:
-    """Every combination of the values: ["a.b=1,2"] -> [{"a.b": "1"}, {"a.b": "2"}]; one empty one of no sweeps.
+    """Every combination of the values: ["a.b=1,2"] -> [{"a.b": "1"}, {"a.b": "2"}]; [{}] without sweeps.
 
     Raises:
       UserError: not KEY=VALUE,...; a key that the config does not have, or twice; a value twice.
@@ -54,28 +55,23 @@ def trials(sweeps: list[str], config) -> list[dict[str, str]]:
     choices = {}
     for sweep in sweeps:
         key, _, text = sweep.partition("=")
-        values = re.split(r",(?![^(\[]*[)\]])", text)  # not at the commas of tuples
+        values = re.split(r",(?![^(\[]*[)\]])", text)  # commas inside tuples do not separate
         if not key or "" in values or len(set(values)) < len(values) or key in choices:
             raise UserError(f"--sweep: got {sweep}, expected KEY=VALUE,VALUE with distinct values, each key once")
-        node = config
-        for part in key.split("."):
-            if not hasattr(node, "keys") or part not in node:
-                known = ", ".join(node.keys()) if hasattr(node, "keys") else "none"
-                raise UserError(f"--sweep: got {key}, the config has no {part} there; expected one of: {known}")
-            node = node[part]
+        experiments.check_key(config, key)
         choices[key] = values
     return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
 
 
 def job_args(trial: dict[str, str]) -> dict[str, str]:
-    """rahf.train's flags of one run."""
+    """Flag -> value of rahf.train, for one run."""
     overrides = config_flags.get_override_values(FLAGS["config"])
     if both := sorted(set(overrides) & set(trial)):
         raise UserError(f"--sweep: got {', '.join(both)} in --config.{both[0]} as well, expected it in one of them")
     path = pathlib.Path(config_flags.get_config_filename(FLAGS["config"])).resolve()
     if FLAGS.executor == "vertex":
         if not path.is_relative_to(ROOT):
-            raise UserError(f"--config: got {path}, expected a file of {ROOT}, whose commit becomes the image")
+            raise UserError(f"--config: got {path}, expected a file in {ROOT}, as its commit becomes the image")
         path = path.relative_to(ROOT)
     name = ",".join(f"{key.split('.')[-1]}={value}" for key, value in trial.items())
     folder = re.sub(r"[^\w.,=+-]", "_", name)
@@ -84,10 +80,10 @@ def job_args(trial: dict[str, str]) -> dict[str, str]:
 
 
 def requirements(texts: list[str]) -> xm.JobRequirements:
-    """["cpu=8", "ram=64", "tpu_v3=8"] -> what a job asks for.
+    """["cpu=8", "ram=64", "tpu_v3=8"] -> a job's requirements.
 
     Raises:
-      UserError: no such resource, or TPUs that Vertex AI does not have.
+      UserError: an unknown resource, or TPUs that Vertex AI does not have.
     """
     amounts = {}
     for text in texts:
@@ -107,26 +103,26 @@ def requirements(texts: list[str]) -> xm.JobRequirements:
 
 
 def local_packageable() -> xm.Packageable:
-    """rahf.train of this checkout, by --python."""
+    """rahf.train of this checkout, run by --python."""
     spec = xm.Binary(path=os.path.abspath(FLAGS.python))
     args = xm.SequentialArgs.from_collection(["-m", "rahf.train"])
     return xm.Packageable(spec, xm_local.Local.Spec(), args=args, env_vars={"PYTHONPATH": str(ROOT)})
 
 
 def vertex_packageable(folder: pathlib.Path, needs: xm.JobRequirements) -> xm.Packageable:
-    """rahf.train of the commit that is checked out, unpacked into `folder`, as an image."""
+    """An image with rahf.train of the checked-out commit, which is unpacked into `folder`."""
     archive = folder / "rahf.tar.gz"
     subprocess.run(tpu_vm.archive_command(tpu_vm.commit(), archive), check=True)
     (folder / "rahf").mkdir()
     subprocess.run(["tar", "-xzf", archive, "-C", folder / "rahf"], check=True)
-    extra = "" if needs.accelerator is None else "[tpu]" if needs.accelerator in xm.TpuType else "[cuda]"
+    extras = "data" if needs.accelerator is None else "data,tpu" if needs.accelerator in xm.TpuType else "data,cuda"
     spec = xm.PythonContainer(
         path=str(folder / "rahf"),
         base_image="python:3.11",
         docker_instructions=[
             "COPY rahf/ /rahf",
             "WORKDIR /rahf",
-            f"RUN python -m pip install --no-cache-dir -c constraints.txt '.{extra}'",
+            f"RUN python -m pip install --no-cache-dir -c constraints.txt '.[{extras}]'",
         ],
         entrypoint=xm.ModuleName("rahf.train"),
     )
@@ -134,7 +130,7 @@ def vertex_packageable(folder: pathlib.Path, needs: xm.JobRequirements) -> xm.Pa
 
 
 async def launch(runs: list[dict[str, str]], needs: xm.JobRequirements, folder: pathlib.Path) -> None:
-    """Packages once, adds a work unit a run."""
+    """Packages once, then adds one work unit per run."""
     local = FLAGS.executor == "local"
     async with xm_local.create_experiment(experiment_title="rahf") as experiment:
         [executable] = experiment.package([local_packageable() if local else vertex_packageable(folder, needs)])
@@ -147,7 +143,7 @@ async def launch(runs: list[dict[str, str]], needs: xm.JobRequirements, folder: 
 
 def main(argv):
     """The command."""
-    logging.set_verbosity(logging.WARNING)  # its database tells of each step it takes
+    logging.set_verbosity(logging.WARNING)  # XManager's database logs every step
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     try:
@@ -158,7 +154,7 @@ def main(argv):
                     which = "expected it" if executor == FLAGS.executor else f"it is for --executor={executor}"
                     raise UserError(f"--{name}: got {FLAGS[name].value or 'none'}, {which}")
         if FLAGS.executor == "vertex" and not FLAGS.workdir.startswith("gs://"):
-            raise UserError(f"--workdir: got {FLAGS.workdir}, expected gs://BUCKET/FOLDER: Vertex AI keeps no disk")
+            raise UserError(f"--workdir: got {FLAGS.workdir}, expected gs://BUCKET/FOLDER: Vertex AI deletes its disks")
         needs = requirements(FLAGS.requirements)
         runs = [job_args(trial) for trial in trials(FLAGS.sweep, FLAGS.config)]
         if FLAGS.executor == "vertex":

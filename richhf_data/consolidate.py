@@ -319,13 +319,13 @@ def write(annotations: str, images_dir, output, holdout: float = schema.HOLDOUT,
     if output.is_dir() and any(output.iterdir()) and not (output / MARKER).is_file():
         raise UserError(f"output: {output} holds other files, expected a new folder; take another")
     aspects = {uid: _aspect(files[uid]) for uid in pictures}
+    from richhf_data import records  # TensorFlow: after the checks, which need none, and before anything is written
+
     for split in schema.SPLITS:  # pictures of an earlier run may have another split, or another suffix
         (output / f"{split}.tfrecord").unlink(missing_ok=True)
     shutil.rmtree(output / "images", ignore_errors=True)
     (output / "images").mkdir(parents=True)
     _write_text(output / MARKER, json.dumps({"annotations": annotations, "holdout": holdout, "seed": seed}))
-
-    from richhf_data import records  # imports TensorFlow: bad lines are told of before
 
     counts = {"pictures": len(pictures), "annotations": sum(len(one.annotations) for one in pictures.values())}
     counts |= dict.fromkeys((*schema.SPLITS, *schema.SCORES, *schema.HEATMAPS, "labels", "partly answered"), 0)

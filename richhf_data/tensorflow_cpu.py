@@ -1,43 +1,55 @@
-"""TensorFlow and what is built on it, for the data pipeline: quiet, and off the accelerators, which belong to JAX.
+"""TensorFlow, TFDS and seqio for the data pipeline, with no start-up messages and no accelerator, which JAX uses.
 
-Import them from here, `from richhf_data.tensorflow_cpu import seqio, tf, tfds`: the first import decides.
+Import them from here: `from richhf_data.tensorflow_cpu import seqio, tf, tfds`. Extra `data` installs them.
 """
 
 import contextlib
 import os
 import sys
 
+from richhf_data.errors import UserError
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
 @contextlib.contextmanager
-def _quiet():
-    """TensorFlow's start-up notes pass by its own log level, straight to the error stream: that is closed meanwhile."""
+def _start_up():
+    """Imports without TensorFlow's messages, which ignore its log level and go straight to the error stream.
+
+    Raises:
+      UserError: a package is not installed.
+    """
     sys.stderr.flush()
     kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     try:
         yield
+    except ModuleNotFoundError as error:
+        spec = sys.modules["__main__"].__spec__  # None but for `python -m NAME`
+        command = spec.name.removesuffix(".__main__") + " with these flags" if spec else "this"
+        raise UserError(
+            f"{command} needs the package {error.name}, which is not installed; pip install 'rahf[data]' installs it"
+        ) from error
     finally:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(null)
 
 
-with _quiet():
+with _start_up():
     import tensorflow as tf
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import shuffle
 
     shuffle.MAX_MEM_BUFFER_SIZE = 64 << 20  # bytes of examples that a build holds to shuffle them; 1000 MiB by default
-    with contextlib.suppress(RuntimeError):  # of a caller who has started TensorFlow already, and chosen its devices
+    with contextlib.suppress(RuntimeError):  # the caller has started TensorFlow and chosen its devices
         tf.config.set_visible_devices([], "GPU")
 
 
 def __getattr__(name):
     if name != "seqio":
         raise AttributeError(name)
-    with _quiet():  # when it is asked for: a build does without its 150 MiB
+    with _start_up():  # only where it is used: a build saves its 150 MiB
         import seqio
         import tensorflow_text  # noqa: F401 - registers the tokeniser's ops
     return seqio

@@ -10,13 +10,13 @@ os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",  # the tests compile more than they compute
+        "--xla_backend_optimization_level=0",  # compiling takes longer than computing in these tests
     ]
 )
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-# The same program is compiled once in all tests, and in the processes that they start.
+# Tests, and the processes that they start, compile the same program once.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="rahf_tests_")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
@@ -41,7 +41,7 @@ def data_dir() -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def unpacked(data_dir, tmp_path_factory):
-    """name -> folder with the files of data/<name>.zip, as the code that wrote them left them."""
+    """name -> folder with the unpacked files of data/<name>.zip."""
 
     @functools.cache
     def unpack(name) -> pathlib.Path:
@@ -55,7 +55,7 @@ def unpacked(data_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def standard_promotion():
-    """For tests that run others' code as well: optax promotes freely."""
+    """For tests that also run code of other libraries, such as optax, which promotes types and ranks."""
     jax.config.update("jax_numpy_rank_promotion", "allow")
     jax.config.update("jax_numpy_dtype_promotion", "standard")
     yield
@@ -65,7 +65,7 @@ def standard_promotion():
 
 @pytest.fixture
 def torch():
-    """PyTorch, seeded; where it is not installed (extra `parity`) the test is skipped."""
+    """PyTorch, seeded; the test is skipped where it is not installed (extra `parity`)."""
     torch = pytest.importorskip("torch")
     torch.manual_seed(0)
     return torch

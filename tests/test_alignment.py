@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks.alignment import foundation, judge, pictures
+from benchmarks.alignment import drawings, foundation, judge
 from benchmarks.alignment.optimise import optimise
 from rahf.diffusion import folder as diffusers
 from rahf.diffusion.unet import UNetConfig
@@ -38,8 +38,8 @@ def tiny_unet(vae, clip, size):
 def test_draw_shows_what_the_prompt_says(monkeypatch):
     planned, original = [], render.render
     monkeypatch.setattr(render, "render", lambda picture, size: planned.append(picture) or original(picture, size))
-    for i, prompt in enumerate(pictures.WORDS.draw(200, seed=0)):
-        image, shown = pictures.draw(prompt, i)
+    for i, prompt in enumerate(drawings.WORDS.draw(200, seed=0)):
+        image, shown = drawings.draw(prompt, i)
         assert image.shape == (32, 32, 3) and image.dtype == np.uint8
         assert all(getattr(prompt, name) in (None, getattr(shown, name)) for name in prompts.CATEGORIES)
         picture = planned.pop()
@@ -54,7 +54,7 @@ def test_draw_paints_the_colour_and_the_background():
     means = {}
     for colour in ("red", "green"):
         for background in ("in the snow", "on the moon"):
-            image, _ = pictures.draw(prompts.Prompt("one", colour, "house", background), 0)
+            image, _ = drawings.draw(prompts.Prompt("one", colour, "house", background), 0)
             middle, border = image[12:24, 12:20].mean(axis=(0, 1)), image[:, :2].mean()
             means[colour, background] = middle[0] - middle[1], border
     assert all(means["red", place][0] > 20 > -20 > means["green", place][0] for place in ("in the snow", "on the moon"))
@@ -63,19 +63,19 @@ def test_draw_paints_the_colour_and_the_background():
 
 def test_draw_leaves_the_rest_to_the_seed():
     prompt = prompts.Prompt(None, None, "cup", None)
-    drawn = [pictures.draw(prompt, (5, i)) for i in range(80)]
-    again, shown = pictures.draw(prompt, (5, 7))
+    drawn = [drawings.draw(prompt, (5, i)) for i in range(80)]
+    again, shown = drawings.draw(prompt, (5, 7))
     assert shown == drawn[7][1] and np.array_equal(again, drawn[7][0])
     for name in ("count", "colour", "background"):
-        assert {getattr(shown, name) for _, shown in drawn} == set(getattr(pictures.WORDS, name))
+        assert {getattr(shown, name) for _, shown in drawn} == set(getattr(drawings.WORDS, name))
     assert {shown.thing for _, shown in drawn} == {"cup"}
 
 
 def test_captions_are_wrong_at_the_stated_rate():
-    words, wrong, said, kinds = pictures.WORDS, collections.Counter(), collections.Counter(), collections.Counter()
+    words, wrong, said, kinds = drawings.WORDS, collections.Counter(), collections.Counter(), collections.Counter()
     for i in range(7000):
         shown = prompts.Prompt(*(getattr(words, name)[i % 4] for name in prompts.CATEGORIES))
-        prompt = pictures.caption(shown, pictures.KINDS[i % 7], 0.15, (0, i))
+        prompt = drawings.caption(shown, drawings.KINDS[i % 7], 0.15, (0, i))
         kinds[prompts.kind(prompt)] += 1
         for name in prompts.CATEGORIES:
             if (word := getattr(prompt, name)) is not None:
@@ -87,25 +87,25 @@ def test_captions_are_wrong_at_the_stated_rate():
 
 
 def test_captioned_rows_depend_on_the_seed_and_their_number_alone(tmp_path):
-    table = pictures.captioned(30, 3, 0.5, workers=0)
-    longer = pictures.captioned(60, 3, 0.5, workers=2)
+    table = drawings.captioned(30, 3, 0.5, workers=0)
+    longer = drawings.captioned(60, 3, 0.5, workers=2)
     assert table.equals(longer.slice(0, 30))
-    assert table["image"] != pictures.captioned(30, 4, 0.5, workers=0)["image"]
-    pictures.write(table, tmp_path / "pictures.parquet")
-    assert pictures.read(tmp_path / "pictures.parquet").equals(table)
-    image, shown = pictures.draw(ANY, (3, 11))
-    assert np.array_equal(pictures.images(table)[11], image)
+    assert table["image"] != drawings.captioned(30, 4, 0.5, workers=0)["image"]
+    drawings.write(table, tmp_path / "pictures.parquet")
+    assert drawings.read(tmp_path / "pictures.parquet").equals(table)
+    image, shown = drawings.draw(ANY, (3, 11))
+    assert np.array_equal(drawings.images(table)[11], image)
     assert table["shown"][11].as_py() == prompts.text(shown)
-    assert all(pictures.WORDS.parse(text) for name in ("prompt", "shown") for text in table[name].to_pylist())
+    assert all(drawings.WORDS.parse(text) for name in ("prompt", "shown") for text in table[name].to_pylist())
 
 
 def test_split_prompts_parts_all_of_them():
-    training, held_out = pictures.split_prompts(0.2)
-    assert sorted(map(prompts.text, training + held_out)) == sorted(map(prompts.text, pictures.WORDS.all()))
+    training, held_out = drawings.split_prompts(0.2)
+    assert sorted(map(prompts.text, training + held_out)) == sorted(map(prompts.text, drawings.WORDS.all()))
     assert len(held_out) / len(training + held_out) == pytest.approx(0.2, abs=0.03)
     assert {prompts.kind(prompt) for prompt in training} == {prompts.kind(prompt) for prompt in held_out}
-    fewer = dataclasses.replace(pictures.WORDS, count=("one",))
-    assert set(pictures.split_prompts(0.2, fewer)[1]) <= set(held_out)
+    fewer = dataclasses.replace(drawings.WORDS, count=("one",))
+    assert set(drawings.split_prompts(0.2, fewer)[1]) <= set(held_out)
 
 
 # ---- Judge ----------------------------------------------------------------------------------------------------------
@@ -118,15 +118,15 @@ def fitted(tmp_path_factory, standard_promotion):
 
 def test_judge_learns_far_above_chance(fitted):
     folder, accuracy = fitted
-    table = pictures.captioned(100, 11, 0.0, WORDS, 16, workers=0)  # the pictures that fit measured with
-    images, shown = pictures.images(table), table["shown"].to_pylist()
+    table = drawings.captioned(100, 11, 0.0, WORDS, 16, workers=0)  # the pictures that fit measured with
+    images, shown = drawings.images(table), table["shown"].to_pylist()
     assert all(accuracy[name] > 0.8 for name in prompts.CATEGORIES), accuracy  # chance: 0.5
     assert judge.accuracy(judge.load(folder), images, shown) == accuracy
 
 
 def test_judge_says_nothing_of_what_is_not_asked_and_all_only_if_all_is_right(fitted):
     loaded = judge.load(fitted[0])
-    images = [pictures.draw(ANY, i, WORDS, 16)[0] for i in range(3)]
+    images = [drawings.draw(ANY, i, WORDS, 16)[0] for i in range(3)]
     seen = loaded.facts(images)
     other = WORDS.colour[1 - WORDS.colour.index(seen[1].colour)]
     asked = [seen[0], seen[1]._replace(colour=other, count=None), seen[2]._replace(background=None)]
@@ -143,18 +143,18 @@ def test_judge_says_nothing_of_what_is_not_asked_and_all_only_if_all_is_right(fi
 def test_judge_names_wrong_input(fitted, tmp_path):
     loaded = judge.load(fitted[0])
     image = np.zeros((1, 16, 16, 3), np.uint8)
-    with pytest.raises(ValueError, match="got the prompt 'a blue car', expected one of its lists"):
+    with pytest.raises(ValueError, match="got the prompt 'a blue car', expected one made of"):
         loaded(image, ["a blue car"])
     with pytest.raises(ValueError, match="got 1 images and 2 prompts"):
         loaded(image, ["a red car", "a red car"])
-    with pytest.raises(ValueError, match=r"is no folder that judge\.fit wrote"):
+    with pytest.raises(ValueError, match=r"expected a folder that judge\.fit wrote"):
         judge.load(tmp_path)
 
 
 # ---- Tokeniser, CLIP, VAE, folder -----------------------------------------------------------------------------------
 def test_tokenizer_makes_one_id_of_every_word_and_gives_the_text_back(tmp_path):
     size = foundation.write_tokenizer(tmp_path)
-    tokenizer, texts = Tokenizer(tmp_path), [prompts.text(prompt) for prompt in pictures.WORDS.all()]
+    tokenizer, texts = Tokenizer(tmp_path), [prompts.text(prompt) for prompt in drawings.WORDS.all()]
     assert [tokenizer.num_ids(text) for text in texts] == [len(text.split()) + 2 for text in texts]
     assert max(map(tokenizer.num_ids, texts)) <= foundation.TEXT_LENGTH
     ids = tokenizer(texts, foundation.TEXT_LENGTH)
@@ -165,8 +165,8 @@ def test_tokenizer_makes_one_id_of_every_word_and_gives_the_text_back(tmp_path):
 
 
 def test_foundation_folders_are_read_and_hold_what_was_trained(tmp_path, standard_promotion):
-    table = pictures.captioned(32, 0, size=16, workers=0)
-    images, texts = pictures.images(table), table["prompt"].to_pylist()
+    table = drawings.captioned(32, 0, size=16, workers=0)
+    images, texts = drawings.images(table), table["prompt"].to_pylist()
     foundation.fit_clip(tmp_path / "clip", images, texts, config=tiny_clip, steps=2, batch_size=8)
     clip = embed.Clip(tmp_path / "clip")
     assert clip.images(images[:2]).shape == clip.texts(texts[:2]).shape == (2, 8)

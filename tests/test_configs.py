@@ -1,5 +1,6 @@
 """Every config of RAHF builds, abstractly where it is large; the others' tests are beside what they train."""
 
+import dataclasses
 import pathlib
 
 import jax
@@ -7,6 +8,7 @@ import pytest
 
 from rahf import experiments, train
 from rahf import program as programs
+from rahf.models.rahf import RAHFConfig
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs"
 CONFIGS = sorted(path.stem for path in FOLDER.glob("rahf_*.py"))
@@ -27,3 +29,10 @@ def test_config_has_at_most_60_keys_besides_the_models(name):
     config = experiments.load(name)
     sections = [section for section in config if section != "model"]
     assert sum(len(config[key]) if hasattr(config[key], "keys") else 1 for key in sections) <= 60
+
+
+def test_base_config_names_every_option_of_the_model():
+    def keys(tree):
+        return {name: keys(value) if isinstance(value, dict) else None for name, value in tree.items()}
+
+    assert keys(experiments.load("rahf_base").model.to_dict()) == keys(dataclasses.asdict(RAHFConfig()))

@@ -133,7 +133,7 @@ def test_documented_commands_parse(tmp_path):
         "dpm++": ["rahf.diffusion.sample", "--model=DIR", "--output=DIR", "--sampler=dpm"],
         "--zone": ["launch.tpu_vm", "setup", "--name=rahf", "--project=PROJECT"],
         "lr": ["launch/xm_launch.py", "--config=configs/rahf_ci.py", "--workdir=run", "--executor=local", "--sweep=lr=1"],
-        "--mops": ["benchmarks/metrics.py", "--mops=1000"],
+        "'mops'": ["benchmarks/metrics.py", "--mops=1000"],
     }
     errors = errors_of(found + list(wrong.values()))
     failed = [f"{shlex.join(program)}\n  {error}" for program, error in zip(found, errors, strict=False) if error]

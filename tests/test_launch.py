@@ -507,7 +507,8 @@ def xmanager(cloud):
     if not found:
         pytest.skip("xmanager is not on PATH")
     shutil.copy(ROOT / "launch" / "xm_launch.py", cloud.checkout / "launch")
-    shutil.copytree(ROOT / "configs", cloud.checkout / "configs", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("configs", "rahf", "richhf_data"):
+        shutil.copytree(ROOT / name, cloud.checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
     cloud.git("add", ".")
     cloud.git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "-m", "configs")
     cloud.environment |= {"HOME": str(cloud.folder), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -550,8 +551,9 @@ def test_xmanager_vertex_packages_the_commit_and_asks_for_resources(cloud, xmana
     assert done.returncode == 0, done.stdout + done.stderr
     client, image, instructions, first, second = [json.loads(line) for line in done.stdout.splitlines() if line[0] in "[{"]
     assert client == ["p", "europe-west4", "b"]
-    assert image == {"tag": "i:1", "files": ["configs", "constraints.txt", "launch", "setup.py"], "module": "rahf.train"}
-    assert instructions[-1].endswith("-c constraints.txt '.[tpu]'")
+    files = ["configs", "constraints.txt", "launch", "rahf", "richhf_data", "setup.py"]
+    assert image == {"tag": "i:1", "files": files, "module": "rahf.train"}
+    assert instructions[-1].endswith("-c constraints.txt '.[data,tpu]'")
     for seed, job in enumerate((first, second)):
         flags = ["--config=configs/rahf_ci.py", f"--workdir=gs://b/run/seed={seed}", f"--config.seed={seed}"]
         assert job["job"] == flags
@@ -569,7 +571,7 @@ def test_xmanager_vertex_packages_the_commit_and_asks_for_resources(cloud, xmana
         ([*VERTEX, "--requirements=a100=1", "--workdir=r"], "expected gs://BUCKET/FOLDER"),
         (
             [*VERTEX, "--requirements=a100=1", "--sweep=optimizer.rate=1"],
-            "the config has no rate there; expected one of: b1",
+            "--config.optimizer.rate: the config has no such key",
         ),
         ([*VERTEX, "--requirements=a100=1", "--sweep=seed=1,1"], "with distinct values"),
         ([*VERTEX, "--requirements=a100=1", "--sweep=seed=1", "--config.seed=2"], "got seed in --config.seed as well"),

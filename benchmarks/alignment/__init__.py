@@ -1,1 +1,1 @@
-"""Paper B's method measured on one machine: pictures, raters, reward and diffusion in small. See `__main__.py`."""
+"""Paper B's method at a small scale, on one machine: pictures, raters, reward and diffusion. See `__main__.py`."""

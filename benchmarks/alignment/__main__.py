@@ -1,19 +1,19 @@
-"""Paper B's loop, measured in small: does a reward learnt from labels make a diffusion show more of what its prompts say?
+"""Measures paper B's loop at a small scale: does a reward learnt from labels improve a diffusion model's alignment?
 
     python -m benchmarks.alignment --workdir=DIR
 
-A judge, trained on flawless pictures of RichHF-Synth, stands for the raters: it labels pictures, and gives the verdict at
-the end. Nothing else of it is used. Each stage has its folder and is skipped when that is finished; a killed one goes on:
+A judge, trained on flawless pictures of RichHF-Synth, replaces the raters: it labels pictures, and it judges the results.
+Nothing else of it is used. Each stage has its folder; a finished stage is skipped, a killed one is resumed:
 
     pictures     with captions that are wrong at a known rate; flawless ones for FID
     judge        what a picture shows: count, colour, thing, background
     clip         trained on the wrongly captioned pictures: text encoder, the reward's features, CLIP score
-    start        the VAE, and an untrained UNet
-    base         the diffusion, trained on the wrongly captioned pictures
-    samples      its own pictures of training prompts, half of them labelled
+    start        the VAE and an untrained UNet
+    base         the diffusion model, trained on the wrongly captioned pictures
+    samples      the base's pictures of training prompts, half of them labelled
     reward       with the auxiliary loss (reward) and without (reward_plain)
-    tuned/*      the base, fine-tuned on its own pictures
-    verdicts     of held-out prompts: alignment by the judge, FID, reward, CLIP score, diversity
+    tuned/*      the base, fine-tuned on its own samples
+    verdicts     pictures of held-out prompts, measured by judge, FID, reward, CLIP score and diversity
     table.md, figure.png, results.json, report.html
 """
 
@@ -31,7 +31,7 @@ import pyarrow
 import tabulate
 from absl import flags
 
-from benchmarks.alignment import foundation, judge, pictures
+from benchmarks.alignment import drawings, foundation, judge
 from rahf import experiments, workdirs
 from rahf import reward as rahf_reward
 from rahf.diffusion import evaluate, folder, inputs, sample
@@ -42,12 +42,12 @@ from rahf.reward.feedback import Pictures
 from richhf_data import command, json_files, paths
 from richhf_data.errors import UserError
 
-AT_ONCE = 100  # pictures that are drawn at a time
-SHOWN = ("beta_1", "beta_03", "beta_0")  # of the fine-tuned, in the figure
-ACCURATE = 0.98  # what the judge must be
+AT_ONCE = 100  # pictures drawn in one batch
+SHOWN = ("beta_1", "beta_03", "beta_0")  # the fine-tuned models in the figure
+ACCURATE = 0.98  # the accuracy that the judge must reach
 BASE = "base"
 PREDICTORS = {"reward": "reward", "clip_score": "CLIP score"}
-TUNED = {  # name -> (what is told of it, the reward's folder, beta)
+TUNED = {  # name -> (label, the reward's folder, beta)
     "beta_1": ("reward-weighted, beta 1", "reward", 1.0),
     "beta_03": ("reward-weighted, beta 0.3", "reward", 0.3),
     "beta_0": ("reward-weighted, beta 0", "reward", 0.0),
@@ -57,31 +57,31 @@ TUNED = {  # name -> (what is told of it, the reward's folder, beta)
 
 
 def seed_of(config, number: int) -> int:
-    """A seed of its own for each thing that is random; all of them follow from `config.seed`."""
+    """The seed number `number`, derived from `config.seed`."""
     return 1000 * config.seed + number
 
 
 # ---- Stages ---------------------------------------------------------------------------------------------------------
 def make_pictures(config, place: pathlib.Path) -> None:
-    """train.parquet and clean.parquet."""
+    """Writes train.parquet and clean.parquet."""
     for name, number, rate in (("clean", 1, 0.0), ("train", 0, config.pictures.wrong_rate)):
         if not (place / f"{name}.parquet").is_file():
-            table = pictures.captioned(config.pictures[name], seed_of(config, number), rate)
-            pictures.write(table, place / f"{name}.parquet")
+            table = drawings.captioned(config.pictures[name], seed_of(config, number), rate)
+            drawings.write(table, place / f"{name}.parquet")
 
 
 def make_start(config, root: pathlib.Path) -> None:
-    """The CLIP, the VAE, and the diffusion that knows nothing yet."""
-    table = pictures.read(root / "pictures/train.parquet")
+    """Trains the CLIP and the VAE, and writes the untrained diffusion model."""
+    table = drawings.read(root / "pictures/train.parquet")
     if not (root / "clip/config.json").is_file():
-        foundation.fit_clip(root / "clip", pictures.images(table), table["prompt"].to_pylist(), seed=seed_of(config, 20))
+        foundation.fit_clip(root / "clip", drawings.images(table), table["prompt"].to_pylist(), seed=seed_of(config, 20))
     if not (root / "start" / folder.INDEX).is_file():
-        vae = foundation.fit_vae(pictures.images(table), seed=seed_of(config, 30))
+        vae = foundation.fit_vae(drawings.images(table), seed=seed_of(config, 30))
         foundation.start(root / "start", root / "clip", vae, seed=seed_of(config, 40))
 
 
 def fit_base(config, root: pathlib.Path) -> None:
-    """The diffusion, on the wrongly captioned pictures."""
+    """Trains the diffusion model on the wrongly captioned pictures."""
     settings = config.base.copy_and_resolve_references()
     settings.seed = seed_of(config, 0)
     settings.model.folder, settings.data.pretraining = str(root / "start"), str(root / "pictures/train.parquet")
@@ -89,8 +89,8 @@ def fit_base(config, root: pathlib.Path) -> None:
 
 
 def drawn(model_folder, texts: list[str], seed: int, sampling, place: pathlib.Path) -> np.ndarray:
-    """uint8[n, S, S, 3]: a picture of each prompt, kept in a file; goes on where a killed run left it."""
-    size = pictures.SIZE
+    """uint8[n, S, S, 3]: a picture of each prompt, kept in a file; resumes where a killed run ended."""
+    size = drawings.SIZE
 
     def parts(done):
         model = folder.read(model_folder)
@@ -107,22 +107,22 @@ def drawn(model_folder, texts: list[str], seed: int, sampling, place: pathlib.Pa
 
 
 def write_table(file: pathlib.Path, images, texts, **columns) -> None:
-    """A .parquet table of pictures."""
+    """Writes a .parquet table of pictures."""
 
     def png(image):
         encoded = io.BytesIO()
         PIL.Image.fromarray(image).save(encoded, "PNG")
         return encoded.getvalue()
 
-    pictures.write(pyarrow.table({"prompt": texts, "image": [png(image) for image in images], **columns}), file)
+    drawings.write(pyarrow.table({"prompt": texts, "image": [png(image) for image in images], **columns}), file)
 
 
 def make_samples(config, root: pathlib.Path, raters) -> None:
-    """The base's own pictures: feedback.parquet, those that are labelled, and own.parquet, all of them."""
+    """Draws pictures by the base: own.parquet has all of them, feedback.parquet the labelled ones."""
     place, settings = root / "samples", config.samples
     if (place / "own.parquet").is_file():
         return
-    training = [prompts.text(prompt) for prompt in pictures.split_prompts()[0]]
+    training = [prompts.text(prompt) for prompt in drawings.split_prompts()[0]]
     training = np.random.default_rng(seed_of(config, 60)).permutation(training).tolist()
     texts = list(itertools.islice(itertools.cycle(training), settings.labelled + settings.unlabelled))
     images = drawn(root / "base/model", texts, seed_of(config, 61), config.sampling, place / "own.npy")
@@ -132,11 +132,11 @@ def make_samples(config, root: pathlib.Path, raters) -> None:
 
 
 def fit_rewards(config, root: pathlib.Path) -> dict[str, list[dict]]:
-    """Both rewards; what their results.json have."""
+    """Trains both rewards; returns the contents of their results.json."""
     found = {}
     for name, weight in (("reward", config.reward.loss.classification_weight), ("reward_plain", 0.0)):
         settings = config.reward.copy_and_resolve_references()
-        settings.prompts = {name: tuple(getattr(pictures.WORDS, name)) for name in prompts.CATEGORIES}
+        settings.prompts = {name: tuple(getattr(drawings.WORDS, name)) for name in prompts.CATEGORIES}
         settings.loss.classification_weight, settings.seed = weight, seed_of(config, 70)
         feedback = root / "samples/feedback.parquet"
         found[name] = reward_train.train(settings, feedback, root / "clip", root / name, root / "clip/cache")
@@ -144,7 +144,7 @@ def fit_rewards(config, root: pathlib.Path) -> dict[str, list[dict]]:
 
 
 def tune(config, root: pathlib.Path, name: str) -> None:
-    """The base, fine-tuned as `TUNED` says. As many of its own pictures a step with pre-training pairs as without."""
+    """Fine-tunes the base as `TUNED` says. All runs have the same number of own pictures per step."""
     _, reward, beta = TUNED[name]
     settings = config.tuning.copy_and_resolve_references()
     settings.model.folder, settings.data.images = str(root / "base/model"), str(root / "samples/own.parquet")
@@ -160,9 +160,9 @@ def tune(config, root: pathlib.Path, name: str) -> None:
 
 # ---- Verdicts -------------------------------------------------------------------------------------------------------
 def judged(config, root: pathlib.Path, raters) -> list[evaluate.Evaluated]:
-    """All generators on held-out prompts, from the same noise; writes results.json and report.html."""
+    """Compares all generators on held-out prompts, from the same noise; writes results.json and report.html."""
     place, strong = root / "verdicts", config.sampling.to_dict() | {"guidance_scale": config.eval.strong_guidance}
-    held_out = [prompts.text(prompt) for prompt in pictures.split_prompts()[1]]
+    held_out = [prompts.text(prompt) for prompt in drawings.split_prompts()[1]]
     chosen = np.random.default_rng(seed_of(config, 90)).permutation(held_out)[: config.eval.prompts].tolist()
     texts = [text for text in chosen for _ in range(config.eval.images)]
     reward, count = rahf_reward.load(root / "reward"), config.eval.candidates
@@ -175,20 +175,20 @@ def judged(config, root: pathlib.Path, raters) -> list[evaluate.Evaluated]:
     kept, _ = predict.keep_best(reward, candidates, texts)
     sets = {BASE: candidates[:, 0]}
     sets[f"base, best of {count} by the reward"] = candidates[np.arange(len(texts)), kept]
-    for name, (told, *_) in TUNED.items():
-        sets[told] = draw(f"tuned/{name}", name)
+    for name, (label, *_) in TUNED.items():
+        sets[label] = draw(f"tuned/{name}", name)
     guidance = f"guidance {config.eval.strong_guidance:g}"
     sets[f"base, {guidance}"] = draw("base", "base_strong", sampling=strong)
     sets[f"{TUNED['beta_1'][0]}, {guidance}"] = draw("tuned/beta_1", "beta_1_strong", sampling=strong)
     start = folder.read(root / "start")
-    flawless = [pictures.draw(pictures.WORDS.parse(text), (seed_of(config, 92), i))[0] for i, text in enumerate(texts)]
+    flawless = [drawings.draw(drawings.WORDS.parse(text), (seed_of(config, 92), i))[0] for i, text in enumerate(texts)]
     through = foundation.reconstruct(start.config.vae, start.params["vae"], np.stack(flawless))
     sets["flawless pictures, through the VAE"] = through
     tables = {}
-    for number, (told, images) in enumerate(sets.items()):
+    for number, (label, images) in enumerate(sets.items()):
         file = place / f"{number}.parquet"
         write_table(file, images, texts)
-        tables[told] = Pictures(file)
+        tables[label] = Pictures(file)
     return evaluate.compare(
         tables,
         root,
@@ -197,14 +197,14 @@ def judged(config, root: pathlib.Path, raters) -> list[evaluate.Evaluated]:
         reward=reward,
         clip=embed.Clip(root / "clip"),
         judge=raters,
-        words=pictures.WORDS,
+        words=drawings.WORDS,
     )
 
 
 def predictors(found: list[evaluate.Evaluated]) -> list[dict[str, float]]:
-    """How well reward and CLIP score tell the base's right pictures of held-out prompts from its wrong ones: AUC."""
+    """AUC of reward and CLIP score as predictors of which of the base's pictures the judge finds right."""
     (base,) = (one for one in found if one.name == BASE)
-    right, kinds = base.values["alignment/all"], np.array(evaluate.kinds_of(base.prompts, pictures.WORDS))
+    right, kinds = base.values["alignment/all"], np.array(evaluate.kinds_of(base.prompts, drawings.WORDS))
     return [
         {"held-out prompts": kind, "pictures": int(rows.sum())}
         | {label: metrics.auc(base.values[name][rows], right[rows]) for name, label in PREDICTORS.items()}
@@ -228,15 +228,15 @@ def table(found: list[evaluate.Evaluated], rewards) -> str:
     names = {"reward": "with the auxiliary loss", "reward_plain": "without"}
     lines = [
         {"reward": names[name], "training labels": entry["train"]}
-        | {f"{metric}, {told}": f"{entry[who][metric]:.3f}" for metric in ("auc", "accuracy", "f1")
-           for who, told in PREDICTORS.items()}
+        | {f"{metric}, {label}": f"{entry[who][metric]:.3f}" for metric in ("auc", "accuracy", "f1")
+           for who, label in PREDICTORS.items()}
         for name, entries in rewards.items() for entry in entries
     ]  # fmt: skip
     return "\n\n".join((verdicts, on_held_out, markdown(lines))) + "\n"
 
 
 def figure(found: list[evaluate.Evaluated], root: pathlib.Path, columns: int = 12) -> bytes:
-    """A PNG: the first picture of the first prompts by the base and the fine-tuned, framed as the judge finds them."""
+    """A PNG: one picture for each of the first prompts, by the base and the fine-tuned; frames show the judge's verdict."""
     from matplotlib.figure import Figure
 
     names = [BASE, *(TUNED[name][0] for name in SHOWN)]
@@ -246,7 +246,7 @@ def figure(found: list[evaluate.Evaluated], root: pathlib.Path, columns: int = 1
     for number, one in enumerate(found):
         if one.name not in names:
             continue
-        images = pictures.images(pictures.read(root / f"verdicts/{number}.parquet"))
+        images = drawings.images(drawings.read(root / f"verdicts/{number}.parquet"))
         for column, axes in enumerate(grid[names.index(one.name)]):
             row = column * step
             axes.imshow(images[row], interpolation="nearest")
@@ -263,7 +263,7 @@ def figure(found: list[evaluate.Evaluated], root: pathlib.Path, columns: int = 1
 
 
 def run(config, workdir) -> None:
-    """All stages; each tells how long it took."""
+    """Runs all stages and records the seconds of each."""
     root = pathlib.Path(workdir).absolute()
     workdirs.open_workdir(root, config)
     seconds_file = root / "seconds.json"
@@ -294,13 +294,13 @@ def run(config, workdir) -> None:
         jax.clear_caches()
     found = stage("verdicts", judged, config, root, raters)
 
-    told = table(found, rewards)
+    text = table(found, rewards)
     total = ", ".join(f"{name} {value / 60:.1f}" for name, value in seconds.items())
-    told += "\nThe judge on held-out flawless pictures: " + ", ".join(f"{name} {v:.3f}" for name, v in accuracies.items())
-    told += f"\nMinutes: {total}; {sum(seconds.values()) / 60:.0f} in all\n"
-    paths.replace(root / "table.md", told.encode())
+    text += "\nThe judge on held-out flawless pictures: " + ", ".join(f"{name} {v:.3f}" for name, v in accuracies.items())
+    text += f"\nMinutes: {total}; {sum(seconds.values()) / 60:.0f} in all\n"
+    paths.replace(root / "table.md", text.encode())
     paths.replace(root / "figure.png", figure(found, root))
-    print(f"\n{told}\n{root}: table.md, figure.png, results.json, report.html")
+    print(f"\n{text}\n{root}: table.md, figure.png, results.json, report.html")
 
 
 def main():
@@ -309,6 +309,6 @@ def main():
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "For everything; a killed run goes on from it.")
+    flags.DEFINE_string("workdir", None, "The folder of all stages; a killed run resumes from it.")
     flags.mark_flag_as_required("workdir")
     command.run(main, experiments.reader(default=str(pathlib.Path(__file__).parent / "config.py")))

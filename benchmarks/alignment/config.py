@@ -1,26 +1,26 @@
-"""The measured loop: what `python -m benchmarks.alignment` runs unless told otherwise."""
+"""The default config of `python -m benchmarks.alignment`."""
 
 import ml_collections
 
-from benchmarks.alignment import pictures
+from benchmarks.alignment import drawings
 from rahf import experiments
 
 
 def get_config():
-    """All that can be told: --config.pictures.train=1000, --config.base.num_steps=100, ..."""
+    """All options: --config.pictures.train=1000, --config.base.num_steps=100, ..."""
     config = ml_collections.ConfigDict()
     config.seed = 0
-    config.pictures = dict(train=24_000, clean=2_000, wrong_rate=pictures.WRONG_RATE)
+    config.pictures = dict(train=24_000, clean=2_000, wrong_rate=drawings.WRONG_RATE)
     config.sampling = dict(steps=12, sampler="dpm++", guidance_scale=2.0)
-    config.samples = dict(  # the base's own, of training prompts
-        labelled=4_000,  # seen by the judge, who labels them
+    config.samples = dict(  # pictures of training prompts, by the base
+        labelled=4_000,  # by the judge
         unlabelled=4_000,
     )
     config.eval = dict(  # on held-out prompts
         prompts=400,
-        images=2,  # of each
-        candidates=4,  # of rejection sampling
-        strong_guidance=4.0,  # beside sampling.guidance_scale
+        images=2,  # per prompt
+        candidates=4,  # per picture, in rejection sampling
+        strong_guidance=4.0,  # a second scale, besides sampling.guidance_scale
     )
 
     reward = experiments.load("reward_clip")
@@ -44,4 +44,3 @@ def get_config():
     tuning.optimizer.update(learning_rate=5e-4, final_learning_rate=0.0, ema_decay=0.98)
     config.tuning = tuning
     return config
-

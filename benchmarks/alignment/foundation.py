@@ -1,6 +1,6 @@
-"""What the diffusion starts from, trained on the pictures: a tokeniser, a CLIP, a VAE; and the folder that holds them.
+"""The parts that the diffusion model starts from, trained on the pictures: tokeniser, CLIP and VAE, and their folder.
 
-The CLIP learns from the captions as they are, wrong ones too. Its text tower is the diffusion's text encoder.
+The CLIP is trained on all captions, including wrong ones. Its text tower is the diffusion model's text encoder.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import tokenizers
 
-from benchmarks.alignment import pictures
+from benchmarks.alignment import drawings
 from benchmarks.alignment.optimise import optimise
 from rahf import pretrained
 from rahf.diffusion import folder as diffusers
@@ -33,13 +33,13 @@ MAX_SCALE = float(np.log(100))  # of CLIP's temperature, as in its paper
 
 
 # ---- Tokeniser ------------------------------------------------------------------------------------------------------
-def write_tokenizer(folder, words: prompts.Words = pictures.WORDS) -> int:
-    """vocab.json and merges.txt by which CLIP's tokeniser makes one id of every word of the prompts.
+def write_tokenizer(folder, words: prompts.Words = drawings.WORDS) -> int:
+    """Writes a vocab.json and merges.txt with which CLIP's tokeniser encodes each word of the prompts as one id.
 
-    Any other text is made of bytes, as with CLIP's own.
+    Other text is encoded by bytes, as by CLIP's own vocabulary.
 
     Returns:
-      The size of the vocabulary; its last two ids are those of start and end.
+      The size of the vocabulary; its last two ids are start and end.
     """
     texts = [prompts.text(prompt) for prompt in words.all()]
     model = tokenizers.Tokenizer(tokenizers.models.BPE(end_of_word_suffix="</w>"))
@@ -57,8 +57,8 @@ def write_tokenizer(folder, words: prompts.Words = pictures.WORDS) -> int:
 
 
 # ---- CLIP -----------------------------------------------------------------------------------------------------------
-def clip_config(vocab_size: int, size: int = pictures.SIZE) -> CLIPConfig:
-    """The CLIP of these pictures."""
+def clip_config(vocab_size: int, size: int = drawings.SIZE) -> CLIPConfig:
+    """The sizes of the CLIP."""
     sizes = dict(width=128, num_heads=4, mlp_dim=512)
     vision = CLIPVisionConfig(image_size=size, patch_size=4, depth=3, **sizes)
     text = CLIPTextConfig(vocab_size=vocab_size, depth=2, length=TEXT_LENGTH, eos_id=vocab_size - 1, **sizes)
@@ -75,16 +75,16 @@ def fit_clip(
     batch_size: int = 128,
     learning_rate: float = 3e-3,
     seed: int = 20,
-    words: prompts.Words = pictures.WORDS,
+    words: prompts.Words = drawings.WORDS,
 ) -> None:
-    """Trains a CLIP on pictures and their captions, contrastively, and writes the folder that `embed.Clip` reads.
+    """Trains a CLIP contrastively on pictures and captions, and writes the folder that `embed.Clip` reads.
 
     Args:
-      images: uint8[n, S, S, 3]. texts: as many captions.
+      images: uint8[n, S, S, 3]. texts: n captions.
       config: `(vocab_size, S) -> CLIPConfig`.
     """
     folder = pathlib.Path(folder)
-    (folder / "config.json").unlink(missing_ok=True)  # it says that the folder is finished
+    (folder / "config.json").unlink(missing_ok=True)  # its presence marks a finished folder
     config = config(write_tokenizer(folder, words), images.shape[1])
     module, ids = CLIP(config), Tokenizer(folder)(texts, config.text.length)
     params = nn.unbox(jax.jit(module.init)(jax.random.key(seed), images[:1], ids[:1]))["params"]
@@ -122,10 +122,10 @@ def fit_vae(
 
     Args:
       images: uint8[n, S, S, 3].
-      kl_weight: of the divergence per latent number, beside an error per pixel and channel.
+      kl_weight: weight of the KL divergence per latent value; the reconstruction error is per pixel and channel.
 
     Returns:
-      `config` with the `scaling_factor` that makes the latents' deviation 1, and the parameters.
+      `config` with the `scaling_factor` that gives the latents a standard deviation of 1, and the parameters.
     """
     module = VAE(config)
     params = nn.unbox(jax.jit(module.init)(jax.random.key(seed), images[:1]))["params"]
@@ -147,14 +147,14 @@ def fit_vae(
 
 
 def reconstruct(config: VAEConfig, params, images: np.ndarray, batch_size: int = 100) -> np.ndarray:
-    """uint8[n, S, S, 3] -> as they come out of the VAE: encoded to the mean of their latents, and decoded."""
+    """uint8[n, S, S, 3] -> uint8[n, S, S, 3], encoded by the VAE to the mean of their latents and decoded."""
     through = jax.jit(lambda params, image: VAE(config).apply({"params": params}, image)[0])
     parts = [np.asarray(through(params, images[i : i + batch_size])) for i in range(0, len(images), batch_size)]
     return np.round(np.clip(np.concatenate(parts) * 0.5 + 0.5, 0, 1) * 255).astype(np.uint8)
 
 
 # ---- The folder -----------------------------------------------------------------------------------------------------
-def unet_config(vae: VAEConfig, clip: CLIPConfig, size: int = pictures.SIZE) -> UNetConfig:
+def unet_config(vae: VAEConfig, clip: CLIPConfig, size: int = drawings.SIZE) -> UNetConfig:
     """A UNet for these latents, with attention at every resolution."""
     return UNetConfig(
         sample_size=size // vae.factor,
@@ -171,21 +171,21 @@ def unet_config(vae: VAEConfig, clip: CLIPConfig, size: int = pictures.SIZE) -> 
 
 
 def start(folder, clip_folder, vae: tuple[VAEConfig, dict], *, unet=unet_config, seed: int = 40) -> None:
-    """Writes the diffusers folder of a diffusion that knows nothing yet.
+    """Writes the diffusers folder of an untrained diffusion model.
 
     Args:
-      clip_folder: of `fit_clip`; its text tower becomes the text encoder, its vocabulary the tokeniser's.
-      vae: what `fit_vae` returns.
-      unet: `(VAEConfig, CLIPConfig, S) -> UNetConfig`, of an untrained UNet.
+      clip_folder: folder that `fit_clip` wrote; gives the text encoder and the tokeniser.
+      vae: result of `fit_vae`.
+      unet: `(VAEConfig, CLIPConfig, S) -> UNetConfig`.
 
     Raises:
-      UserError: the folder holds a finished pipeline already.
+      UserError: the folder has a finished pipeline already.
     """
     clip, (vae_config, vae_params) = embed.Clip(clip_folder), vae
     size = clip.config.vision.image_size
     config = diffusers.Config(unet(vae_config, clip.config, size), vae_config, clip.config, Schedule())
     params = {"unet": nn.unbox(jax.jit(lambda key: diffusers.init(config, key)["unet"])(jax.random.key(seed)))}
-    held = dict(pretrained.weights.read_all(pretrained.read(clip_folder, "clip").tensors))
-    text = {name: array for name, array in held.items() if name.startswith(("text/", "token_embedding"))}
+    arrays = dict(pretrained.weights.read_all(pretrained.read(clip_folder, "clip").tensors))
+    text = {name: array for name, array in arrays.items() if name.startswith(("text/", "token_embedding"))}
     params |= {"vae": vae_params, "text_encoder": flax.traverse_util.unflatten_dict(text, sep="/")}
     diffusers.write(diffusers.StableDiffusion(config, params, pathlib.Path(clip_folder)), folder)

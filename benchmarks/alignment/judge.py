@@ -1,7 +1,7 @@
-"""The judge: a small convolutional network that reads count, colour, thing and background off a picture.
+"""The judge: a small convolutional network that recognises count, colour, thing and background of a picture.
 
-It stands for the raters. It learns from clean renders alone, blurred, shifted and tinted a little, so that it reads what a
-diffusion draws as well.
+It replaces the raters. It is trained on clean renders, slightly blurred, shifted and tinted, so that it also recognises the
+pictures of a diffusion model.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.alignment import pictures
+from benchmarks.alignment import drawings
 from benchmarks.alignment.optimise import optimise
 from rahf import checkpoints, weights
 from rahf.diffusion.unet import Conv, GroupNorm, ResnetBlock
@@ -33,7 +33,7 @@ WIDTHS = (48, 96, 128)
 class Network(nn.Module):
     """Pictures -> features, and for each category the logits of its words.
 
-    classes: (category, how many words) pairs.
+    classes: (category, number of words) pairs.
     """
 
     classes: tuple[tuple[str, int], ...]
@@ -56,7 +56,7 @@ class Network(nn.Module):
 
 
 def disturb(image: Array, key: Array) -> Array:
-    """uint8[B, S, S, 3] -> float32 in about [-1, 1]: mirrored, shifted, blurred, tinted and grained, each a little."""
+    """uint8[B, S, S, 3] -> float32 in about [-1, 1]: randomly mirrored, slightly shifted, blurred, tinted and noisy."""
     keys, batch, size = jax.random.split(key, 6), image.shape[0], image.shape[1]
     x = normalize_image(image)
     x = jnp.where(jax.random.bernoulli(keys[0], shape=(batch, 1, 1, 1)), x[:, :, ::-1], x)
@@ -85,10 +85,10 @@ def _network(words: prompts.Words, widths: Sequence[int]) -> Network:
 
 
 class Judge:
-    """`judge(images, prompts)`: whether each category that the prompt names is drawn as it says.
+    """`judge(images, prompts)`: whether each category that a prompt names is drawn correctly.
 
     Attributes:
-      words: prompts.Words, the lists that it can tell apart. size: pixels of the pictures that it reads.
+      words: prompts.Words, the words that it distinguishes. size: pixels of its input, both sides.
     """
 
     def __init__(self, words: prompts.Words, size: int, network: Network, params):
@@ -107,11 +107,11 @@ class Judge:
         return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
 
     def features(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """uint8[B, H, W, 3], or B of them of any sizes -> float32[B, D], what the heads read: for FID."""
+        """uint8[B, H, W, 3], or B of them of any sizes -> float32[B, D], the features before the output layers: for FID."""
         return self._read(images)[0]
 
     def facts(self, images: Sequence[np.ndarray]) -> list[prompts.Prompt]:
-        """What is seen on each picture, most probably."""
+        """The most probable prompt of each picture."""
         logits = self._read(images)[1]
         best = {name: logits[name].argmax(axis=1) for name in prompts.CATEGORIES}
         return [
@@ -120,16 +120,16 @@ class Judge:
         ]
 
     def __call__(self, images: Sequence[np.ndarray], texts: Sequence[str]) -> dict[str, np.ndarray]:
-        """B pictures and prompts -> {category, "all": float32[B]}: 1 right, 0 wrong, nan where the prompt says nothing.
+        """B pictures and prompts -> {category, "all": float32[B]}: 1 right, 0 wrong, nan where the prompt leaves it open.
 
         Raises:
-          UserError: not as many pictures as prompts, or a prompt that the lists do not make.
+          UserError: different numbers of pictures and prompts, or a prompt that the lists cannot make.
         """
         if len(images) != len(texts):
-            raise UserError(f"judge: got {len(images)} images and {len(texts)} prompts, expected as many")
+            raise UserError(f"judge: got {len(images)} images and {len(texts)} prompts, expected equal numbers")
         asked = [self.words.parse(text) for text in texts]
         if foreign := [text for text, prompt in zip(texts, asked, strict=True) if prompt is None]:
-            raise UserError(f"judge: got the prompt {foreign[0]!r}, expected one of its lists: {self.words}")
+            raise UserError(f"judge: got the prompt {foreign[0]!r}, expected one made of {self.words}")
         facts, verdict = self.facts(images), {}
         for name in prompts.CATEGORIES:
             pairs = [(getattr(prompt, name), getattr(seen, name)) for prompt, seen in zip(asked, facts, strict=True)]
@@ -138,7 +138,7 @@ class Judge:
 
 
 def accuracy(judge: Judge, images: Sequence[np.ndarray], shown: Sequence[str]) -> dict[str, float]:
-    """The share of pictures of which the judge reads each category, and all of them, as `shown` says."""
+    """{category, "all": share of pictures that the judge recognises as `shown` says}."""
     return {name: float(verdict.mean()) for name, verdict in judge(images, shown).items()}
 
 
@@ -149,25 +149,25 @@ def fit(
     steps: int = 800,
     learning_rate: float = 5e-3,
     seed: int = 10,
-    words: prompts.Words = pictures.WORDS,
-    size: int = pictures.SIZE,
+    words: prompts.Words = drawings.WORDS,
+    size: int = drawings.SIZE,
     widths: Sequence[int] = WIDTHS,
     held_out: int = 2_000,
     workers: int | None = None,
 ) -> dict[str, float]:
-    """Draws clean pictures, trains a judge on them, writes it to a folder.
+    """Draws clean pictures, trains a judge on them, and writes it to a folder.
 
     Args:
-      number, held_out: pictures to learn from, and to measure with.
-      seed: of the pictures, which are others than those of another seed, and of the training.
+      number, held_out: pictures to train on, and to measure with.
+      seed: of the pictures and of the training.
 
     Returns:
-      Its accuracy by category on the held-out pictures, which config.json, written last, has as well.
+      Its accuracy by category on the held-out pictures, also in config.json, which is written last.
     """
     folder = pathlib.Path(folder)
     (folder / "config.json").unlink(missing_ok=True)  # it says that the folder is finished
-    table = pictures.captioned(number, seed, 0.0, words, size, workers)
-    arrays = {"image": pictures.images(table)} | _labels([words.parse(text) for text in table["shown"].to_pylist()], words)
+    table = drawings.captioned(number, seed, 0.0, words, size, workers)
+    arrays = {"image": drawings.images(table)} | _labels([words.parse(text) for text in table["shown"].to_pylist()], words)
     network = _network(words, widths)
     params = nn.unbox(jax.jit(network.init)(jax.random.key(seed), arrays["image"][:1]))["params"]
 
@@ -178,8 +178,8 @@ def fit(
 
     options = dict(steps=steps, batch_size=min(BATCH, number), learning_rate=learning_rate, seed=seed, name="judge")
     params = optimise(loss, params, arrays, **options)
-    table = pictures.captioned(held_out, seed + 1, 0.0, words, size, workers)
-    found = accuracy(Judge(words, size, network, params), pictures.images(table), table["shown"].to_pylist())
+    table = drawings.captioned(held_out, seed + 1, 0.0, words, size, workers)
+    found = accuracy(Judge(words, size, network, params), drawings.images(table), table["shown"].to_pylist())
     predict.write_params(params, folder / "weights.safetensors")
     config = {"kind": "judge", "size": size, "widths": list(widths), "words": dataclasses.asdict(words)}
     json_files.write(folder / "config.json", config | {"accuracy": found})
@@ -187,15 +187,15 @@ def fit(
 
 
 def load(folder) -> Judge:
-    """The judge of a folder that `fit` wrote.
+    """Reads a judge from a folder that `fit` wrote.
 
     Raises:
-      UserError: no such folder, or tensors of other shapes.
+      UserError: no such folder, or tensors of unexpected shapes.
     """
     folder = pathlib.Path(folder)
     config = json_files.read(folder / "config.json") if (folder / "config.json").is_file() else {}
     if config.get("kind") != "judge":
-        raise UserError(f"judge: {folder} is no folder that judge.fit wrote")
+        raise UserError(f"judge: got {folder}, expected a folder that judge.fit wrote")
     words, size = prompts.words_of(config["words"]), config["size"]
     network = _network(words, config["widths"])
     wanted = jax.eval_shape(network.init, jax.random.key(0), np.zeros((1, size, size, 3), np.uint8))

@@ -1,4 +1,4 @@
-"""The one training loop of the judge, the CLIP and the VAE."""
+"""The training loop of the judge, the CLIP and the VAE."""
 
 from collections.abc import Callable, Mapping
 
@@ -22,11 +22,11 @@ def optimise(
     seed: int,
     name: str,
 ):
-    """Muon with a warm-up and a cosine to 0, over shuffled rows; everything follows from the arguments.
+    """Trains by Muon with a warm-up and a cosine to 0, over shuffled rows. Deterministic.
 
     Args:
-      loss: `(params, {name: rows of its array}, key) -> (float32[], {name: float32[]})`; the second is shown in the bar.
-      params: plain arrays. arrays: as many rows each.
+      loss: `(params, {name: rows of its array}, key) -> (float32[], {name: float32[]})`; the progress bar shows the second.
+      params: unboxed arrays. arrays: all with the same number of rows.
       name: of the progress bar.
 
     Returns:

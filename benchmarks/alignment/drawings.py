@@ -1,7 +1,7 @@
-"""Pictures of RichHF-Synth that show exactly what a prompt says, and captions that are wrong at a known rate.
+"""Pictures of RichHF-Synth that show exactly what a prompt says, with captions that are wrong at a known rate.
 
-A table of pictures is a .parquet file with the columns prompt, image (a PNG) and shown: the prompt that says all that there
-is to see, always right.
+A table of pictures is a .parquet file with the columns prompt, image (a PNG) and shown: the prompt that describes
+the picture completely and correctly.
 """
 
 import concurrent.futures
@@ -24,15 +24,15 @@ from richhf_data import paths
 from richhf_data.synthetic import errors, grammar, layout, render, stream
 
 SIZE = 32  # pixels, both sides
-OVERSAMPLING = 2  # drawn so much larger, then averaged
-WRONG_RATE = 0.15  # of each category that a caption names
-WORDS = prompts.Words(  # those of RichHF-Synth that can be told apart at 32 pixels
+OVERSAMPLING = 2  # factor of the size at which a picture is rendered, before it is averaged
+WRONG_RATE = 0.15  # of each category that a caption names, the share that is wrong
+WORDS = prompts.Words(  # words of RichHF-Synth whose pictures differ clearly at 32 pixels
     count=grammar.NUMBERS[:4],
     colour=("red", "yellow", "green", "blue", "purple", "pink", "white"),
     thing=("cat", "fish/fish", "butterfly/butterflies", "mushroom", "house", "car", "rocket", "cup"),
     background=("in the forest", "in the city", "in the desert", "in the snow", "on the moon", "in the sea"),
 )
-KINDS = tuple(  # which categories a caption speaks of
+KINDS = tuple(  # the categories that a caption may name
     tuple(name for i, name in enumerate(("count", "colour", "background")) if bits >> i & 1) + ("thing",)
     for bits in range(1, 8)
 )
@@ -41,13 +41,13 @@ _FLAWLESS = errors.Style(0.0, 0.0, 0.0, 0.0)
 
 
 def draw(prompt: prompts.Prompt, seed, words: prompts.Words = WORDS, size: int = SIZE) -> tuple[np.ndarray, prompts.Prompt]:
-    """A flawless picture of what the prompt says, the rest of it at random from the lists; pure in its arguments.
+    """A flawless picture of the prompt; what the prompt leaves open is drawn from the lists. A pure function.
 
     Args:
       prompt: of words that RichHF-Synth knows. seed: a number, or a tuple of numbers.
 
     Returns:
-      uint8[size, size, 3], and the prompt that says all that is to be seen.
+      uint8[size, size, 3], and the prompt that describes it completely.
     """
     rng = np.random.default_rng(seed)
     drawn = {name: grammar.pick(rng, getattr(words, name)) for name in prompts.CATEGORIES}
@@ -69,13 +69,13 @@ def draw(prompt: prompts.Prompt, seed, words: prompts.Words = WORDS, size: int =
 
 
 def caption(shown: prompts.Prompt, kind: tuple[str, ...], wrong_rate: float, seed, words: prompts.Words = WORDS):
-    """The prompt that speaks of the categories of `kind` alone, each replaced by another word at `wrong_rate`."""
-    rng, said = np.random.default_rng(seed), {}
+    """A prompt that names the categories of `kind` only; each word is replaced by a wrong one at `wrong_rate`."""
+    rng, chosen = np.random.default_rng(seed), {}
     for name in prompts.CATEGORIES:
         others = [word for word in getattr(words, name) if word != getattr(shown, name)]
         wrong, other = rng.random() < wrong_rate, grammar.pick(rng, others)
-        said[name] = (other if wrong else getattr(shown, name)) if name in kind else None
-    return prompts.Prompt(**said)
+        chosen[name] = (other if wrong else getattr(shown, name)) if name in kind else None
+    return prompts.Prompt(**chosen)
 
 
 def captioned(
@@ -86,15 +86,16 @@ def captioned(
     size: int = SIZE,
     workers: int | None = None,
 ) -> pyarrow.Table:
-    """So many pictures of all that the lists make, with captions of which each category is wrong at `wrong_rate`.
+    """`number` random pictures, with captions in which each category is wrong at `wrong_rate`.
 
-    A caption names the thing and some of the rest, each kind of caption as often. Row i follows from the arguments and i.
+    A caption names the thing and some other categories; each combination is equally frequent. Row i depends on the
+    arguments other than `number`, and on i.
 
     Args:
-      workers: processes; None = one a core, 0 = this one.
+      workers: processes; None = one per core, 0 = none but this one.
 
     Returns:
-      The table that the head of this file describes.
+      A table of pictures, as the module describes it.
     """
     make = functools.partial(_row, seed=seed, wrong_rate=wrong_rate, words=words, size=size)
     bar = functools.partial(tqdm, desc="pictures", unit="picture", total=number, dynamic_ncols=True)
@@ -113,14 +114,14 @@ def _start():
 
 def _row(i, *, seed, wrong_rate, words, size):
     image, shown = draw(prompts.Prompt(None, None, None, None), (seed, i), words, size)
-    said = caption(shown, KINDS[i % len(KINDS)], wrong_rate, (seed, i, 1), words)
+    given = caption(shown, KINDS[i % len(KINDS)], wrong_rate, (seed, i, 1), words)
     file = io.BytesIO()
     PIL.Image.fromarray(image).save(file, "PNG")
-    return {"prompt": prompts.text(said), "image": file.getvalue(), "shown": prompts.text(shown)}
+    return {"prompt": prompts.text(given), "image": file.getvalue(), "shown": prompts.text(shown)}
 
 
 def write(table: pyarrow.Table, file) -> None:
-    """The table as .parquet, whole or not at all."""
+    """Writes the table as .parquet; the file appears only when it is complete."""
     encoded = io.BytesIO()
     pyarrow.parquet.write_table(table, encoded)
     paths.replace(file, encoded.getvalue())
@@ -137,7 +138,7 @@ def images(table: pyarrow.Table) -> np.ndarray:
 
 
 def split_prompts(held_out: float = 0.2, words: prompts.Words = WORDS) -> tuple[list[prompts.Prompt], list[prompts.Prompt]]:
-    """All prompts of the lists as (training, held out): a hash of the text decides, whatever the lists."""
+    """All prompts of the lists as (training, held out), split by a hash of the text."""
     parts = [], []
     for prompt in words.all():
         parts[zlib.crc32(prompts.text(prompt).encode()) < held_out * 2**32].append(prompt)
