@@ -131,15 +131,16 @@ def identity(config) -> dict:
       UserError: there is no dataset.
     """
     if config.data.source != "seqio" and not config.data.data_dir:
-        return {"datasets": []}
+        return {"datasets": {}}
     from richhf_data import builder, tasks
 
-    found = []
+    found = {}
     for folder in (_mixture(config) if config.data.source == "seqio" else {}) or [evaluation_dir(config)]:
         records = tasks.report(folder)["records"]  # digests of the record files or tables that it was built from
         info = json.loads((builder.dataset_dir(folder) / "dataset_info.json").read_text())
         splits = {split["name"]: _digest(split) for split in info["splits"]}
-        found.append({"name": info["name"], "version": info["version"], "splits": splits, "records": _digest(records)})
+        about = {"name": info["name"], "version": info["version"], "splits": splits, "records": _digest(records)}
+        found[str(len(found))] = about
     return {"datasets": found}
 
 

@@ -13,9 +13,9 @@ import optax
 import pytest
 from flax import linen as nn
 
-from rahf import checkpoints, experiments, loop, partitioning, sources, train, workdirs
+from rahf import checkpoints, experiments, loop, partitioning, sources, train
 from rahf import program as programs
-from richhf_data import json_files, schema
+from richhf_data import schema
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 ROOT = pathlib.Path(__file__).parent.parent
@@ -212,24 +212,6 @@ def test_unknown_config_key_names_the_nearest(tmp_path):
     assert result.returncode == 2
     assert "--config.optimizer.learning_rat: the config has no such key; did you mean 'learning_rate'?" in result.stderr
     assert "Traceback" not in result.stderr
-
-
-def test_another_config_in_the_workdir_is_refused_key_by_key(tmp_path):
-    config = ci_config()
-    workdirs.open_workdir(tmp_path, config)
-    workdirs.open_workdir(tmp_path, config)
-    config.optimizer.learning_rate = 0.5
-    with pytest.raises(ValueError, match=r"optimizer.learning_rate: the workdir has 0.002, this run 0.5"):
-        workdirs.open_workdir(tmp_path, config)
-
-
-def test_a_run_begun_with_an_older_config_goes_on(tmp_path):
-    config = ci_config()
-    begun = config.to_dict()
-    del begun["model"]["heatmap_head"]["strips"]
-    begun["mesh"]["rules"] = begun["mesh"].pop("sharding")
-    json_files.write(tmp_path / "config.json", begun)
-    assert workdirs.open_workdir(tmp_path, config, train.MAY_DIFFER) == tmp_path
 
 
 def test_checkpoint_of_another_architecture_names_the_mismatches(tmp_path):

@@ -1,0 +1,54 @@
+"""Every command: a user's error is one line and exit code 2, a fault of the code keeps its traceback."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+BUG = """
+import runpy, sys
+import jax.numpy as jnp
+from rahf.models import heads
+heads.nn.sigmoid = lambda x: jnp.zeros((2, 3)).reshape(4, 5)  # a bug in a layer
+sys.argv[1:] = sys.argv[2:]
+runpy.run_module("rahf.train", run_name="__main__")
+"""
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_a_bug_in_a_layer_keeps_its_traceback(tmp_path):
+    done = run("-c", BUG, "rahf.train", "--config=rahf_ci", "--config.data.source=stream", f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 1
+    assert "Traceback (most recent call last)" in done.stderr and "in __call__" in done.stderr  # of the layer
+    assert "cannot reshape" in done.stderr and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=rahf_ci", "--config.optimizer.learning_rat=1"], "did you mean 'learning_rate'?"),
+        (["--config=rahf_ci", "--config.train.batch_size=many"], "--config.train.batch_size=many"),
+        (["--config=rahf_c"], "did you mean 'rahf_ci'?"),
+        (["--config=rahf_ci", "--configg=1"], "Unknown command line flag 'configg'"),
+        (["--config=rahf_ci", "workdir"], "unexpected arguments ['workdir']"),
+        ([], "--config: got none, expected --config=NAME, one of rahf_base, "),
+        (["--config=rahf_ci", "--config.model.vit.num_heads=7"], "vit.width: got 16, expected a multiple of"),
+    ],
+)
+def test_a_users_error_is_one_line(arguments, message, tmp_path):
+    done = run("-m", "rahf.train", f"--workdir={tmp_path / 'run'}", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_lists_the_flags_of_other_modules_too():
+    done = run("-m", "rahf.train", "--help")
+    assert done.returncode == 0
+    for name in ("--config", "--workdir", "--coordinator", "SIGTERM"):
+        assert name in done.stdout

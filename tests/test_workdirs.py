@@ -1,0 +1,85 @@
+"""Workdirs: older ones are read and resumed, and no run goes on with another config or other data."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tiny_data
+
+import rahf
+from rahf import evaluate, experiments, sources, train, workdirs
+from richhf_data import json_files
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+@pytest.fixture
+def older(unpacked, tmp_path):
+    """A workdir and a converted folder with `mesh.rules`, without data.json and without the options that came later."""
+    shutil.copytree(unpacked("older_workdirs"), tmp_path, dirs_exist_ok=True)
+    shutil.copy(tmp_path / "run/vocabulary.model", tmp_path / "converted/vocabulary.model")
+    assert "rules" in json.loads((tmp_path / "run/config.json").read_text())["mesh"]
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["run", "converted"])
+def test_an_older_folder_predicts_what_it_predicted(older, name):
+    golden = json.loads((older / "run/golden.json").read_text())
+    image = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    feedback = rahf.load(older / name).predict([image], ["two red cats on a table"])
+    for score, value in golden["scores"].items():
+        np.testing.assert_allclose(feedback.scores[score][0], value, atol=1e-6)
+    for heatmap, mean in golden["mean_heatmaps"].items():
+        np.testing.assert_allclose(feedback.heatmaps[heatmap].mean(), mean, atol=1e-6)
+    assert feedback.labelled_prompts == [golden["labelled_prompt"]]
+
+
+def test_an_older_run_resumes_and_its_data_are_recorded(older, capsys):
+    results = train.train(workdirs.read_config(older / "run"), older / "run")
+    assert "resumed from step 4" in capsys.readouterr().out
+    assert results["num_examples"] == 8
+    assert set(json_files.read(older / "run/data.json")) == {"datasets", "vocabulary"}
+
+
+def ci_config(**data):
+    config = experiments.load("rahf_ci")
+    config.data.update(source="stream", **data)
+    return config
+
+
+def test_another_config_is_refused_key_by_key(tmp_path):
+    config = ci_config()
+    workdirs.open_workdir(tmp_path, config)
+    workdirs.open_workdir(tmp_path, config)
+    config.optimizer.learning_rate = 0.5
+    with pytest.raises(ValueError, match=r"optimizer.learning_rate: the workdir has 0.002, this run 0.5"):
+        workdirs.open_workdir(tmp_path, config)
+    with pytest.raises(ValueError, match=r"optimizer.learning_rate: the workdir has 0.002, this run 0.5"):
+        evaluate.evaluate(tmp_path, "test", config=config)
+
+
+def test_what_may_differ_is_named_in_full(tmp_path):
+    config = ci_config()
+    workdirs.open_workdir(tmp_path, config)
+    config.mesh.model, config.log_every = 2, 7
+    workdirs.open_workdir(tmp_path, config, train.MAY_DIFFER)
+    with pytest.raises(ValueError, match=r"log_every: the workdir has 1, this run 7"):
+        workdirs.open_workdir(tmp_path, config, ("mesh", "log"))  # a prefix of a name is another name
+
+
+def test_a_run_goes_on_with_the_data_that_it_began_with_alone(tmp_path):
+    """Datasets are compared by name, version and content, wherever they lie; vocabularies by content."""
+    first, other, moved = tiny_data.built(), tiny_data.built(train=25), tmp_path / "moved"
+    shutil.copytree(first, moved)
+
+    def identity(data_dir):
+        config = experiments.load("rahf_ci")
+        config.data.data_dir = str(data_dir)
+        return sources.identity(config)
+
+    file = tmp_path / "data.json"
+    workdirs.record(file, identity(first), "data")
+    workdirs.record(file, identity(moved), "data")
+    with pytest.raises(ValueError, match=r"(?s)holds a run with other data:.*datasets.0.splits.train.*Take another"):
+        workdirs.record(file, identity(other), "data")
