@@ -1,7 +1,7 @@
 """The processes of a run: how they find each other, wait for each other, and end together.
 
-One machine needs nothing. On a TPU pod, and under Slurm or Open MPI, JAX finds the others by itself. Elsewhere the same
-command is given on every machine, with a number of its own:
+One machine needs no flags. On a TPU pod, and under Slurm or Open MPI, JAX finds the other processes by itself. Elsewhere,
+give the same command on every machine, each with its own --process_id:
 
     python -m rahf.train ... --coordinator=HOST:PORT --num_processes=2 --process_id=0       HOST is process 0's machine
     python -m rahf.train ... --coordinator=HOST:PORT --num_processes=2 --process_id=1
@@ -22,33 +22,34 @@ from orbax.checkpoint import multihost
 from richhf_data import command
 from richhf_data.errors import UserError
 
-JOIN_SECONDS = 300  # that the processes may start apart
-HEARTBEAT_SECONDS = 100  # after which a process that says nothing counts as dead
+JOIN_SECONDS = 300  # how far apart the processes may start
+HEARTBEAT_SECONDS = 100  # a process that is silent for so long counts as dead
 LOST = (
-    "If the log of another process says why that one ended, mend this. Then give the same command again on all machines: "
-    "training goes on from its last checkpoint."
+    "If the log of another process says why it ended, mend that. Then give the same command again on all machines: "
+    "training resumes from its last checkpoint."
 )
 
 
 class EndNow(UserError):
-    """An error after which the process ends at once, since threads of libraries would keep it."""
+    """An error after which the process must end at once: threads of libraries would keep it alive."""
 
 
 def define_flags() -> None:
-    """The flags of every command that computes."""
+    """Defines the flags that tell a command about its other processes."""
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where JAX does not find it by itself.")
-    flags.DEFINE_integer("num_processes", None, "How many there are, one a machine; 1 = this one alone.", lower_bound=1)
-    flags.DEFINE_integer("process_id", None, "Which one this is, from 0 on.", lower_bound=0)
+    flags.DEFINE_integer("num_processes", None, "The number of processes, one a machine; 1 = no others.", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "The number of this process, from 0 on.", lower_bound=0)
 
 
 @contextlib.contextmanager
 def joined(preemptible: bool = False):
-    """Runs a command's work as one process of its run, and turns its errors into a message and an exit code.
+    """Runs a command's work as one process of its run.
 
-    On several hosts an error ends the process at once: JAX's orderly end would wait for the others, and they for this one.
+    On several hosts an error ends the process at once, with a message that names it: JAX's own shutdown would wait for the
+    other processes, and they for this one.
 
     Args:
-      preemptible: on several hosts SIGTERM is a notice that the work itself looks for (train.py); else it ends the process.
+      preemptible: on several hosts SIGTERM is a notice that the work itself checks (loop.py); else it ends the process.
     """
     jax.config.update("jax_enable_preemption_service", preemptible)
     args = flags.FLAGS
@@ -57,7 +58,7 @@ def joined(preemptible: bool = False):
     except UserError as error:
         _end(error, command.USER_ERROR)
     if not several:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's preemption service took it, and nobody here asks that
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's preemption service has taken it over
         try:
             yield
         except EndNow as error:
@@ -93,9 +94,9 @@ def _end(message, code: int) -> None:
 
 @contextlib.contextmanager
 def _last_words(message: str):
-    """Has a child say `message` if this process ends inside without a word: JAX's client ends it from C++, by SIGABRT.
+    """A child process prints `message` if this process dies inside: JAX's client may end it from C++, by SIGABRT.
 
-    Yields the function that keeps the child silent.
+    Yields a function that tells the child to stay silent.
     """
     child = subprocess.Popen(
         ["sh", "-c", 'read line || echo "$0" >&2', message], stdin=subprocess.PIPE, start_new_session=True
@@ -112,7 +113,8 @@ def _last_words(message: str):
 
 
 def _join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> bool:
-    """Joins the run's other processes; returns when all are there: whether there are any. For before JAX looks for devices.
+    """Joins the run's other processes and waits for all of them; returns whether there are any. Call it before JAX has
+    looked for devices.
 
     Raises:
       UserError: arguments that do not fit together; or the others do not answer.
@@ -149,5 +151,5 @@ def _join(coordinator: str | None, num_processes: int | None, process_id: int | 
 
 
 def wait(what: str) -> None:
-    """Returns when every process has come here. Each `what` is waited for once in a run."""
+    """Waits until every process has come here. Each `what` can be waited for once in a run."""
     multihost.sync_global_processes(what, processes=set(range(jax.process_count())))

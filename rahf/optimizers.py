@@ -42,14 +42,14 @@ def make_schedule(config, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config, num_steps: int) -> optax.GradientTransformation:
-    """Global-norm clipping, then `adamw` or `muon`, whose weight decay is on matrices and kernels alone.
+    """Global-norm clipping, then `adamw` or `muon`, with weight decay on kernels alone.
 
     `muon` orthogonalises the momentum of every kernel, as a matrix of its inputs by its outputs, and leaves biases,
     scales and embeddings to Adam with Nesterov momentum (kellerjordan.github.io/posts/muon). Its updates are scaled
     to the size of AdamW's (arXiv 2502.16982). From scratch on RichHF-Synth it needs a fraction of AdamW's examples.
 
-    `learning_rate_multipliers` scales the updates of a part (`part_of`); parameters under `freeze` keep every bit, have
-    no moments, and count for no norm.
+    `learning_rate_multipliers` scales the updates of each part (`part_of`). Parameters under `freeze` do not change, have
+    no moments, and are left out of the gradient's norm.
 
     Raises:
       UserError: another `kind` or part, or a schedule that `make_schedule` refuses.
@@ -99,14 +99,14 @@ def is_frozen(path, freeze: Sequence[str]) -> bool:
 
 
 def stop_frozen(params, freeze: Sequence[str]):
-    """The parameters, without a gradient through those that are frozen: what only they need is not computed."""
+    """The parameters, with no gradient through the frozen ones, so that what only they need is not computed."""
     return jax.tree_util.tree_map_with_path(
         lambda path, param: jax.lax.stop_gradient(param) if is_frozen(path, freeze) else param, params
     )
 
 
 def check_freeze(params, freeze: Sequence[str]) -> None:
-    """Refuses a name under which no parameter lies."""
+    """Refuses a name under which no parameter lies: UserError."""
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     for prefix in freeze:
         if not any(is_frozen(path, (prefix,)) for path in paths):
@@ -121,7 +121,7 @@ def _scaled_by_part(multipliers) -> optax.GradientTransformation:
 
 
 def _unchanged() -> optax.GradientTransformation:
-    # -0.0 is the one number whose addition changes no bit of any other, -0.0 and 0.0 included.
+    # Adding -0.0 changes no bit of any number, -0.0 and 0.0 included.
     return optax.stateless(lambda updates, params: jax.tree.map(lambda x: jnp.full_like(x, -0.0), updates))
 
 
@@ -134,7 +134,7 @@ def _is_kernel(path, param) -> bool:
 
 
 def _as_matrix(path, param) -> optax.contrib.MuonDimensionNumbers | None:
-    """Which axes of a kernel are its inputs and which its outputs; None for what is no kernel."""
+    """Which axes of a kernel are its inputs and which its outputs; None for any other parameter."""
     if not _is_kernel(path, param):
         return None
     # Dense [in, out], convolution [h, w, in, out], and attention [embed, heads, kv] but for its output, which is
