@@ -26,7 +26,7 @@ import numpy as np
 from absl import flags
 from tqdm.auto import tqdm
 
-from richhf_data import command, keywords, paths, pictures, schema
+from richhf_data import command, drawing, keywords, paths, schema
 from richhf_data.errors import UserError
 
 AREAS = tuple(f"{name}_area" for name in schema.HEATMAPS)
@@ -35,7 +35,7 @@ THUMBNAIL = 192  # pixels
 _THUMBNAIL_QUALITY = 75
 _MEAN_MAP_SIZE = 64  # pixels
 _COMPARISONS = {"<=": operator.le, ">=": operator.ge, "==": operator.eq, "<": operator.lt, ">": operator.gt}
-_TEMPLATES = pictures.templates(pathlib.Path(__file__).parent)
+_TEMPLATES = drawing.templates(pathlib.Path(__file__).parent)
 
 
 def facts(example: Mapping[str, Any]) -> dict[str, float]:
@@ -127,8 +127,8 @@ def write(path, cards: Sequence[dict], statistics: "Statistics", *, title: str, 
 
 def _card(example, found, thumbnail) -> dict[str, Any]:
     """What the template shows of an example: texts, numbers and data URIs only."""
-    image = pictures.shrink(example["image"], thumbnail)
-    shown = [{"name": "image", "uri": pictures.jpeg(image, _THUMBNAIL_QUALITY), "note": ""}]
+    image = drawing.shrink(example["image"], thumbnail)
+    shown = [{"name": "image", "uri": drawing.jpeg(image, _THUMBNAIL_QUALITY), "note": ""}]
     for i, name in enumerate(schema.HEATMAPS):
         area, picture = found[AREAS[i]], {"name": name, "uri": None}
         if np.isnan(area):
@@ -137,8 +137,8 @@ def _card(example, found, thumbnail) -> dict[str, Any]:
             picture["note"] = "nothing marked"
         else:
             heat = cv2.resize(example["heatmaps"][..., i], image.shape[1::-1], interpolation=cv2.INTER_AREA)
-            overlay = pictures.overlay(image, heat.astype(np.float32) / 255)
-            picture |= {"uri": pictures.jpeg(overlay, _THUMBNAIL_QUALITY), "note": f"{area:.1%}"}
+            overlay = drawing.overlay(image, heat.astype(np.float32) / 255)
+            picture |= {"uri": drawing.jpeg(overlay, _THUMBNAIL_QUALITY), "note": f"{area:.1%}"}
         shown.append(picture)
     labels = example["labels"]
     known = labels is not None
@@ -146,7 +146,7 @@ def _card(example, found, thumbnail) -> dict[str, Any]:
         "uid": example["uid"],
         "prompt": example["prompt"],
         "caption": example["caption"],
-        "words": pictures.words(example["prompt"], labels if known else [keywords.ALIGNED] * int(found["words"])),
+        "words": drawing.words(example["prompt"], labels if known else [keywords.ALIGNED] * int(found["words"])),
         "labelled": known,
         "facts": {name: None if np.isnan(value) else round(value, 4) for name, value in found.items()},
         "pictures": shown,
@@ -266,7 +266,7 @@ class Statistics:
     def _mean_heatmap_plot(self, name):
         mean = self.mean_heatmap(name)
         figure, axes = _figure(spines=False)
-        axes.imshow(mean, cmap=pictures.COLORMAP, vmin=0, vmax=max(mean.max(), 1e-9), interpolation="bilinear")
+        axes.imshow(mean, cmap=drawing.COLORMAP, vmin=0, vmax=max(mean.max(), 1e-9), interpolation="bilinear")
         axes.set(xticks=(), yticks=())
         return {"title": f"mean {name}", "note": f"peak {mean.max():.3f}", "uri": _svg(figure)}
 
@@ -288,7 +288,7 @@ def _figure(spines=True):
 def _svg(figure) -> str:
     file = io.BytesIO()
     figure.savefig(file, format="svg", metadata={"Date": None}, transparent=True)
-    return pictures.data_uri("image/svg+xml", file.getvalue())
+    return drawing.data_uri("image/svg+xml", file.getvalue())
 
 
 # ------------------------------------------------------------------------------------------------------ the command

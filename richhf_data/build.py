@@ -19,10 +19,10 @@ from collections.abc import Iterator
 
 from absl import flags
 
-from richhf_data import command, keywords, scan, schema, tables, vocabulary
-from richhf_data import images as image_sources
+from richhf_data import command, keywords, paths, scan, schema, tables, vocabulary
 from richhf_data.errors import UserError
-from richhf_data.synthetic import stream
+from richhf_data.images import MAX_PIXELS
+from richhf_data.workers import start_worker
 
 _RECORDS = flags.DEFINE_string(
     "records",
@@ -31,7 +31,7 @@ _RECORDS = flags.DEFINE_string(
     "captions:tfds:NAME, see tables.py",
     required=True,
 )
-_IMAGES = flags.DEFINE_string("images", "", "For records: parquet:GLOB, table:GLOB or folder:DIR, see images.py.")
+_IMAGES = flags.DEFINE_string("images", "", "For records: parquet:GLOB, table:GLOB or folder:DIR, see image_sources.py.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Where to write the dataset and vocabulary.model.", required=True)
 _COLUMNS = flags.DEFINE_list(
     "columns",
@@ -39,7 +39,7 @@ _COLUMNS = flags.DEFINE_list(
     "uid=NAME,prompt=NAME,image=NAME: columns of a table or of a folder's captions, otherwise guessed; a table of --records "
     "has no uid, its captions are prompts, and TFDS features are called by their parts joined by /, captions/text.",
 )
-_MAX_PIXELS = flags.DEFINE_integer("max_pixels", image_sources.MAX_PIXELS, "Scale larger images down to this.", 1)
+_MAX_PIXELS = flags.DEFINE_integer("max_pixels", MAX_PIXELS, "Scale larger images down to this.", 1)
 _WORKERS = flags.DEFINE_integer("workers", os.cpu_count(), "Processes that read the images, 0 = this one alone.", 0)
 _BEAM = flags.DEFINE_string("beam", None, "Read the images in an Apache Beam pipeline of these options (--runner=...).")
 _PARTS = flags.DEFINE_string("parts", None, "Where the images found wait for the build; DATA_DIR/parts by default.")
@@ -74,7 +74,7 @@ def build(
     vocabulary_path=None,
     vocabulary_size: int = 512,
     max_missing_share: float = 0.01,
-    max_pixels: int = image_sources.MAX_PIXELS,
+    max_pixels: int = MAX_PIXELS,
     allow_absent: bool = False,
     columns: dict[str, str] | None = None,
     workers: int = 0,
@@ -89,7 +89,7 @@ def build(
     `open_table`.
 
     Raises:
-      UserError: what records.py, images.py, scan.py, tables.py and builder.py refuse; --images is missing, or superfluous;
+      UserError: what records.py, image_sources.py, scan.py, tables.py and builder.py refuse; --images is missing, or superfluous;
         or `data_dir` holds a dataset of other records or another vocabulary.
     """
     if table := is_table(records):
@@ -141,7 +141,7 @@ def is_table(records) -> bool:
 def open_table(
     records: str,
     *,
-    max_pixels: int = image_sources.MAX_PIXELS,
+    max_pixels: int = MAX_PIXELS,
     holdout: float = schema.HOLDOUT,
     columns: dict[str, str] | None = None,
     caption_prompt: str = "image caption",
@@ -162,7 +162,7 @@ def open_table(
 def _apart(function, *arguments):
     """Its value, from a process that ends: TensorFlow takes the better part of a GiB, which the workers shall have."""
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, context, initializer=stream.start_worker) as pool:
+    with concurrent.futures.ProcessPoolExecutor(1, context, initializer=start_worker) as pool:
         try:
             return pool.submit(function, *arguments).result()
         except concurrent.futures.process.BrokenProcessPool as error:
@@ -207,9 +207,7 @@ def _provide_vocabulary(path: pathlib.Path, given, size: int, folder: pathlib.Pa
         vocabulary.Vocabulary(given)  # refuses what is not a usable model
         content = pathlib.Path(given).read_bytes()
         if not path.exists():
-            partial = path.with_name(path.name + ".partial")
-            partial.write_bytes(content)
-            partial.replace(path)
+            paths.replace(path, content)
         elif path.read_bytes() != content:
             raise UserError(
                 f"vocabulary: {path} is there and differs from {given}, expected the same, because models are trained "

@@ -28,12 +28,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import cv2
 import numpy as np
-import PIL.ExifTags
-import PIL.Image
 from absl import flags
 from tqdm.auto import tqdm
 
-from richhf_data import command, images, keywords, schema
+from richhf_data import command, images, jsonl, keywords, paths, schema
 from richhf_data.errors import UserError
 
 MARKER = "consolidated.json"  # tells an output folder of this command
@@ -215,33 +213,35 @@ def raw_record(filename: str, targets: Mapping) -> dict:
 
 
 @dataclasses.dataclass
-class Picture:
-    """A picture's prompt and what its annotators say of it, by their names."""
+class AnnotatedImage:
+    """The prompt of an image and its annotations, by the annotators' names.
+
+    where: the file and line of its first annotation, for errors.
+    """
 
     prompt: str
     where: str
     annotations: dict[str, Annotation]
 
 
-def read(pattern: str) -> dict[str, Picture]:
+def read(pattern: str) -> dict[str, AnnotatedImage]:
     """The annotations in the JSONL files that match a pattern, by uid, in the files' order (see the module).
 
     Raises:
       UserError: no file matches, or lines are wrong; names each with its file and number, the first 20.
     """
-    paths = sorted(glob.glob(pattern, recursive=True))
-    if not paths:
+    files = sorted(glob.glob(pattern, recursive=True))
+    if not files:
         raise UserError(f"annotations: no file matches {pattern!r}, expected JSONL files; quote the pattern in a shell")
-    pictures: dict[str, Picture] = {}
+    pictures: dict[str, AnnotatedImage] = {}
     faults = []
-    for path in paths:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    try:
-                        _add_line(pictures, line, f"{path} line {number}")
-                    except UserError as error:
-                        faults.append(f"  {path} line {number}: {error}")
+    for path in files:
+        with open(path, "rb") as file:
+            for number, line in jsonl.lines(file):
+                try:
+                    _add_line(pictures, line, f"{path} line {number}")
+                except UserError as error:
+                    faults.append(f"  {error}")
     if faults:
         more = f"\n  and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
         raise UserError(f"annotations: {len(faults)} bad lines:\n" + "\n".join(faults[:_NAMED]) + more)
@@ -250,16 +250,20 @@ def read(pattern: str) -> dict[str, Picture]:
     return pictures
 
 
-def _add_line(pictures: dict[str, Picture], line: str, where: str) -> None:
+def _add_line(pictures: dict[str, AnnotatedImage], line: bytes, where: str) -> None:
+    expected = f"an object with keys of {', '.join(sorted(_LINE_KEYS))}"
+    value = jsonl.parse(line, expected, where)
     try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"got {line.strip()[:60]!r}, which is not JSON ({error}); expected an object") from error
-    if not isinstance(value, dict) or (unknown := value.keys() - _LINE_KEYS):
-        got = sorted(unknown) if isinstance(value, dict) else type(value).__name__
-        raise UserError(f"got {got}, expected an object with keys of {', '.join(sorted(_LINE_KEYS))}")
+        _add(pictures, value, where, expected)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _add(pictures: dict[str, AnnotatedImage], value: dict, where: str, expected: str) -> None:
+    if unknown := value.keys() - _LINE_KEYS:
+        raise UserError(f"got {sorted(unknown)}, expected {expected}")
     for key in ("uid", "annotator", "prompt"):
-        if not isinstance(value.get(key), str) or not value[key].strip():
+        if not jsonl.is_text(value.get(key)) or not value[key].strip():
             raise UserError(f"{key}: got {value.get(key)!r}, expected text")
     uid, annotator, prompt = value["uid"], value["annotator"], value["prompt"]
     if pathlib.PurePosixPath(uid).name != uid or uid.startswith("."):
@@ -277,7 +281,7 @@ def _add_line(pictures: dict[str, Picture], line: str, where: str) -> None:
     check(annotation, len(tokens))
     if not _given((*annotation.scores, *annotation.points, annotation.labels)):
         raise UserError("got no answer, expected at least one of points, labels or misaligned, and scores; remove the line")
-    picture = pictures.setdefault(uid, Picture(prompt, where, {}))
+    picture = pictures.setdefault(uid, AnnotatedImage(prompt, where, {}))
     if picture.prompt != prompt:
         raise UserError(f"prompt: got {prompt!r}, expected that of uid {uid!r} in {picture.where}: {picture.prompt!r}")
     if annotator in picture.annotations:
@@ -318,14 +322,18 @@ def write(annotations: str, images_dir, output, holdout: float = schema.HOLDOUT,
         )
     if output.is_dir() and any(output.iterdir()) and not (output / MARKER).is_file():
         raise UserError(f"output: {output} holds other files, expected a new folder; take another")
-    aspects = {uid: _aspect(files[uid]) for uid in pictures}
+    aspects = {}
+    for uid in pictures:
+        width, height = images.size(files[uid])
+        aspects[uid] = width / height
     from richhf_data import records  # TensorFlow: after the checks, which need none, and before anything is written
 
     for split in schema.SPLITS:  # pictures of an earlier run may have another split, or another suffix
         (output / f"{split}.tfrecord").unlink(missing_ok=True)
     shutil.rmtree(output / "images", ignore_errors=True)
     (output / "images").mkdir(parents=True)
-    _write_text(output / MARKER, json.dumps({"annotations": annotations, "holdout": holdout, "seed": seed}))
+    marker = json.dumps({"annotations": annotations, "holdout": holdout, "seed": seed})
+    paths.replace(output / MARKER, marker.encode())
 
     counts = {"pictures": len(pictures), "annotations": sum(len(one.annotations) for one in pictures.values())}
     counts |= dict.fromkeys((*schema.SPLITS, *schema.SCORES, *schema.HEATMAPS, "labels", "partly answered"), 0)
@@ -353,25 +361,8 @@ def write(annotations: str, images_dir, output, holdout: float = schema.HOLDOUT,
             if uids:
                 records.write(output / f"{split}.tfrecord", consolidated(uids), allow_absent=True)
     captions = (json.dumps({"uid": uid, "caption": one.prompt}) + "\n" for uid, one in pictures.items())
-    _write_text(output / "images" / "captions.jsonl", "".join(captions))
+    paths.replace(output / "images" / "captions.jsonl", "".join(captions).encode())
     return counts
-
-
-def _aspect(path: pathlib.Path) -> float:
-    """Width / height of a picture as it is looked at; only its head is read."""
-    try:
-        with PIL.Image.open(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(PIL.ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    except (OSError, PIL.Image.DecompressionBombError) as error:
-        raise UserError(f"images: {path} is not a readable image ({error}), expected one; replace it") from error
-    return height / width if turned else width / height
-
-
-def _write_text(path: pathlib.Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def main() -> None:

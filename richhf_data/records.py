@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import cv2
 import numpy as np
 
-from richhf_data import keywords, schema
+from richhf_data import keywords, paths, schema
 from richhf_data.errors import UserError
 from richhf_data.tensorflow_cpu import tf
 
@@ -48,15 +48,11 @@ def write(path, raw_records: Iterable[dict], allow_absent: bool = False) -> int:
     Raises:
       UserError: a record that `decode` refuses.
     """
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     count = 0
-    with tf.io.TFRecordWriter(str(partial)) as writer:
+    with paths.writing(path) as partial, tf.io.TFRecordWriter(str(partial)) as writer:
         for count, raw in enumerate(raw_records, start=1):
             decode(raw, f"{path} record {count - 1}", allow_absent)
             writer.write(serialize(raw))
-    partial.replace(path)
     return count
 
 
@@ -206,9 +202,9 @@ class RandomAccess(Sequence):
       UserError: a missing file, a Git LFS pointer or a truncated file.
     """
 
-    def __init__(self, paths: Sequence):
+    def __init__(self, files: Sequence):
         self._files, entries = [], []
-        for path in paths:
+        for path in files:
             _check_file(path)
             with open(path, "rb") as file:
                 size, offset, number = os.path.getsize(path), 0, 0

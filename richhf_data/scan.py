@@ -11,7 +11,6 @@ import hashlib
 import json
 import multiprocessing
 import shlex
-import uuid
 from collections.abc import Callable, Collection, Iterator
 
 import fsspec
@@ -19,11 +18,11 @@ import pyarrow
 import pyarrow.parquet
 from tqdm.auto import tqdm
 
-from richhf_data import images, keywords
+from richhf_data import image_sources, images, keywords, parquet, paths
 from richhf_data.errors import UserError
-from richhf_data.synthetic import stream
+from richhf_data.workers import start_worker
 
-_FORMAT = 1  # of the parts: another number, other folders
+_FORMAT = 2  # of the parts; a change of it, or of what images.py does to a picture, needs another number
 _SCHEMA = pyarrow.schema(
     [
         ("uid", pyarrow.string()),
@@ -40,26 +39,22 @@ _NAMED = 5  # how many faulty shards an error names
 
 
 def scan(shard, wanted: Collection[str], folder: str, max_pixels: int, advance: Callable[[int], object] = lambda n: None):
-    """Reads one shard (see images.py) and writes its part to `folder`. `advance` is called with the bytes read."""
-    filesystem, path = fsspec.core.url_to_fs(_part(folder, shard))
-    partial = f"{path}.{uuid.uuid4().hex}.partial"  # a Beam runner may try a shard twice at once
-    try:
-        with filesystem.open(partial, "wb") as file, pyarrow.parquet.ParquetWriter(file, _SCHEMA, compression="NONE") as out:
-            rows, size = [], 0
-            for row in _rows(shard.read(wanted, advance), max_pixels):
-                rows.append(row)
-                size += len(row["image"])
-                if size > _BYTES_AT_ONCE:
-                    out.write_table(pyarrow.Table.from_pylist(rows, _SCHEMA))
-                    rows, size = [], 0
-            out.write_table(pyarrow.Table.from_pylist(rows, _SCHEMA))
-    except BaseException:
-        filesystem.rm(partial)
-        raise
-    filesystem.mv(partial, path)
+    """Reads one shard (see image_sources.py) and writes its part to `folder`. `advance` is called with the bytes read."""
+    with (
+        paths.writing_url(_part(folder, shard)) as file,
+        pyarrow.parquet.ParquetWriter(file, _SCHEMA, compression="NONE") as out,
+    ):
+        rows, size = [], 0
+        for row in _rows(shard.read(wanted, advance), max_pixels):
+            rows.append(row)
+            size += len(row["image"])
+            if size > _BYTES_AT_ONCE:
+                out.write_table(pyarrow.Table.from_pylist(rows, _SCHEMA))
+                rows, size = [], 0
+        out.write_table(pyarrow.Table.from_pylist(rows, _SCHEMA))
 
 
-def _rows(found: Iterator[images.Row], max_pixels: int) -> Iterator[dict]:
+def _rows(found: Iterator[image_sources.Row], max_pixels: int) -> Iterator[dict]:
     """Rows of `_SCHEMA`; one that only repeats an earlier one is left out."""
     seen, have = set(), set()
     for uid, caption, encoded in found:
@@ -156,7 +151,7 @@ def gather(
     picture or caption in one of them is not ambiguous here. How many they are is printed.
 
     Args:
-      spec, columns: see images.py.
+      spec, columns: see image_sources.py.
       parts: the folder, or URL that fsspec knows, that holds the folder of the part files.
       max_pixels: larger images are scaled down.
       workers: processes; 0 = none but this one.
@@ -167,13 +162,13 @@ def gather(
       the images, and the folder of the part files, which must stay as long as they are read.
 
     Raises:
-      UserError: what images.py refuses, of the first faulty shards; no wanted uid is in the source.
+      UserError: what image_sources.py refuses, of the first faulty shards; no wanted uid is in the source.
     """
     wanted = frozenset(wanted)
-    shards = images.shards(spec, wanted, columns)
+    shards = image_sources.shards(spec, wanted, columns)
     what = json.dumps([_FORMAT, sorted(wanted), columns, max_pixels])
     folder = f"{str(parts).rstrip('/')}/{hashlib.sha256(what.encode()).hexdigest()[:16]}"
-    filesystem, path = images.open_url("parts", folder)
+    filesystem, path = parquet.open_url("parts", folder)
     filesystem.makedirs(path, exist_ok=True)
     todo = [shard for shard in shards if not filesystem.exists(_part(path, shard))]
     _check(todo)
@@ -263,7 +258,7 @@ def _scanned(shards, left: set[str], job, workers: int, bar) -> Iterator:
 
 
 def _start_worker(job, counter) -> None:
-    stream.start_worker()
+    start_worker()
 
     def advance(count):
         with counter.get_lock():

@@ -27,6 +27,8 @@ A row that only pads a batch is all zeros, masks included.
 
 import hashlib
 
+import numpy as np
+
 from richhf_data.errors import UserError
 
 SCORES = ("plausibility", "alignment", "aesthetics", "overall")
@@ -76,6 +78,11 @@ def split_of(uid: str, holdout: float = HOLDOUT, seed: int = 0) -> str:
     digest = hashlib.sha256(f"{seed} {uid}".encode()).digest()
     place = int.from_bytes(digest[:8], "big") / 2**64
     return "dev" if place < holdout else "test" if place < 2 * holdout else "train"
+
+
+def pad_rows(array: np.ndarray, rows: int) -> np.ndarray:
+    """An array [n, ...] as [rows, ...]: its last row is repeated, so that a compiled program sees one shape."""
+    return np.pad(array, [(0, rows - len(array))] + [(0, 0)] * (np.ndim(array) - 1), mode="edge")
 
 
 def task_prompts(prompt: str, variant: str) -> list[str]:

@@ -18,14 +18,14 @@ import fsspec
 import numpy as np
 import pyarrow
 
-from richhf_data import consolidate, images, keywords, schema
+from richhf_data import consolidate, images, keywords, parquet, schema
 from richhf_data.errors import UserError
 
 _ROWS_AT_ONCE = 4  # bounds memory, beside a compressed row group: Rapidata's rows have two maps of 1024 x 1024
 NO_MISTAKES = "[No_mistakes]"  # what an annotator chooses who finds every word depicted
 _NO_MAP = np.zeros((schema.RAW_MAP_SIZE, schema.RAW_MAP_SIZE), np.uint8)
 WORD_THRESHOLD = 0.5  # of the annotators' weight: the majority, as in RichHF
-GUESSES = {role: images.GUESSES[role] for role in ("image", "prompt")}
+GUESSES = {role: parquet.GUESSES[role] for role in ("image", "prompt")}
 CAPTION_GUESSES = GUESSES | {"prompt": ("caption", "text", "prompt")}
 
 
@@ -57,7 +57,7 @@ def _item(uid: str, prompt: str, encoded: bytes, raw: dict, where: str, caption:
     return Item(uid, prompt, image, raw, where, caption, changes)
 
 
-class Table:
+class ParquetTable:
     """Rows of parquet files with an image and a text.
 
     Args:
@@ -72,18 +72,18 @@ class Table:
 
     def __init__(self, what: str, pattern: str, columns: dict[str, str], guesses: dict, kinds: dict[str, str]):
         self.what, self._kinds = what, kinds
-        images.check_columns(columns, guesses)
-        filesystem, files = images.parquet_files(what, pattern)
+        parquet.check_columns(columns, guesses)
+        filesystem, files = parquet.files(what, pattern)
         self._chosen = {}  # url -> {image or prompt: its column}
         for url in map(filesystem.unstrip_protocol, files):
-            with images.open_parquet(what, url) as file:
-                found = images.leaves(file.schema_arrow)
-            where = f"{what}: {images.local(url)}"
-            self._chosen[url] = images.choose_columns(found, where, columns, guesses)
+            with parquet.open_file(what, url) as file:
+                found = parquet.leaves(file.schema_arrow)
+            where = f"{what}: {parquet.local(url)}"
+            self._chosen[url] = parquet.choose_columns(found, where, columns, guesses)
             wrong = [name for name, kind in self._kinds.items() if name not in found or not _KINDS[kind](found[name])]
             if wrong:
                 expected = ", ".join(f"{name} ({self._kinds[name]})" for name in wrong)
-                raise UserError(f"{where}: got columns {images.listed(found)}; expected also {expected}")
+                raise UserError(f"{where}: got columns {parquet.listed(found)}; expected also {expected}")
 
     def identity(self) -> list:
         """The columns; and each file's name, size and hash of its footer, which has the sizes and statistics of the data."""
@@ -102,11 +102,11 @@ class Table:
         for url, chosen in self._chosen.items():
             number = 0
             for batch in self._batches(url, [*chosen.values(), *self._kinds], _ROWS_AT_ONCE):
-                encoded = images.values(batch, chosen["image"])
-                others = {"prompt": images.values(batch, chosen["prompt"])}
+                encoded = parquet.values(batch, chosen["image"])
+                others = {"prompt": parquet.values(batch, chosen["prompt"])}
                 others |= {name: batch.column(name) for name in self._kinds}
                 for row in range(batch.num_rows):
-                    place = f"{images.local(url)} row {number}"
+                    place = f"{parquet.local(url)} row {number}"
                     yield place, encoded[row].as_py() or b"", {name: column[row] for name, column in others.items()}
                     number += 1
 
@@ -116,11 +116,11 @@ class Table:
         return np.concatenate([np.empty(0), *(values.to_numpy(zero_copy_only=False).astype(np.float64) for values in found)])
 
     def _batches(self, url: str, columns: list[str], rows: int) -> Iterator[pyarrow.RecordBatch]:
-        with images.open_parquet(self.what, url) as file:
+        with parquet.open_file(self.what, url) as file:
             try:
                 yield from file.iter_batches(rows, columns=columns)
             except Exception as error:  # a file system's library raises its own
-                raise images.unreadable(self.what, url, error) from error
+                raise parquet.unreadable(self.what, url, error) from error
 
 
 def _is_list(kind) -> bool:
@@ -136,7 +136,7 @@ def _is_heatmap(kind) -> bool:
 
 
 _KINDS = {
-    "text": images.is_text,
+    "text": parquet.is_text,
     "number": _is_number,
     "list of lists of numbers": _is_heatmap,
 }
@@ -198,11 +198,11 @@ class Rapidata(_Source):
     words are not those of the prompt, or there is no weight, the keywords are absent, and the report counts them.
 
     Args:
-      pattern, columns: as of `Table`. holdout: the share of dev, and of test. word_threshold: in [0, 1]. max_pixels: larger
+      pattern, columns: as of `ParquetTable`. holdout: the share of dev, and of test. word_threshold: in [0, 1]. max_pixels: larger
         images are scaled down.
 
     Raises:
-      UserError: as `Table`; a score column's values are neither within [0, 1] nor within [1, 5].
+      UserError: as `ParquetTable`; a score column's values are neither within [0, 1] nor within [1, 5].
     """
 
     SCORES = {"plausibility": "coherence_score", "alignment": "alignment_score", "aesthetics": "style_score"}  # noqa: RUF012
@@ -218,7 +218,7 @@ class Rapidata(_Source):
         kinds = {"word_scores": "text"}
         kinds |= dict.fromkeys(self.SCORES.values(), "number")
         kinds |= dict.fromkeys(self.HEATMAPS.values(), "list of lists of numbers")
-        super().__init__(Table("rapidata", pattern, columns or {}, GUESSES, kinds), holdout, max_pixels)
+        super().__init__(ParquetTable("rapidata", pattern, columns or {}, GUESSES, kinds), holdout, max_pixels)
         self._threshold = word_threshold
         self._likert = {column: self._is_likert(column) for column in self.SCORES.values()}
 
@@ -304,17 +304,17 @@ class Captions(_Source):
     """Pictures and their captions, for pre-training: the decoder writes the caption, every other target is absent.
 
     Args:
-      where: a pattern of parquet files, as of `Table`; or tfds:NAME, a TFDS dataset that is prepared already, of which the
+      where: a pattern of parquet files, as of `ParquetTable`; or tfds:NAME, a TFDS dataset that is prepared already, of which the
         split `train` is read.
       prompt: what the encoder reads in the place of a prompt.
-      columns: as of `Table`, `prompt` for the caption; TFDS features have their parts joined by "/" (captions/text). Of
+      columns: as of `ParquetTable`, `prompt` for the caption; TFDS features have their parts joined by "/" (captions/text). Of
         several captions of a picture the first is taken.
       holdout: the share of dev, and of test.
       tfds_data_dir: where TFDS keeps its datasets; its default otherwise.
       max_pixels: larger images are scaled down.
 
     Raises:
-      UserError: as `Table`; or no such TFDS dataset or feature.
+      UserError: as `ParquetTable`; or no such TFDS dataset or feature.
     """
 
     def __init__(
@@ -329,7 +329,7 @@ class Captions(_Source):
         if where.startswith("tfds:"):
             table = _TfdsTable(where.removeprefix("tfds:"), columns or {}, tfds_data_dir)
         else:
-            table = Table("captions", where, columns or {}, CAPTION_GUESSES, {})
+            table = ParquetTable("captions", where, columns or {}, CAPTION_GUESSES, {})
         super().__init__(table, holdout, max_pixels)
         self._prompt = prompt
 
@@ -345,10 +345,10 @@ class Captions(_Source):
 
 
 class _TfdsTable:
-    """As `Table`, of a TFDS dataset's split `train`."""
+    """As `ParquetTable`, of a TFDS dataset's split `train`."""
 
     def __init__(self, name: str, columns: dict[str, str], data_dir: str | None):
-        images.check_columns(columns, CAPTION_GUESSES)
+        parquet.check_columns(columns, CAPTION_GUESSES)
         from richhf_data.tensorflow_cpu import tfds
 
         try:

@@ -18,13 +18,13 @@ import pyarrow.parquet
 import pytest
 from tiny_data import image_of, jpg, prompt_of, write_parquet, write_table
 
-from richhf_data import images
+from richhf_data import image_sources, images
 
 
 def find(spec, wanted, columns=None):
     return [
         row
-        for shard in images.shards(spec, wanted, columns)
+        for shard in image_sources.shards(spec, wanted, columns)
         if not shard.check()
         for row in shard.read(frozenset(wanted), lambda count: None)
     ]
@@ -54,7 +54,7 @@ def test_parquet_reads_images_only_where_a_uid_is(tmp_path, monkeypatch):
 
 def test_progress_adds_up_to_the_bytes(tmp_path):
     write_parquet(tmp_path / "0.parquet", [(f"a{i}", f"b{i}") for i in range(7)], row_group_size=3)
-    (shard,) = images.shards(f"parquet:{tmp_path}/0.parquet", ["a1"])
+    (shard,) = image_sources.shards(f"parquet:{tmp_path}/0.parquet", ["a1"])
     counts = []
     list(shard.read({"a1"}, counts.append))
     assert len(counts) == 3 and sum(counts) == (tmp_path / "0.parquet").stat().st_size == shard.size
@@ -140,13 +140,13 @@ def test_folder_yields_the_wanted_images(tmp_path, table):
 
 def test_folder_is_read_in_shards_that_know_their_files(tmp_path, monkeypatch):
     spec = write_folder(tmp_path / "images", "captions.csv")
-    monkeypatch.setattr(images, "_FILES_AT_ONCE", 2)
+    monkeypatch.setattr(image_sources, "_FILES_AT_ONCE", 2)
     uids = ["u0", "u1", "u2", "u3"]
-    shards = images.shards(spec, uids)
+    shards = image_sources.shards(spec, uids)
     assert [len(shard.entries) for shard in shards] == [2, 2]
-    assert images.shards(spec, uids) == shards
+    assert image_sources.shards(spec, uids) == shards
     (tmp_path / "images" / "u2.webp").write_bytes(b"changed")
-    again = images.shards(spec, uids)
+    again = image_sources.shards(spec, uids)
     assert sum(a.name != b.name for a, b in zip(again, shards, strict=True)) == 1
 
 
@@ -239,7 +239,7 @@ def test_jsonl_captions_of_another_kind_are_named(tmp_path, line):
     path = tmp_path / "images" / "captions.jsonl"
     for number, lines in ((1, [line]), (2, ['{"uid": "u0", "caption": "a"}', line])):
         path.write_text("\n".join(lines))
-        with pytest.raises(ValueError, match=rf"captions.jsonl line {number}: got .*expected \{{\"uid\": \"...\", \"cap"):
+        with pytest.raises(ValueError, match=rf"captions.jsonl line {number}: .*got .*expected \{{\"uid\": \"...\", \"cap"):
             find(spec, ["u0", "u1"])
 
 
@@ -262,7 +262,7 @@ def test_url_that_cannot_be_reached_is_named(monkeypatch, kind, url, reason):
 
 
 def test_file_that_has_gone_is_named(tmp_path):
-    (shard,) = images.shards(write_folder(tmp_path / "images", "captions.csv"), ["u0"])
+    (shard,) = image_sources.shards(write_folder(tmp_path / "images", "captions.csv"), ["u0"])
     (tmp_path / "images" / "u0.jpg").unlink()
     with pytest.raises(ValueError, match=r"images: cannot reach .*u0.jpg \(FileNotFoundError"):
         list(shard.read({"u0"}, lambda count: None))

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from richhf_data import consolidate, images, keywords, synthetic, vocabulary
+from richhf_data import consolidate, image_sources, keywords, synthetic, vocabulary
 from richhf_data.synthetic import annotators, backgrounds, ceiling, errors, grammar, render, stream, write
 from richhf_data.synthetic.grammar import Fact
 
@@ -340,7 +340,7 @@ def test_command_writes_the_published_formats(tmp_path):
     read = [records.decode(raw) for raw in records.read(tmp_path / "a" / "train.tfrecord")]
     assert len(read) == 5
     uids = [example["uid"] for example in read]
-    shards = images.shards(f"parquet:{tmp_path}/a/images/*.parquet", uids)
+    shards = image_sources.shards(f"parquet:{tmp_path}/a/images/*.parquet", uids)
     found = {uid: caption for shard in shards for uid, caption, _ in shard.read(uids, lambda count: None)}
     for index, example in enumerate(read):
         drawn = synthetic.draw(3, index, "train", 48, 512)

@@ -103,13 +103,8 @@ def captioned(
         return pyarrow.Table.from_pylist(list(bar(map(make, range(number)))))
     context = multiprocessing.get_context("spawn")
     workers = workers or os.cpu_count()
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_start) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=stream.start_drawing) as pool:
         return pyarrow.Table.from_pylist(list(bar(pool.map(make, range(number), chunksize=50))))
-
-
-def _start():
-    stream.start_worker()
-    cv2.setNumThreads(1)
 
 
 def _row(i, *, seed, wrong_rate, words, size):

@@ -3,14 +3,11 @@
 import dataclasses
 from collections.abc import Iterator
 
-import cv2
 import numpy as np
 
 from richhf_data import consolidate, schema
 from richhf_data.errors import UserError
 from richhf_data.synthetic import annotators, errors, grammar, render
-
-cv2.setNumThreads(1)  # one picture is too small to share, and its workers would fight over the cores
 
 
 @dataclasses.dataclass(frozen=True)

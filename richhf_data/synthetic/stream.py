@@ -6,17 +6,16 @@ import functools
 import itertools
 import multiprocessing
 import os
-import signal
-import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 
+import cv2
 import numpy as np
 
 from richhf_data import keywords, schema
 from richhf_data.errors import UserError
 from richhf_data.synthetic import example
 from richhf_data.vocabulary import Vocabulary
+from richhf_data.workers import start_worker
 
 AHEAD = 2  # batches in the making for each worker
 
@@ -70,7 +69,7 @@ def _drawn(draw, start, workers):
             yield draw(number)
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_drawing, initargs=(draw,)
+        workers, mp_context=context, initializer=_start_batches, initargs=(draw,)
     )
     try:
         pending = collections.deque(pool.submit(_draw, start + k) for k in range(AHEAD * workers))
@@ -81,22 +80,18 @@ def _drawn(draw, start, workers):
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def start_worker() -> None:
-    """For a worker process: leave Ctrl-C to the parent, and end when the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
+def start_drawing() -> None:
+    """The initializer of a worker process that draws: that of `start_worker`, and one OpenCV thread.
 
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _start_drawing(draw) -> None:
-    global _draw_batch
+    One picture is too small to divide, and the threads of several workers would compete for the cores.
+    """
     start_worker()
+    cv2.setNumThreads(1)
+
+
+def _start_batches(draw) -> None:
+    global _draw_batch
+    start_drawing()
     _draw_batch = draw
 
 

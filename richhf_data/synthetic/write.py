@@ -14,7 +14,7 @@ import pyarrow
 import pyarrow.parquet
 from tqdm.auto import tqdm
 
-from richhf_data import consolidate, schema
+from richhf_data import consolidate, paths, schema
 from richhf_data.errors import UserError
 from richhf_data.synthetic import ceiling, example, stream
 
@@ -103,7 +103,7 @@ def write(output, counts: dict[str, int], size: int, seed: int, workers: int | N
     references, likert, empty = {}, [], []
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(
-        workers or os.cpu_count(), mp_context=context, initializer=stream.start_worker
+        workers or os.cpu_count(), mp_context=context, initializer=stream.start_drawing
     )
     with pool, tqdm(total=sum(counts.values()), desc="draw", unit="example") as bar:
         for split, count in counts.items():
@@ -133,12 +133,9 @@ def write(output, counts: dict[str, int], size: int, seed: int, workers: int | N
 
 
 def _write_parquet(path, rows):
-    partial = path.with_name(path.name + ".partial")
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), partial, row_group_size=100)
-    partial.replace(path)
+    with paths.writing(path) as partial:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), str(partial), row_group_size=100)
 
 
 def _write_json(path, value):
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-    partial.replace(path)
+    paths.replace(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
