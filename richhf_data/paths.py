@@ -29,9 +29,9 @@ def writing(path) -> Iterator[epath.Path]:
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(_partial(path.name))
+    if "://" not in os.fspath(path):
+        os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
-        if "://" not in os.fspath(path):
-            os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield partial
         partial.replace(path)
     except BaseException:
