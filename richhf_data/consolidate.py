@@ -1,8 +1,8 @@
-"""Several annotators' points, words and scores of one picture -> one example (paper section 3.2). Imports no TensorFlow.
+"""Consolidates the points, words and scores of several annotators into one example (paper section 3.2). No TensorFlow.
 
   python -m richhf_data.consolidate --annotations='annotations/*.jsonl' --images=DIR --output=DIR
 
-reads your own annotations, a line for each annotator and picture,
+reads your own annotations, one line per annotator and picture,
 
   {"uid": "cat7", "annotator": "ada", "prompt": "a yellow cat",
    "points": {"implausibility": [[0.25, 0.5]], "misalignment": []},   fractions of width and height
@@ -10,11 +10,11 @@ reads your own annotations, a line for each annotator and picture,
    "scores": {"plausibility": 4, "overall": 3}}                        1 to 5, higher is better
 
 and the pictures DIR/<uid>.jpg (or .png, .webp, ...), and writes what `richhf_data.build --allow_absent` reads:
-OUTPUT/<split>.tfrecord and OUTPUT/images with the pictures and captions.jsonl. Whatever was not asked is left out of a
-line. A target is consolidated over the annotators who gave it; an empty list of points is an answer: nothing is wrong.
+OUTPUT/<split>.tfrecord and OUTPUT/images with the pictures and captions.jsonl. A line leaves out what its annotator was
+not asked; an empty list of points means that nothing is wrong. A target is consolidated over the annotators who gave it.
 
   scores    mean over annotators of (s - 1) / 4
-  labels    majority vote of each prompt token: misaligned when more than half of the annotators marked it
+  labels    majority vote for each prompt token: misaligned if more than half of the annotators marked it
   heatmaps  each annotator's points become a binary map of disks, and the maps are averaged: with three annotators a
             pixel is 0, 85, 170 or 255
 """
@@ -34,18 +34,19 @@ from tqdm.auto import tqdm
 from richhf_data import command, images, jsonl, keywords, paths, schema
 from richhf_data.errors import UserError
 
-MARKER = "consolidated.json"  # tells an output folder of this command
+MARKER = "consolidated.json"  # marks a folder that this command wrote
 _LINE_KEYS = {"uid", "annotator", "prompt", "points", "labels", "misaligned", "scores"}
 _NAMED = 20  # bad lines in a message
 
 
 @dataclasses.dataclass(frozen=True)
 class Annotation:
-    """What one annotator says of one picture. None is what they were not asked.
+    """One annotator's answers about one picture. None means that they were not asked.
 
-    points: for each map of `schema.HEATMAPS`, the marked (x, y), fractions of width and height in [0, 1].
-    labels: for each prompt token (`keywords.tokenize`), 0 = misaligned, 1 = aligned.
-    scores: Likert 1 .. 5 for each of `schema.SCORES`, higher is better.
+    Attributes:
+      points: for each map of `schema.HEATMAPS`, the marked (x, y), fractions of width and height in [0, 1].
+      labels: for each prompt token (`keywords.tokenize`), 0 = misaligned, 1 = aligned.
+      scores: Likert 1 .. 5 for each of `schema.SCORES`, higher is better.
     """
 
     points: tuple[tuple[tuple[float, float], ...] | None, ...]
@@ -53,7 +54,7 @@ class Annotation:
     scores: tuple[float | None, ...]
 
     def to_json(self) -> dict:
-        """Plain lists, numbers and strings, by the names of `schema`; what is None is left out."""
+        """A JSON object with the names of `schema`, without what is None."""
         value = {
             "points": {
                 name: [list(point) for point in points]
@@ -68,10 +69,10 @@ class Annotation:
 
     @classmethod
     def from_json(cls, value: dict) -> "Annotation":
-        """The inverse of `to_json`; does not `check` the values.
+        """The inverse of `to_json`. It does not `check` the values.
 
         Raises:
-          UserError: another name than those of `schema`, or a value of another type.
+          UserError: a name that is not in `schema`, or a value of another type.
         """
         points, labels, scores = value.get("points", {}), value.get("labels"), value.get("scores", {})
         for key, got, names in (("points", points, schema.HEATMAPS), ("scores", scores, schema.SCORES)):
@@ -99,10 +100,11 @@ def _number(value) -> float:
 def disks(
     points: Iterable[Sequence[float]], size: int, radius: float = schema.POINT_RADIUS, aspect: float = 1.0
 ) -> np.ndarray:
-    """bool[size, size]: the pixels whose centre lies within `radius` of one of the points.
+    """bool[size, size]: the pixels whose centres lie within `radius` of a point.
 
     Args:
-      radius: a fraction of the picture's height. aspect: the picture's width / height, which the square map squeezes.
+      radius: a fraction of the picture's height.
+      aspect: the picture's width / height; the square map shows the picture squeezed by it.
     """
     marked = np.zeros((size, size), bool)
     reach = radius * size
@@ -117,7 +119,7 @@ def disks(
 
 
 def check(annotation: Annotation, num_tokens: int) -> None:
-    """Raises UserError where an annotation has wrong lengths, or points, labels or scores out of range."""
+    """Raises UserError if an annotation has wrong lengths, or points, labels or scores out of range."""
     if len(annotation.scores) != len(schema.SCORES):
         raise UserError(f"scores: got {len(annotation.scores)}, expected {len(schema.SCORES)} ({schema.SCORES})")
     for name, score in zip(schema.SCORES, annotation.scores, strict=True):
@@ -141,18 +143,18 @@ def check(annotation: Annotation, num_tokens: int) -> None:
 def consolidate(
     annotations: Sequence[Annotation], prompt: str, size: int = schema.RAW_MAP_SIZE, aspect: float = 1.0
 ) -> dict:
-    """One example's targets from its annotators.
+    """The targets of one picture from its annotations.
 
     Args:
-      annotations: of one picture, at least one.
-      prompt: its text; each annotation has one label for each of its tokens.
+      annotations: at least one.
+      prompt: the picture's text; an annotation has one label for each of its tokens.
       size: pixels of a map, both sides (the records have 512).
       aspect: the picture's width / height.
 
     Returns:
       {scores: float32[4] in [0, 1], score_mask: bool[4], heatmaps: uint8[size, size, 2], heatmap_mask: bool[2], labels:
-      int32[tokens] or None}, as `schema` describes. Each target is that of the annotators who gave it; where none did,
-      the mask is False and the score or map 0, or the labels are None.
+      int32[tokens] or None}, as `schema` describes. A target that no annotator gave has a mask of False and is 0; labels
+      that no annotator gave are None.
 
     Raises:
       UserError: no annotation, a wrong length, or a score, point or label out of range.
@@ -195,7 +197,7 @@ def _given(values: Iterable) -> list:
 
 
 def raw_record(filename: str, targets: Mapping) -> dict:
-    """The raw record (records.py) of a picture's targets, as `consolidate` returns them; absent ones are left out."""
+    """The raw record (records.py) of targets that `consolidate` returned, without the absent ones."""
     raw = {schema.RAW_UID: filename}
     for index, name in enumerate(schema.SCORES):
         if targets["score_mask"][index]:
@@ -225,10 +227,10 @@ class AnnotatedImage:
 
 
 def read(pattern: str) -> dict[str, AnnotatedImage]:
-    """The annotations in the JSONL files that match a pattern, by uid, in the files' order (see the module).
+    """The annotations in the JSONL files that match a pattern (see the module), by uid, in the order of the lines.
 
     Raises:
-      UserError: no file matches, or lines are wrong; names each with its file and number, the first 20.
+      UserError: no file matches, or lines are wrong; names the file and number of the first 20.
     """
     files = sorted(glob.glob(pattern, recursive=True))
     if not files:
@@ -292,16 +294,17 @@ def _add(pictures: dict[str, AnnotatedImage], value: dict, where: str, expected:
 def write(annotations: str, images_dir, output, holdout: float = schema.HOLDOUT, seed: int = 0) -> dict[str, int]:
     """Consolidates annotations into record files, pictures and captions; returns the counts of what it wrote.
 
-    A picture's split is that of its uid (`schema.split_of`). Files appear when they are complete; the same command
-    again writes the same.
+    The uid of a picture decides its split (`schema.split_of`). Files appear when they are complete; the same command
+    writes the same files again.
 
     Args:
-      annotations: a pattern of JSONL files. images_dir: the pictures, named by uid. output: a new folder, or an earlier
-        one of this command.
-      holdout, seed: the share of dev, and of test, and what draws them.
+      annotations: a pattern of JSONL files.
+      images_dir: the folder of the pictures, named by uid.
+      output: a new folder, or one that this command wrote.
+      holdout: the share of dev, and of test. seed: draws the pictures that are held out.
 
     Raises:
-      UserError: bad lines, a picture that is not there, or `output` holds other files.
+      UserError: bad lines, a missing picture, or `output` holds other files.
     """
     pictures = read(annotations)
     output, folder = pathlib.Path(output), pathlib.Path(images_dir)
@@ -328,7 +331,7 @@ def write(annotations: str, images_dir, output, holdout: float = schema.HOLDOUT,
         aspects[uid] = width / height
     from richhf_data import records  # TensorFlow: after the checks, which need none, and before anything is written
 
-    for split in schema.SPLITS:  # pictures of an earlier run may have another split, or another suffix
+    for split in schema.SPLITS:  # an earlier run may have written pictures with other splits or suffixes
         (output / f"{split}.tfrecord").unlink(missing_ok=True)
     shutil.rmtree(output / "images", ignore_errors=True)
     (output / "images").mkdir(parents=True)

@@ -245,7 +245,7 @@ def _read_captions(filesystem, folder: str, wanted: Collection[str], columns: di
 
 
 def _caption_rows(filesystem, path: str, columns: dict[str, str]) -> Iterator[tuple[str, str | None]]:
-    """(uid or path, caption) of each entry of a captions table."""
+    """Yields (uid or path, caption) of each entry of a captions table."""
 
     def names(leaves) -> tuple[str, str]:
         guesses = {role: parquet.GUESSES[role] for role in ("uid", "prompt")}

@@ -80,7 +80,7 @@ def register(
       image_size, heatmap_size: pixels, both sides.
       text_length, keyword_length: ids, the end id included, of a prompt and of a labelled prompt.
       vocabulary_path: a SentencePiece model; data_dir/vocabulary.model by default.
-      augment: crop and colour as for training (preprocessors.py). Metrics belong to a task without.
+      augment: crop and colour as for training (preprocessors.py). A task that augments has no metrics.
       truncate_long_prompts: cut texts that are longer than their length, with a warning, instead of refusing them.
 
     Returns:
@@ -140,12 +140,12 @@ def register(
 
 
 def postprocess(text: str, *, example: dict, is_target: bool) -> dict | str:
-    """The truth of a task example, for `evaluate`; a prediction's text stays as it is.
+    """The true annotations of a task example, for `evaluate`; returns the text of a prediction unchanged.
 
     Returns:
       `scores` float32[4], `score_mask` bool[4], `heatmaps` uint8[h, h, 2], `heatmap_mask` bool[2], `prompt` str,
-      `labels` list of int or None where there are none that match the prompt's tokens, `caption` str or None where the
-      text to write is not one, `uid` str.
+      `labels` list of int, or None without labels that match the prompt's tokens, `caption` str, or None if the decoder's
+      target is not a caption, `uid` str.
     """
     if not is_target:
         return text
@@ -180,16 +180,16 @@ def report(data_dir) -> dict:
 
 
 def references(data_dir) -> dict[str, dict[str, dict[str, float]]]:
-    """Rows to print beside a result, {split: {row: {metric: value}}}; empty where the records came with none."""
+    """Rows to print beside a result, {split: {row: {metric: value}}}; empty if the records have no references."""
     path = _built(data_dir) / "references.json"
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def constants(data_dir) -> dict[str, np.ndarray] | None:
-    """The training split's means, for a predictor that looks at nothing; None without a training split.
+    """The means of the training split, which the constant predictor predicts; None without a training split.
 
     Returns:
-      `scores` float32[4] and `heatmaps` float32[64, 64, 2], both in [0, 1]; nan where no example has the target.
+      `scores` float32[4] and `heatmaps` float32[64, 64, 2], both in [0, 1]; nan if no example has the target.
     """
     path = _built(data_dir) / "constants.npz"
     if not path.is_file():
@@ -199,13 +199,13 @@ def constants(data_dir) -> dict[str, np.ndarray] | None:
 
 
 def prompts(data_dir) -> dict[str, list[tuple[str, str, str]]]:
-    """{split: [(uid, prompt, labelled prompt), ...]}, read without the images; no labelled prompt is ''."""
+    """{split: [(uid, prompt, labelled prompt), ...]}, read without the images; a missing labelled prompt is ''."""
     stored = json.loads((_built(data_dir) / "prompts.json").read_text())
     return {split: [tuple(row) for row in rows] for split, rows in stored.items()}
 
 
 def decoded(data_dir, split: str, limit: int | None = None) -> tuple[Iterator[dict], int]:
-    """A split's examples at their stored sizes, the first `limit` if given, and how many these are.
+    """The examples of a split at their stored sizes, the first `limit` if given; and their number.
 
     Returns:
       `uid` str, `prompt` str, `image` uint8[H, W, 3], `scores` float32[4], `heatmaps` uint8[512, 512, 2], `score_mask`,
@@ -239,7 +239,7 @@ def _built(data_dir) -> epath.Path:
 
 
 def _check_lengths(folder, pieces: vocabulary.Vocabulary, variant, text_length, keyword_length, truncate) -> None:
-    """Refuses, or reports, the texts that are too long, before anything is trained."""
+    """Refuses texts that are too long, or logs them if they are to be truncated; logs texts with unknown characters."""
     limits = {"text_length": text_length, "keyword_length": keyword_length}
     too_long, unknown = {key: [] for key in limits}, []
     for rows in json.loads((folder / "prompts.json").read_text()).values():

@@ -310,9 +310,18 @@ build.build({str(source[0])!r}, {source[1]!r}, {str(tmp_path / "data")!r})
 def test_flags_that_would_be_ignored_are_refused(tmp_path, source, flag, expected):
     name = flag.partition("=")[0][2:]
     with flagsaver.flagsaver():
-        rest = flags.FLAGS(["build", f"--records={source}", f"--data_dir={tmp_path}", flag])
-        with pytest.raises(SystemExit, match=rf"^error: {name}: got it with --records={source}, .* with {expected} alone"):
-            build.main(rest)
+        flags.FLAGS(["build", f"--records={source}", f"--data_dir={tmp_path}", flag])
+        with pytest.raises(ValueError, match=rf"^{name}: got it with --records={source}, .* with {expected} alone"):
+            build.main()
+
+
+def test_unknown_kinds_of_records_are_refused(tmp_path):
+    expected = r"expected record files \(.*\), rapidata:GLOB, captions:GLOB, captions:tfds:NAME"
+    with pytest.raises(ValueError, match=rf"records: got 'pickapic:x/\*.parquet', {expected}"):
+        build.build("pickapic:x/*.parquet", "", tmp_path / "data")
+    (tmp_path / "a:b").mkdir()
+    with pytest.raises(ValueError, match=r"records: .*a:b holds none of train.tfrecord"):
+        build.build(f"{tmp_path}/a:b", "folder:x", tmp_path / "data")
 
 
 def test_command_line(tmp_path):

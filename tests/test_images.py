@@ -1,4 +1,4 @@
-"""image_sources.py: each source gives the wanted rows and names its faults. images.py: every decoder reads a picture alike."""
+"""image_sources.py: each source gives the wanted rows and names its faults. images.py: all readers decode alike."""
 
 import csv
 import io

@@ -62,9 +62,9 @@ def test_shards_after_the_last_uid_are_not_read(tmp_path, scanned, capsys):
     spec, _ = write_shards(tmp_path / "images")
     gathered(tmp_path, spec, ["a0-3", "b2-0"])
     assert scanned == ["00", "01", "02"]
-    assert "all found; 3 of 6 shards were not looked at" in capsys.readouterr().out
+    assert "all found; 3 of 6 shards were not read" in capsys.readouterr().out
     gathered(tmp_path, spec, ["a0-3", "b5-0"])
-    assert "were not looked at" not in capsys.readouterr().out
+    assert "were not read" not in capsys.readouterr().out
 
 
 def test_finished_shards_are_not_read_again(tmp_path, scanned, capsys):

@@ -1,4 +1,4 @@
-"""RichHF-Synth without end: finished batches drawn in worker processes, for runs without repetition or TensorFlow."""
+"""Draws endless batches of RichHF-Synth in worker processes, for training without repetition and without TensorFlow."""
 
 import collections
 import concurrent.futures
@@ -17,7 +17,7 @@ from richhf_data.synthetic import example
 from richhf_data.vocabulary import Vocabulary
 from richhf_data.workers import start_worker
 
-AHEAD = 2  # batches in the making for each worker
+AHEAD = 2  # batches per worker that are submitted
 
 
 def batches(
@@ -41,9 +41,9 @@ def batches(
     alone, whatever the number of workers.
 
     Args:
-      rows: which rows of each batch are drawn and yielded, in this order; all by default.
-      workers: processes that draw; None = one a core, 0 = draw in this process. They end with the generator (`close`),
-        with this process, and on a worker's error, which is raised here.
+      rows: the rows of each batch to draw and yield, in this order; all by default.
+      workers: number of processes that draw; None = one per core, 0 = this process. They end with the generator
+        (`close`), with this process, and on an error of a worker, which is raised here.
 
     Raises:
       UserError: a size, split or variant that `example.draw` or `make_batch` refuses.
@@ -81,9 +81,9 @@ def _drawn(draw, start, workers):
 
 
 def start_drawing() -> None:
-    """The initializer of a worker process that draws: that of `start_worker`, and one OpenCV thread.
+    """The initializer of a worker process that draws: calls `start_worker` and sets one OpenCV thread.
 
-    One picture is too small to divide, and the threads of several workers would compete for the cores.
+    A picture is too small for several threads, and the threads of all workers would compete for the cores.
     """
     start_worker()
     cv2.setNumThreads(1)
@@ -115,7 +115,7 @@ def make_batch(
     """Decoded examples (see `schema`), images and maps at their final sizes, as one batch.
 
     Raises:
-      UserError: a prompt or a labelled prompt takes more ids than its length.
+      UserError: a prompt or a labelled prompt has more ids than its length allows.
     """
 
     def encode(text, length, name):

@@ -1,4 +1,4 @@
-"""RichHF-Synth on disk, in the published formats: RichHF record files, and images in Pick-a-Pic-like parquet shards."""
+"""Writes RichHF-Synth in the published formats: RichHF record files, and images in Pick-a-Pic-like parquet shards."""
 
 import concurrent.futures
 import dataclasses
@@ -24,7 +24,7 @@ SHARD_ROWS = 2000
 
 @dataclasses.dataclass(frozen=True)
 class _Written:
-    """What a worker makes of one example."""
+    """What a worker returns for one example."""
 
     record: dict
     row: dict
@@ -55,7 +55,7 @@ def _make(index: int, *, split: str, seed: int, size: int) -> _Written:
 
 
 def statistics(likert: np.ndarray, empty: np.ndarray) -> dict[str, float]:
-    """The dataset's own figures.
+    """Agreement of the annotators, score mean and deviation, and shares of empty maps.
 
     Args:
       likert: float[n, 3 annotators, 4 scores], 1 .. 5. empty: bool[n, 2], order schema.HEATMAPS.
@@ -73,10 +73,9 @@ def statistics(likert: np.ndarray, empty: np.ndarray) -> dict[str, float]:
 
 
 def write(output, counts: dict[str, int], size: int, seed: int, workers: int | None = None) -> dict[str, float]:
-    """Writes the dataset; returns its `statistics`. The same files for any number of workers.
+    """Writes the dataset and returns its `statistics`. The files are the same for any number of workers.
 
-    A folder that this command has finished with the same arguments is left as it is; one that was interrupted is begun
-    anew.
+    A finished folder of the same arguments is left as it is; an interrupted one is written again from the start.
 
     Args:
       counts: examples of each split; order grammar.SPLITS.
