@@ -338,7 +338,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("split", "train", "Which split.")
     flags.DEFINE_string("output", None, "The page, or a folder for it.")
     flags.DEFINE_integer("limit", 200, "Most examples to show; about 40 kB each.", lower_bound=1)
-    flags.DEFINE_multi_string("filter", [], "Only examples that meet a condition such as 'plausibility<0.5'; of several, all.")
+    flags.DEFINE_multi_string("filter", [], "Only examples that meet a condition, 'plausibility<0.5'; of several, all.")
     flags.DEFINE_string("text", "", "Only examples with this in their prompt or caption.")
     flags.DEFINE_multi_string("uid", [], "Only the example with this uid; of several, any.")
     flags.DEFINE_string("sort", "", "Sort by this field, lowest first; -FIELD: highest first. By default the stored order.")

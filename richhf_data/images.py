@@ -44,7 +44,7 @@ def read(path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         if not pathlib.Path(path).is_file():
             raise UserError("no such file")
         with _opened(pathlib.Path(path).read_bytes(), max_pixels) as image:
-            return np.asarray(_rgb(image, max_pixels))
+            return np.array(_rgb(image, max_pixels))  # a copy, which the caller may write to
     except UserError as error:
         raise UserError(f"image: {path} is missing or is not a readable image ({error}), {_EXPECTED}") from error
 
@@ -57,7 +57,7 @@ def decode(data: bytes, where: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """
     try:
         with _opened(data, max_pixels) as image:
-            return np.asarray(_rgb(image, max_pixels))
+            return np.array(_rgb(image, max_pixels))  # a copy, which the caller may write to
     except UserError as error:
         raise UserError(f"{where}: image: does not decode ({error}), {_EXPECTED}") from error
 

@@ -3,7 +3,7 @@
 A file is UTF-8, with or without a byte order mark. A line ends at "\\n" or "\\r\\n" and nowhere else: not at U+2028, U+0085
 or a form feed. Blank lines are skipped.
 
-Where a function takes `where`, it is the place that a UserError names, such as "prompts: list.jsonl line 3".
+The argument `where` of a function is the place that its errors name, for instance "prompts: list.jsonl line 3".
 """
 
 import codecs
@@ -68,10 +68,13 @@ def text_of(row: dict, name: str, expected: str, where: str, blank: bool = True)
 
 def is_text(value) -> bool:
     """Whether a value is a string without lone surrogates."""
+    if not isinstance(value, str):
+        return False
     try:
-        return isinstance(value, str) and value.encode() is not None
+        value.encode()
     except UnicodeEncodeError:
         return False
+    return True
 
 
 def read(path, what: str, expected: str, texts: tuple[str, ...], blank: bool = True) -> Iterator[dict]:
