@@ -27,9 +27,8 @@ def seconds(batches: Iterator, count: int) -> tuple[float, float]:
     return time.perf_counter() - start, time.process_time() - cpu
 
 
-def stages(task_name: str, batch_size: int, count: int) -> Iterator[tuple[str, float]]:
+def stages(task: seqio.Task, batch_size: int, count: int) -> Iterator[tuple[str, float]]:
     """(step, CPU milliseconds per example up to and including it): reading, then each preprocessor of the task."""
-    task = seqio.TaskRegistry.get(task_name)
     dataset = task.source.get_dataset("train", shuffle=False).cache().repeat()
     steps = [step for step in task.preprocessors if not isinstance(step, seqio.CacheDatasetPlaceholder)]
     with seqio.utils.map_seed_manager(0):
@@ -55,7 +54,7 @@ def main():
     print(tabulate.tabulate(rows, headers=headers, floatfmt=".0f"))
 
     before, rows = 0, []
-    for name, total in stages(task, 64, max(1, args.examples // 64)):
+    for name, total in stages(task.seqio_task, 64, max(1, args.examples // 64)):
         rows.append((name, total - before, total))
         before = total
     print()

@@ -12,7 +12,7 @@ import numpy as np
 from absl import flags
 
 from rahf import predict, predictor, report
-from richhf_data import command, keywords, pictures, schema, synthetic
+from richhf_data import command, drawing, keywords, schema, synthetic
 
 HERE = pathlib.Path(__file__).parent
 
@@ -24,7 +24,7 @@ def annotated(path, count=16, columns=4, size=192):
     for index, example in enumerate(synthetic.examples("train", count, 1, size, size)):
         axes = figure.add_subplot(rows, columns, index + 1)
         maps = np.moveaxis(example.heatmaps.astype(np.float32) / 255, -1, 0)
-        axes.imshow(np.hstack([example.image, *(pictures.overlay(example.image, heatmap) for heatmap in maps)]))
+        axes.imshow(np.hstack([example.image, *(drawing.overlay(example.image, heatmap) for heatmap in maps)]))
         axes.set_axis_off()
         text = keywords.label_prompt(keywords.tokenize(example.prompt), example.labels)
         axes.set_title("\n".join(textwrap.wrap(text, 58)), fontsize=9)

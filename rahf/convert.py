@@ -31,7 +31,7 @@ from rahf.models.t5 import T5, T5Config
 from rahf.models.vit import ViT, ViTConfig
 from rahf.pretrained import Pretrained, matched
 from rahf.weights import Tensor, Tensors
-from richhf_data import command, json_files, schema
+from richhf_data import command, json_files, paths, schema
 from richhf_data import vocabulary as vocabularies
 from richhf_data.errors import UserError
 
@@ -456,9 +456,7 @@ def export_stablehlo(converted: Pretrained, path: pathlib.Path) -> None:
         *(jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in inputs[:2]),
     )
     exported = jax.export.export(jax.jit(predict_function), platforms=("cpu", "cuda", "tpu"))(*arguments)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(exported.serialize())
-    partial.replace(path)
+    paths.replace(path, exported.serialize())
 
 
 READERS = {

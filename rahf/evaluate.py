@@ -96,7 +96,7 @@ class _DatasetSplit:
             return ids, {name: [row[name] for row in rows] for name in ("scores", "heatmaps")}
 
         future, _ = self._evaluator.evaluate(compute_metrics=True, predict_with_aux_fn=predict_with_aux)
-        return {name: float(value) for name, value in future.result()[self._task].items()}
+        return {name: float(value) for name, value in future.result()[self._task.name].items()}
 
     def references(self) -> dict[str, dict[str, float]]:
         from rahf import features

@@ -1,6 +1,7 @@
 """From seqio tasks to the batches of `richhf_data.schema`: feature converter, training batches, evaluator."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -10,14 +11,14 @@ from richhf_data.errors import UserError
 from richhf_data.tensorflow_cpu import seqio, tf
 
 _Spec = seqio.FeatureConverter.FeatureSpec
-_PERIOD = 10_000  # rows after which the pattern of a mixture repeats
+_PERIOD = 10_000  # rows after which the order of a mixture's datasets repeats
 
 
 class RAHFFeatureConverter(seqio.FeatureConverter):
-    """Task features to the model's: `targets` becomes `keyword_ids`, what only the metrics need goes, the rest stays.
+    """Task features to the model's: renames `targets` to `keyword_ids` and drops what only the metrics need.
 
-    Everything has its final shape and type already (uint8 images and maps; the device makes floats of them), so this
-    checks names, types, ranks and lengths and never pads. Nothing is packed.
+    The features have their final shapes and types (images and maps are uint8; the device makes floats of them), so this
+    checks names, types, ranks and lengths, and pads and packs nothing.
 
     Args:
       variant: `augmented_prompt` has `text_ids` of rank 2.
@@ -64,13 +65,13 @@ def _with_length(value: tf.Tensor, spec, length: int) -> tf.Tensor:
     return tf.ensure_shape(value, shape)
 
 
-def evaluator(task_name: str, split: str, num_examples: int | None = None) -> seqio.Evaluator:
+def evaluator(task: tasks.RichhfTask, split: str, num_examples: int | None = None) -> seqio.Evaluator:
     """seqio's Evaluator of a task: each example of the split once, in a fixed order, the first `num_examples` if given.
 
-    Its `cached_model_datasets[task_name]` yields (index, features of one example as in schema.py). Evaluate so:
+    Its `cached_model_datasets[task.name]` yields (index, features of one example as in schema.py). To evaluate:
 
       future, _ = evaluator.evaluate(compute_metrics=True, predict_with_aux_fn=predict)
-      metrics = future.result()[task_name]    # {"score/plcc/plausibility": ...}
+      metrics = future.result()[task.name]    # {"score/plcc/plausibility": ...}
 
     where `predict(dataset, model_feature_shapes=None)` returns
 
@@ -79,25 +80,28 @@ def evaluator(task_name: str, split: str, num_examples: int | None = None) -> se
     with values in [0, 1]; the three lists in the same order, whichever it is; each index once and no padding row.
 
     Raises:
-      UserError: no such task or split, or a task without metrics, of which seqio would silently evaluate nothing.
+      UserError: no such split, or a task without metrics, of which seqio would silently evaluate nothing.
     """
-    task = _task(task_name)
-    if not task.metric_fns:
-        raise UserError(f"task {task_name!r} has no metric functions, expected some; register it with augment=False")
+    if not task.seqio_task.metric_fns:
+        raise UserError(f"task {task.name!r} has no metric functions, expected some; register it with augment=False")
     _check_split(task, split)
     return seqio.Evaluator(
-        task_name, _converter(task), eval_split=split, num_examples=num_examples, async_compute_metrics=False
+        task.name,
+        RAHFFeatureConverter(task.variant),
+        eval_split=split,
+        num_examples=num_examples,
+        async_compute_metrics=False,
     )
 
 
-def targets(evaluator: seqio.Evaluator, task_name: str) -> list[dict]:
-    """The truth that the evaluator's metrics are given (`tasks.postprocess`), in the order of its indices."""
-    examples = evaluator.cached_task_datasets[task_name].as_numpy_iterator()
+def targets(evaluator: seqio.Evaluator, task: tasks.RichhfTask) -> list[dict]:
+    """The true annotations (`tasks.postprocess`) of the evaluator's examples, in the order of their indices."""
+    examples = evaluator.cached_task_datasets[task.name].as_numpy_iterator()
     return [tasks.postprocess("", example=example, is_target=True) for example in examples]
 
 
 def training_batches(
-    task_name: str,
+    mixture: tasks.RichhfTask | Mapping[tasks.RichhfTask, float],
     batch_size: int,
     seed: int,
     start_step: int = 0,
@@ -105,34 +109,36 @@ def training_batches(
     split: str = "train",
     rows: Sequence[int] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Endless batches of schema.py: each epoch is once over the split in an order of its own, with no example left out.
+    """Endless batches of schema.py. Each epoch has every example of the split once, in a new order.
 
-    Of a mixture's datasets, each has epochs of its own, and rows at its rate (to a precision of 1 / 10,000), spread
-    evenly over the stream.
+    In a mixture each dataset has its own epochs, and its share of the rows is its rate (to a precision of 1 / 10,000),
+    spread evenly over the stream.
 
-    The batch of a step, with its augmentation, depends on the task, `batch_size`, `seed` and the step alone. So a run
-    that goes on at `start_step` sees what it would have seen uninterrupted; what comes before is not read.
+    The batch of a step, with its augmentation, depends on the tasks, `batch_size`, `seed` and the step alone. A run that
+    resumes at `start_step` reads the same batches as one without interruption, and nothing before them.
 
     Args:
-      task_name: of a task or a mixture.
+      mixture: a task; or {task: how often, relative to the others, an example is drawn from it}.
       batch_size: rows of the global batch.
       start_step: the step of the first batch that is yielded.
       rows: which rows of each global batch are read and yielded, in this order; all by default.
 
     Raises:
-      UserError: no such task or split, or `rows` are not of the batch, or a rate is below 1 / 10,000.
+      UserError: no such split; `rows` are not of the batch; no task; a rate that is not above 0, or below 1 / 10,000 of
+        all; or tasks that differ in shapes, augmentation or vocabulary.
     """
     rows = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
     if not len(rows) or rows.min() < 0 or rows.max() >= batch_size:
         raise UserError(f"rows: got {rows.tolist()} of a batch of {batch_size}, expected some of 0 to {batch_size - 1}")
-    names, rates = zip(*tasks.components(task_name), strict=True)
-    mixed = [_task(name) for name in names]
-    for task in mixed:
+    rates = mixture if isinstance(mixture, Mapping) else {mixture: 1.0}
+    _check_mixture(rates)
+    for task in rates:
         _check_split(task, split)
-    dataset = _shuffled_examples(mixed, _Pattern.of(rates), split, seed, start_step, batch_size, rows)
-    # The tasks of a mixture differ in their data alone (tasks.register_mixture): the first one's steps are all of theirs.
-    dataset = mixed[0].preprocess_postcache(dataset, sequence_length=None, seed=seed)
-    dataset = _converter(mixed[0])(dataset, _lengths(names[0]))
+    pattern, sources = _Pattern.of(list(rates.values())), [task.seqio_task for task in rates]
+    dataset = _shuffled_examples(sources, pattern, split, seed, start_step, batch_size, rows)
+    first = next(iter(rates))  # the tasks differ in their data alone, so the steps of the first are those of all
+    dataset = first.seqio_task.preprocess_postcache(dataset, sequence_length=None, seed=seed)
+    dataset = RAHFFeatureConverter(first.variant)(dataset, first.lengths())
     dataset = dataset.batch(len(rows), drop_remainder=True).prefetch(2)
     return dataset.as_numpy_iterator()
 
@@ -209,29 +215,19 @@ def _fold(seed: tf.Tensor, number) -> tf.Tensor:
     return tf.bitwise.bitwise_and(tf.random.fold_in(seed, number), 0x7FFFFFFF)
 
 
-def _task(name: str) -> seqio.Task:
-    tasks.arguments(name)  # refuses an unknown name
-    return seqio.TaskRegistry.get(name)
+def _check_mixture(rates: Mapping[tasks.RichhfTask, float]) -> None:
+    if not rates:
+        raise UserError("mixture: got no task, expected at least one")
+    first = dataclasses.asdict(next(iter(rates)))
+    for task, rate in rates.items():
+        if not 0 < rate < math.inf:
+            raise UserError(f"mixture: got rate {rate} of task {task.name!r}, expected a number above 0; leave the task out")
+        for key, value in dataclasses.asdict(task).items():
+            if key not in ("name", "data_dir") and value != first[key]:
+                expected = f"that of {first['name']!r}, {first[key]!r}"
+                raise UserError(f"mixture: task {task.name!r} has {key} {value!r}, expected {expected}")
 
 
-def _check_split(task: seqio.Task, split: str) -> None:
-    if split not in task.splits:
-        raise UserError(f"split: got {split!r}, expected one of the dataset's: {', '.join(task.splits)}")
-
-
-def _converter(task: seqio.Task) -> RAHFFeatureConverter:
-    return RAHFFeatureConverter(tasks.arguments(task.name)["variant"])
-
-
-def _lengths(task_name: str) -> dict[str, int]:
-    """The length of each task feature, as seqio's converters want it."""
-    arguments = tasks.arguments(task_name)
-    return {
-        "image": arguments["image_size"],
-        "text_ids": arguments["text_length"],
-        "targets": arguments["keyword_length"],
-        "scores": len(schema.SCORES),
-        "score_mask": len(schema.SCORES),
-        "heatmaps": arguments["heatmap_size"],
-        "heatmap_mask": len(schema.HEATMAPS),
-    }
+def _check_split(task: tasks.RichhfTask, split: str) -> None:
+    if split not in (splits := task.seqio_task.splits):
+        raise UserError(f"split: got {split!r}, expected one of the dataset's: {', '.join(splits)}")

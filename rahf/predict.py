@@ -20,21 +20,13 @@ from absl import flags
 from tqdm.auto import tqdm
 
 from rahf import evaluate, experiments, hosts, predictor, report, workdirs
-from richhf_data import command, keywords, metrics, paths, schema
+from richhf_data import command, images, jsonl, keywords, metrics, paths, schema
 from richhf_data.errors import UserError
 
 
 def read_image(path) -> np.ndarray:
-    """An image file as uint8[H, W, 3], RGB.
-
-    Raises:
-      UserError: the file is missing or does not decode.
-    """
-    data = np.fromfile(path, np.uint8) if pathlib.Path(path).is_file() else np.zeros(0, np.uint8)
-    image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
-    if image is None:
-        raise UserError(f"image: {path} is missing or is not a readable image (JPEG, PNG, WebP)")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    """An image file as uint8[H, W, 3], RGB; see `richhf_data.images.read`."""
+    return images.read(path)
 
 
 def read_inputs(spec: str, prompt: str | None) -> list[tuple[str, str]]:
@@ -44,19 +36,8 @@ def read_inputs(spec: str, prompt: str | None) -> list[tuple[str, str]]:
       UserError: nothing matches; a line is not {"image": ..., "prompt": ...}; an image without a prompt.
     """
     if spec.endswith(".jsonl"):
-        folder, inputs = pathlib.Path(spec).parent, []
-        if not pathlib.Path(spec).is_file():
-            raise UserError(f"images: no file {spec}")
-        for number, line in enumerate(pathlib.Path(spec).read_text().splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                inputs.append((str(folder / row["image"]), str(row["prompt"])))
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise UserError(
-                    f'images: {spec} line {number}: got {line[:80]!r}, expected {{"image": path, "prompt": text}}'
-                ) from error
+        rows = jsonl.read(spec, "images", '{"image": path, "prompt": text}', texts=("image", "prompt"))
+        inputs = [(str(pathlib.Path(spec).parent / row["image"]), row["prompt"]) for row in rows]
     else:
         inputs = []
         for path in sorted(glob.glob(spec, recursive=True)):
@@ -65,7 +46,8 @@ def read_inputs(spec: str, prompt: str | None) -> list[tuple[str, str]]:
                 raise UserError(
                     f"images: {path} has no prompt; pass --prompt, write {beside.name} beside it, or use .jsonl"
                 )
-            inputs.append((path, prompt if prompt is not None else beside.read_text().strip()))
+            text = jsonl.decode(beside.read_bytes(), f"prompt: {beside}").strip() if prompt is None else prompt
+            inputs.append((path, text))
     if not inputs:
         raise UserError(f"images: nothing matches {spec}")
     return inputs
@@ -84,13 +66,12 @@ def write(output, items: Iterable[dict], count: int, tables: Sequence[Sequence[S
     output = paths.absolute(output)
     (output / "heatmaps").mkdir(parents=True, exist_ok=True)
     shown = []
-    partial = output / "predictions.jsonl.partial"
-    with partial.open("w") as lines:
+    with paths.writing(output / "predictions.jsonl") as partial, partial.open("w") as lines:
         for index, item in enumerate(tqdm(items, total=count, desc="predict", unit="image")):
             files = {name: f"heatmaps/{index:05d}_{name}.png" for name in item["heatmaps"]}
             for name, file in files.items():
                 image = np.round(item["heatmaps"][name] * 255).astype(np.uint8)
-                (output / file).write_bytes(cv2.imencode(".png", image)[1].tobytes())
+                paths.replace(output / file, cv2.imencode(".png", image)[1].tobytes())
             tokens = keywords.tokenize(item["prompt"])
             row = {
                 "image": item["name"],
@@ -103,7 +84,6 @@ def write(output, items: Iterable[dict], count: int, tables: Sequence[Sequence[S
             lines.write(json.dumps(row) + "\n")
             if index < REPORT_IMAGES:
                 shown.append(item)
-    partial.replace(output / "predictions.jsonl")
     title = "RAHF: rich feedback" + (f" (the first {len(shown)} of {count} images)" if count > len(shown) else "")
     report.write(output / "report.html", shown, title=title, tables=tables)
     print(f"{count} images: {output / 'report.html'}, predictions.jsonl, heatmaps/")

@@ -90,12 +90,9 @@ class Predictor:
             added up to a multiple of the devices and taken off again. On several hosts each is given the same rows.
         """
         rows = len(batch["image"])
-        padding = self.batch_size(rows) - rows
-        inputs = {
-            name: np.pad(batch[name], [(0, padding)] + [(0, 0)] * (batch[name].ndim - 1))
-            for name in ("image", "text_ids")
-        }
-        local = partitioning.local_rows(self._rows, rows + padding)
+        size = self.batch_size(rows)
+        inputs = {name: schema.pad_rows(batch[name], size) for name in ("image", "text_ids")}
+        local = partitioning.local_rows(self._rows, size)
         inputs = partitioning.shard_batch({name: array[local] for name, array in inputs.items()}, self._rows)
         outputs = self._forward(params, inputs["image"], inputs["text_ids"])
         scores, heatmaps, keyword_ids = (np.asarray(array)[:rows] for array in outputs)

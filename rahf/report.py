@@ -24,12 +24,12 @@ import matplotlib.backends.backend_agg
 import matplotlib.figure
 import numpy as np
 
-from richhf_data import keywords, paths, pictures
+from richhf_data import drawing, keywords, paths
 from richhf_data.errors import UserError
 
 INLINED_SIDE = 384  # pixels: longer sides are shrunk before they go into the page
 _WORD_COLORS = {"": "#222222", "misaligned": "#c81e1e", "missing": "#999999"}
-_TEMPLATES = pictures.templates(pathlib.Path(__file__).parent)
+_TEMPLATES = drawing.templates(pathlib.Path(__file__).parent)
 
 
 def write(
@@ -78,9 +78,9 @@ def figure(items: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
     side, bars, gap, bottom = 1.75, 2.5, 0.38, 0.42  # inches
     heights = [side * item["image"].shape[0] / item["image"].shape[1] for item in items]
     width, height = columns * side + bars, sum(heights) + len(items) * gap + bottom
-    drawing = matplotlib.figure.Figure((width, height), dpi=120)
-    matplotlib.backends.backend_agg.FigureCanvasAgg(drawing)  # draws without a display
-    grid = drawing.add_gridspec(
+    sheet = matplotlib.figure.Figure((width, height), dpi=120)
+    matplotlib.backends.backend_agg.FigureCanvasAgg(sheet)  # draws without a display
+    grid = sheet.add_gridspec(
         len(items), columns + 1, width_ratios=[side] * columns + [bars], height_ratios=heights, left=0.01, right=0.985,
         wspace=0.05, bottom=bottom / height, top=1 - gap / height, hspace=gap / np.mean(heights),
     )  # fmt: skip
@@ -88,23 +88,23 @@ def figure(items: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
         truth = item.get("truth") or {}
         maps = [(f"{name}\n{source}", source, name) for name in names for source in sources]
         for column, (label, source, name) in enumerate([("image", None, None), *maps]):
-            axes = drawing.add_subplot(grid[row, column], xticks=[], yticks=[])
+            axes = sheet.add_subplot(grid[row, column], xticks=[], yticks=[])
             axes.set_frame_on(False)
             heatmap = (item if source == "model" else truth).get("heatmaps", {}).get(name) if name else None
             if name is None or heatmap is not None:
-                axes.imshow(item["image"] if name is None else pictures.overlay(item["image"], heatmap))
+                axes.imshow(item["image"] if name is None else drawing.overlay(item["image"], heatmap))
             else:
                 axes.text(0.5, 0.5, "no label", ha="center", color="#999999", transform=axes.transAxes)
             if row == len(items) - 1:
                 axes.set_xlabel(label, fontsize=8)
             if column == 0:
-                _draw_prompt(drawing, axes, pictures.words(item["prompt"], _predicted_labels(item)))
-        axes = drawing.add_subplot(grid[row, columns])
+                _draw_prompt(sheet, axes, drawing.words(item["prompt"], _predicted_labels(item)))
+        axes = sheet.add_subplot(grid[row, columns])
         _draw_scores(axes, item["scores"], truth.get("scores") or {})
         if row == len(items) - 1:
             axes.set_xlabel("scores, 0 to 1" + "\nbar: model, tick: annotators" * (len(sources) > 1), fontsize=8)
     png = io.BytesIO()
-    drawing.savefig(png, format="png", facecolor="white")
+    sheet.savefig(png, format="png", facecolor="white")
     paths.replace(path, png.getvalue())
 
 
@@ -116,13 +116,13 @@ def _view(i: int, item: Mapping[str, Any]) -> dict[str, Any]:
     _check_item(i, item)
     truth = item.get("truth") or {}
     true_scores, true_heatmaps = truth.get("scores") or {}, truth.get("heatmaps") or {}
-    image = pictures.shrink(item["image"], INLINED_SIDE)
-    shown = [{"caption": "image", "note": "{} x {}".format(*item["image"].shape[1::-1]), "uri": pictures.jpeg(image)}]
+    image = drawing.shrink(item["image"], INLINED_SIDE)
+    shown = [{"caption": "image", "note": "{} x {}".format(*item["image"].shape[1::-1]), "uri": drawing.jpeg(image)}]
     for name, heatmap in item["heatmaps"].items():
         for source, values in (("model", heatmap), ("annotators", true_heatmaps.get(name))):
             if values is not None:
                 note = f"{source}, peak {np.max(values):.2f}"
-                shown.append({"caption": name, "note": note, "uri": pictures.jpeg(pictures.overlay(image, values))})
+                shown.append({"caption": name, "note": note, "uri": drawing.jpeg(drawing.overlay(image, values))})
     scores = []
     for name, value in item["scores"].items():
         true = true_scores.get(name)
@@ -135,8 +135,8 @@ def _view(i: int, item: Mapping[str, Any]) -> dict[str, Any]:
         "compared": bool(truth),
         "error": float(np.mean(errors)) if errors else 0.0,
         "name": item.get("name", ""),
-        "words": pictures.words(item["prompt"], _predicted_labels(item)),
-        "true_words": None if labels is None else pictures.words(item["prompt"], labels),
+        "words": drawing.words(item["prompt"], _predicted_labels(item)),
+        "true_words": None if labels is None else drawing.words(item["prompt"], labels),
         "prompt": item["prompt"],
         "scores": scores,
         "pictures": shown,
@@ -154,12 +154,12 @@ def _percent(value):
 # ----------------------------------------------------------------------------------------------------- the figure
 
 
-def _draw_prompt(drawing, axes, words):
+def _draw_prompt(sheet, axes, words):
     """The prompt above a row, word by word: matplotlib has one colour per text."""
-    renderer = drawing.canvas.get_renderer()
+    renderer = sheet.canvas.get_renderer()
     scale = axes.get_window_extent(renderer).width
-    x, y = 0.0, 1 + 0.08 * drawing.dpi / axes.get_window_extent(renderer).height  # 0.08 inches above the image
-    room = 0.98 * drawing.bbox.width / scale
+    x, y = 0.0, 1 + 0.08 * sheet.dpi / axes.get_window_extent(renderer).height  # 0.08 inches above the image
+    room = 0.98 * sheet.bbox.width / scale
     for word, kind in words:
         style = {"color": _WORD_COLORS[kind], "fontweight": "bold" if kind == "misaligned" else "normal"}
         text = axes.text(x, y, word, transform=axes.transAxes, fontsize=9, parse_math=False, **style)
@@ -195,11 +195,11 @@ def _draw_scores(axes, scores, true_scores):
 
 
 def _check_item(i, item):
-    pictures.check_image(f"items[{i}]['image']", item["image"])
+    drawing.check_image(f"items[{i}]['image']", item["image"])
     truth = item.get("truth") or {}
     for side, row in (("", item), ("['truth']", truth)):
         for name, heatmap in (row.get("heatmaps") or {}).items():
-            pictures.check_heatmap(f"items[{i}]{side}['heatmaps'][{name!r}]", heatmap)
+            drawing.check_heatmap(f"items[{i}]{side}['heatmaps'][{name!r}]", heatmap)
     for name, score in item["scores"].items():
         if not np.isfinite(score):
             raise UserError(f"items[{i}]['scores'][{name!r}]: got {score}, expected a number in [0, 1]")

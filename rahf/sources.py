@@ -54,8 +54,9 @@ def training_batches(
     if config.data.source == "seqio":
         from rahf import features
 
-        task = _register_training(config, vocabulary)
-        batches = features.training_batches(task, config.train.batch_size, seed=config.seed, start_step=start, rows=rows)
+        folders = _mixture(config) or {evaluation_dir(config): 1.0}
+        rates = {_register(config, folder, vocabulary, config.data.augment): rate for folder, rate in folders.items()}
+        batches = features.training_batches(rates, config.train.batch_size, seed=config.seed, start_step=start, rows=rows)
         return (batch for batch in batches)  # a generator, as the stream's is: it can be closed
     if config.data.source == "stream":
         return stream.batches(
@@ -101,8 +102,8 @@ def batch_shapes(config, batch_size: int) -> dict[str, tuple[tuple[int, ...], st
     }
 
 
-def register_task(config, vocabulary: vocabularies.Vocabulary, augment: bool) -> str:
-    """The seqio task of the dataset to evaluate on, for this config's model."""
+def register_task(config, vocabulary: vocabularies.Vocabulary, augment: bool):
+    """The `tasks.RichhfTask` of the dataset to evaluate on, for this config's model."""
     return _register(config, evaluation_dir(config), vocabulary, augment)
 
 
@@ -175,16 +176,7 @@ def _mixture(config) -> dict[str, float]:
     return dict(pairs)
 
 
-def _register_training(config, vocabulary) -> str:
-    """The task of `data.data_dir`, or the mixture."""
-    from richhf_data import tasks
-
-    mixture = _mixture(config) or {evaluation_dir(config): 1.0}
-    rates = {_register(config, folder, vocabulary, config.data.augment): rate for folder, rate in mixture.items()}
-    return tasks.register_mixture(rates) if len(rates) > 1 else next(iter(rates))
-
-
-def _register(config, data_dir, vocabulary, augment: bool) -> str:
+def _register(config, data_dir, vocabulary, augment: bool):
     from richhf_data import tasks
 
     return tasks.register(

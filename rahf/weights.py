@@ -18,7 +18,7 @@ import ml_dtypes  # also makes numpy's bfloat16 known, in which safetensors give
 import numpy as np
 import safetensors
 
-from richhf_data import json_files
+from richhf_data import json_files, paths
 from richhf_data.errors import UserError
 
 NPY_HEADERS = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
@@ -245,20 +245,13 @@ def write_safetensors(path, tensors: Mapping[str, Tensor], progress: Callable = 
         offset += size
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(len(encoded).to_bytes(8, "little") + encoded)
-            for name in progress(tensors):
-                array = np.asarray(tensors[name].read(), np.float32, order="C")
-                if array.shape != tensors[name].shape:
-                    raise UserError(f"weights: {name} has shape {array.shape} when read, expected {tensors[name].shape}")
-                file.write(array.data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with paths.writing(path) as partial, partial.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name in progress(tensors):
+            array = np.asarray(tensors[name].read(), np.float32, order="C")
+            if array.shape != tensors[name].shape:
+                raise UserError(f"weights: {name} has shape {array.shape} when read, expected {tensors[name].shape}")
+            file.write(array.data)
 
 
 def read_all(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, np.ndarray]]:

@@ -1,14 +1,14 @@
-"""A contact sheet of a built dataset: one self-contained HTML page with pictures, annotations and statistics.
+"""Writes a contact sheet of a built dataset: one self-contained HTML page with pictures, annotations and statistics.
 
   python -m richhf_data.browse --data_dir=DIR --split=train --output=FILE_OR_DIR [--limit=200] [--sort=FIELD]
       [--filter='plausibility<0.5' ...] [--text=WORDS] [--uid=UID ...]
 
-The statistics are over all examples that pass the filters; the pictures are of the first `limit` of them. The page has
-filters and orders of its own. Filters and orders know these fields, which are absent where the annotation is:
+The statistics are over all examples that pass the filters; the pictures are of the first `limit` of them. The page has its
+own filters and orders too. These are the fields to filter and sort by; a field is absent if its annotation is:
 
   plausibility, alignment, aesthetics, overall   the scores, 0 to 1
-  implausibility_area, misalignment_area         share of the picture that somebody marked, 0 to 1
-  words, misaligned_words                        how many the prompt has, and how many of them are misaligned
+  implausibility_area, misalignment_area         share of the picture that an annotator marked, 0 to 1
+  words, misaligned_words                        number of words in the prompt, and of those that are misaligned
 """
 
 import heapq
@@ -26,7 +26,7 @@ import numpy as np
 from absl import flags
 from tqdm.auto import tqdm
 
-from richhf_data import command, keywords, paths, pictures, schema
+from richhf_data import command, drawing, keywords, paths, schema
 from richhf_data.errors import UserError
 
 AREAS = tuple(f"{name}_area" for name in schema.HEATMAPS)
@@ -35,11 +35,11 @@ THUMBNAIL = 192  # pixels
 _THUMBNAIL_QUALITY = 75
 _MEAN_MAP_SIZE = 64  # pixels
 _COMPARISONS = {"<=": operator.le, ">=": operator.ge, "==": operator.eq, "<": operator.lt, ">": operator.gt}
-_TEMPLATES = pictures.templates(pathlib.Path(__file__).parent)
+_TEMPLATES = drawing.templates(pathlib.Path(__file__).parent)
 
 
 def facts(example: Mapping[str, Any]) -> dict[str, float]:
-    """The `FIELDS` of a decoded example (schema.py), nan where it has no such annotation."""
+    """The `FIELDS` of a decoded example (schema.py); nan for an absent annotation."""
     present, heatmaps = example["heatmap_mask"], np.moveaxis(example["heatmaps"], -1, 0)
     areas = [np.count_nonzero(one) / one.size if there else np.nan for one, there in zip(heatmaps, present, strict=True)]
     labels = example["labels"]
@@ -52,10 +52,10 @@ def facts(example: Mapping[str, Any]) -> dict[str, float]:
 
 
 def parse_filter(text: str) -> Callable[[Mapping[str, float]], bool]:
-    """A condition on facts, such as `plausibility<0.5`; what is absent meets none.
+    """A condition on facts, such as `plausibility<0.5`; false for an absent field.
 
     Raises:
-      UserError: it is not a field, a comparison and a number.
+      UserError: the text is not a field, a comparison and a number.
     """
     match = re.fullmatch(r"\s*(\w+)\s*(<=|>=|==|<|>)\s*([-+.\w]+)\s*", text)
     try:
@@ -82,17 +82,17 @@ def select(
 ) -> tuple[list[dict], "Statistics"]:
     """The cards to show, at most `limit` and in order, and the statistics of all examples that pass the filters.
 
-    Holds no more than the cards in memory. Arguments are the command's flags.
+    Holds only the cards in memory. The arguments are the flags of the command.
 
     Raises:
-      UserError: a filter or `sort` that is none, a uid that is not there, or no example passes.
+      UserError: a malformed filter or `sort`, an unknown uid, or no example passes.
     """
     field, sign = sort.removeprefix("-"), -1 if sort.startswith("-") else 1
     if field and field not in FIELDS:
         raise UserError(f"sort: got {sort!r}, expected one of {', '.join(FIELDS)}, or one with - before it for downwards")
     conditions, uids = [parse_filter(one) for one in filters], set(uids)
     unseen = set(uids)
-    statistics, kept = Statistics(), []  # kept: a heap of (how well placed, card), the first to go on top
+    statistics, kept = Statistics(), []  # kept: a heap of (rank, card), the lowest rank on top
     for index, example in enumerate(examples):
         found = facts(example)
         unseen.discard(example["uid"])
@@ -118,7 +118,7 @@ def select(
 
 
 def write(path, cards: Sequence[dict], statistics: "Statistics", *, title: str, subtitle: str = "") -> None:
-    """Writes one HTML page that needs no other file and no network, in one step."""
+    """Writes one HTML page, whole or not at all; it needs no other file and no network."""
     page = _TEMPLATES.get_template("browse.html.jinja").render(
         title=title, subtitle=subtitle, cards=cards, plots=statistics.plots(), scores=schema.SCORES, fields=FIELDS
     )
@@ -126,9 +126,9 @@ def write(path, cards: Sequence[dict], statistics: "Statistics", *, title: str, 
 
 
 def _card(example, found, thumbnail) -> dict[str, Any]:
-    """What the template shows of an example: texts, numbers and data URIs only."""
-    image = pictures.shrink(example["image"], thumbnail)
-    shown = [{"name": "image", "uri": pictures.jpeg(image, _THUMBNAIL_QUALITY), "note": ""}]
+    """What the template shows of an example: texts, numbers and data URIs."""
+    image = drawing.shrink(example["image"], thumbnail)
+    shown = [{"name": "image", "uri": drawing.jpeg(image, _THUMBNAIL_QUALITY), "note": ""}]
     for i, name in enumerate(schema.HEATMAPS):
         area, picture = found[AREAS[i]], {"name": name, "uri": None}
         if np.isnan(area):
@@ -137,8 +137,8 @@ def _card(example, found, thumbnail) -> dict[str, Any]:
             picture["note"] = "nothing marked"
         else:
             heat = cv2.resize(example["heatmaps"][..., i], image.shape[1::-1], interpolation=cv2.INTER_AREA)
-            overlay = pictures.overlay(image, heat.astype(np.float32) / 255)
-            picture |= {"uri": pictures.jpeg(overlay, _THUMBNAIL_QUALITY), "note": f"{area:.1%}"}
+            overlay = drawing.overlay(image, heat.astype(np.float32) / 255)
+            picture |= {"uri": drawing.jpeg(overlay, _THUMBNAIL_QUALITY), "note": f"{area:.1%}"}
         shown.append(picture)
     labels = example["labels"]
     known = labels is not None
@@ -146,7 +146,7 @@ def _card(example, found, thumbnail) -> dict[str, Any]:
         "uid": example["uid"],
         "prompt": example["prompt"],
         "caption": example["caption"],
-        "words": pictures.words(example["prompt"], labels if known else [keywords.ALIGNED] * int(found["words"])),
+        "words": drawing.words(example["prompt"], labels if known else [keywords.ALIGNED] * int(found["words"])),
         "labelled": known,
         "facts": {name: None if np.isnan(value) else round(value, 4) for name, value in found.items()},
         "pictures": shown,
@@ -159,7 +159,7 @@ def _card(example, found, thumbnail) -> dict[str, Any]:
 
 
 class Statistics:
-    """What the page's plots show, gathered example by example."""
+    """Collects what the plots of the page show, example by example."""
 
     def __init__(self):
         self._facts = []
@@ -178,7 +178,7 @@ class Statistics:
                 self._maps[i] += cv2.resize(heatmap, size, interpolation=cv2.INTER_AREA) / 255
 
     def values(self, field: str) -> np.ndarray:
-        """float[n] of a field, of the examples that have it."""
+        """float[n]: a field's values, over the examples that have it."""
         column = np.array(self._facts)[:, FIELDS.index(field)]
         return column[~np.isnan(column)]
 
@@ -188,7 +188,7 @@ class Statistics:
         return self._maps[i] / max(1, len(self.values(AREAS[i])))
 
     def correlations(self) -> np.ndarray:
-        """float[4, 4]: Pearson's, of the scores pairwise over the examples that have both; nan where one is constant."""
+        """float[4, 4]: Pearson's correlation of each two scores, over the examples with both; nan if one is constant."""
         scores = np.array(self._facts)[:, : len(schema.SCORES)]
         table = np.full((len(schema.SCORES), len(schema.SCORES)), np.nan)
         for i, j in np.ndindex(table.shape):
@@ -215,7 +215,7 @@ class Statistics:
         figure, axes = _figure()
         if len(values):
             distinct = np.unique(np.round(values, 6))
-            # Means of a few raters take a few values: a bar each, where bins would be combs.
+            # A mean of a few raters takes a few values: one bar each, because bins would leave gaps.
             if len(distinct) <= 30:
                 places, counts = np.unique(np.round(values, 6), return_counts=True)
                 width = 0.85 * np.diff(distinct).min() if len(distinct) > 1 else 0.04 if bounds else 0.85
@@ -266,13 +266,13 @@ class Statistics:
     def _mean_heatmap_plot(self, name):
         mean = self.mean_heatmap(name)
         figure, axes = _figure(spines=False)
-        axes.imshow(mean, cmap=pictures.COLORMAP, vmin=0, vmax=max(mean.max(), 1e-9), interpolation="bilinear")
+        axes.imshow(mean, cmap=drawing.COLORMAP, vmin=0, vmax=max(mean.max(), 1e-9), interpolation="bilinear")
         axes.set(xticks=(), yticks=())
         return {"title": f"mean {name}", "note": f"peak {mean.max():.3f}", "uri": _svg(figure)}
 
 
 _SCORE_COLOR, _COUNT_COLOR, _HEAT_COLOR = "#d97400", "#5b86d6", "#e0861f"
-_INK, _NEUTRAL = "#7d8496", "#b9bfcc"  # between the page's light and its dark: an SVG cannot know
+_INK, _NEUTRAL = "#7d8496", "#b9bfcc"  # legible on the light and the dark page
 
 
 def _figure(spines=True):
@@ -288,7 +288,7 @@ def _figure(spines=True):
 def _svg(figure) -> str:
     file = io.BytesIO()
     figure.savefig(file, format="svg", metadata={"Date": None}, transparent=True)
-    return pictures.data_uri("image/svg+xml", file.getvalue())
+    return drawing.data_uri("image/svg+xml", file.getvalue())
 
 
 # ------------------------------------------------------------------------------------------------------ the command
@@ -298,7 +298,7 @@ def browse(data_dir, split: str, output, **arguments) -> pathlib.Path:
     """Writes the page of a split and returns its path: `output` if that ends in .html, else output/<split>.html.
 
     Args:
-      arguments: as `select` takes them.
+      arguments: those of `select`.
 
     Raises:
       UserError: no such dataset or split, or what `select` refuses.
@@ -338,10 +338,10 @@ if __name__ == "__main__":
     flags.DEFINE_string("split", "train", "Which split.")
     flags.DEFINE_string("output", None, "The page, or a folder for it.")
     flags.DEFINE_integer("limit", 200, "Most examples to show; about 40 kB each.", lower_bound=1)
-    flags.DEFINE_multi_string("filter", [], "Only examples with, for instance, 'plausibility<0.5'; all of several.")
+    flags.DEFINE_multi_string("filter", [], "Only examples that meet a condition, 'plausibility<0.5'; of several, all.")
     flags.DEFINE_string("text", "", "Only examples with this in their prompt or caption.")
-    flags.DEFINE_multi_string("uid", [], "Only this example; any of several.")
-    flags.DEFINE_string("sort", "", "The field that says which come first; -FIELD: highest first. As stored by default.")
+    flags.DEFINE_multi_string("uid", [], "Only the example with this uid; of several, any.")
+    flags.DEFINE_string("sort", "", "Sort by this field, lowest first; -FIELD: highest first. By default the stored order.")
     flags.DEFINE_integer("thumbnail", THUMBNAIL, "Longer side of a picture, pixels.", lower_bound=16)
     flags.mark_flags_as_required(["data_dir", "output"])
     command.run(main)

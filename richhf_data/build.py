@@ -4,8 +4,8 @@
   python -m richhf_data.build --records=rapidata:'DIR/*.parquet' --data_dir=DIR
   python -m richhf_data.build --records=captions:'DIR/*.parquet' --data_dir=DIR      # or captions:tfds:NAME
 
-Running it again does nothing. A build that was interrupted leaves nothing that looks finished; from records it goes on
-without reading again what it has read of the images, from a table it begins anew.
+Running it again does nothing. An interrupted build leaves nothing that looks finished. The next run starts over, but from
+records it does not read again the images that it has read.
 """
 
 import concurrent.futures
@@ -19,10 +19,10 @@ from collections.abc import Iterator
 
 from absl import flags
 
-from richhf_data import command, keywords, scan, schema, tables, vocabulary
-from richhf_data import images as image_sources
+from richhf_data import command, keywords, paths, scan, schema, tables, vocabulary
 from richhf_data.errors import UserError
-from richhf_data.synthetic import stream
+from richhf_data.images import MAX_PIXELS
+from richhf_data.workers import start_worker
 
 _RECORDS = flags.DEFINE_string(
     "records",
@@ -31,39 +31,32 @@ _RECORDS = flags.DEFINE_string(
     "captions:tfds:NAME, see tables.py",
     required=True,
 )
-_IMAGES = flags.DEFINE_string("images", "", "For records: parquet:GLOB, table:GLOB or folder:DIR, see images.py.")
+_IMAGES = flags.DEFINE_string("images", "", "For records: parquet:GLOB, table:GLOB or folder:DIR, see image_sources.py.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Where to write the dataset and vocabulary.model.", required=True)
 _COLUMNS = flags.DEFINE_list(
     "columns",
     [],
-    "uid=NAME,prompt=NAME,image=NAME: columns of a table or of a folder's captions, otherwise guessed; a table of --records "
-    "has no uid, its captions are prompts, and TFDS features are called by their parts joined by /, captions/text.",
+    "uid=NAME,prompt=NAME,image=NAME: columns of a table or of a folder's captions, in place of a guess. A table of "
+    "--records has no uid, and a caption is its prompt. A TFDS feature is named by its path, such as captions/text.",
 )
-_MAX_PIXELS = flags.DEFINE_integer("max_pixels", image_sources.MAX_PIXELS, "Scale larger images down to this.", 1)
-_WORKERS = flags.DEFINE_integer("workers", os.cpu_count(), "Processes that read the images, 0 = this one alone.", 0)
+_MAX_PIXELS = flags.DEFINE_integer("max_pixels", MAX_PIXELS, "Scale larger images down to this.", 1)
+_WORKERS = flags.DEFINE_integer("workers", os.cpu_count(), "Processes that read the images; 0 = this process.", 0)
 _BEAM = flags.DEFINE_string("beam", None, "Read the images in an Apache Beam pipeline of these options (--runner=...).")
-_PARTS = flags.DEFINE_string("parts", None, "Where the images found wait for the build; DATA_DIR/parts by default.")
-_KEEP_PARTS = flags.DEFINE_bool("keep_parts", False, "Leave them there when the dataset is built.")
-_VOCABULARY = flags.DEFINE_string("vocabulary", None, "A SentencePiece model to use; by default one is trained.")
-_VOCABULARY_SIZE = flags.DEFINE_integer("vocabulary_size", 512, "Most pieces of a vocabulary that is trained.", 16)
+_PARTS = flags.DEFINE_string("parts", None, "Keeps the images found until the dataset is built; DATA_DIR/parts by default.")
+_KEEP_PARTS = flags.DEFINE_bool("keep_parts", False, "Keep the parts after the dataset is built.")
+_VOCABULARY = flags.DEFINE_string("vocabulary", None, "A SentencePiece model; by default one is trained.")
+_VOCABULARY_SIZE = flags.DEFINE_integer("vocabulary_size", 512, "The most pieces of a trained vocabulary.", 16)
 _MAX_MISSING_SHARE = flags.DEFINE_float(
-    "max_missing_share", 0.01, "Fail where more of a split's records have no usable image.", 0.0, 1.0
+    "max_missing_share", 0.01, "Fail if a larger share of a split's records has no usable image.", 0.0, 1.0
 )
-_HOLDOUT = flags.DEFINE_float("holdout", schema.HOLDOUT, "Of a table: the share of dev, and of test.", 0.0, 0.45)
-_CAPTION_PROMPT = flags.DEFINE_string("caption_prompt", "image caption", "What stands for the prompt of captions.")
-_TFDS_DATA_DIR = flags.DEFINE_string("tfds_data_dir", None, "Where TFDS keeps the dataset of captions:tfds:NAME.")
-_WORD_THRESHOLD = flags.DEFINE_float(
-    "word_threshold", tables.WORD_THRESHOLD, "Rapidata's word is misaligned above this share of the weight.", 0.0, 1.0
+flags.DEFINE_float("holdout", schema.HOLDOUT, "Of a table: the share of dev, and of test.", 0.0, 0.45)
+flags.DEFINE_string("caption_prompt", tables.CAPTION_PROMPT, "The prompt of every caption.")
+flags.DEFINE_string("tfds_data_dir", None, "Where TFDS keeps the dataset of captions:tfds:NAME.")
+flags.DEFINE_float(
+    "word_threshold", tables.WORD_THRESHOLD, "A word of Rapidata's is misaligned above this share of the weight.", 0.0, 1.0
 )
-_ALLOW_ABSENT = flags.DEFINE_bool("allow_absent", False, "Take records that lack targets, such as consolidate writes.")
-_TABLES = ("rapidata", "captions", "captions:tfds")
-_USED_BY = {  # flag: the sources of records that do; the other flags are for all of them
-    **dict.fromkeys(("workers", "beam", "parts", "keep_parts", "allow_absent"), ("files",)),
-    "holdout": _TABLES,
-    "caption_prompt": _TABLES[1:],
-    "tfds_data_dir": _TABLES[2:],
-    "word_threshold": _TABLES[:1],
-}
+_ALLOW_ABSENT = flags.DEFINE_bool("allow_absent", False, "Accept records without some targets, as consolidate writes.")
+_OF_RECORD_FILES = ("workers", "beam", "parts", "keep_parts", "allow_absent")  # flags that no table uses
 
 
 def build(
@@ -74,7 +67,7 @@ def build(
     vocabulary_path=None,
     vocabulary_size: int = 512,
     max_missing_share: float = 0.01,
-    max_pixels: int = image_sources.MAX_PIXELS,
+    max_pixels: int = MAX_PIXELS,
     allow_absent: bool = False,
     columns: dict[str, str] | None = None,
     workers: int = 0,
@@ -83,19 +76,20 @@ def build(
     keep_parts: bool = False,
     **table_options,
 ) -> dict:
-    """Builds what is not there yet: the dataset and data_dir/vocabulary.model. Returns the dataset's report.
+    """Builds the dataset and data_dir/vocabulary.model, unless they exist. Returns the report of the dataset.
 
-    Args are the command's flags; `columns`, `max_pixels`, `workers` and `beam` as in `scan.gather`; `table_options` as in
-    `open_table`.
+    The arguments are the flags of the command; `columns`, `max_pixels`, `workers` and `beam` as in `scan.gather`;
+    `table_options` are those of the table's format (`tables.FORMATS`).
 
     Raises:
-      UserError: what records.py, images.py, scan.py, tables.py and builder.py refuse; --images is missing, or superfluous;
-        or `data_dir` holds a dataset of other records or another vocabulary.
+      UserError: what records.py, image_sources.py, scan.py, tables.py and builder.py refuse; --images is missing, or given
+        with a table; or `data_dir` holds a dataset of other records or another vocabulary.
     """
-    if table := is_table(records):
+    if table := tables.find_format(records):
         if images:
             raise UserError(f"images: got {images!r}, expected none: {records} holds its images; leave it out")
-        source = open_table(records, max_pixels=max_pixels, columns=columns, **table_options)
+        table_format, where = table
+        source = table_format.open(where, max_pixels=max_pixels, columns=columns, **table_options)
         begin = not _is_built(records, data_dir, source.identity())
     else:
         if not images:
@@ -133,36 +127,10 @@ def build(
     return report
 
 
-def is_table(records) -> bool:
-    """Whether --records names a table that holds its images, rather than record files."""
-    return str(records).partition(":")[0] in ("rapidata", "captions")
-
-
-def open_table(
-    records: str,
-    *,
-    max_pixels: int = image_sources.MAX_PIXELS,
-    holdout: float = schema.HOLDOUT,
-    columns: dict[str, str] | None = None,
-    caption_prompt: str = "image caption",
-    tfds_data_dir: str | None = None,
-    word_threshold: float = tables.WORD_THRESHOLD,
-):
-    """The source (builder.py) of a table; the arguments are the flags.
-
-    Raises:
-      UserError: what tables.py refuses.
-    """
-    kind, _, where = str(records).partition(":")
-    if kind == "rapidata":
-        return tables.Rapidata(where, columns, holdout, word_threshold, max_pixels)
-    return tables.Captions(where, caption_prompt, columns, holdout, tfds_data_dir, max_pixels)
-
-
 def _apart(function, *arguments):
-    """Its value, from a process that ends: TensorFlow takes the better part of a GiB, which the workers shall have."""
+    """Calls a function in a process of its own, which gives back the memory of TensorFlow (up to a GiB) when it ends."""
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, context, initializer=stream.start_worker) as pool:
+    with concurrent.futures.ProcessPoolExecutor(1, context, initializer=start_worker) as pool:
         try:
             return pool.submit(function, *arguments).result()
         except concurrent.futures.process.BrokenProcessPool as error:
@@ -173,7 +141,7 @@ def _apart(function, *arguments):
 
 
 def _wanted(records, data_dir, allow_absent: bool) -> set[str]:
-    """The uids of all records; none where their dataset is built."""
+    """The uids of all records; none if their dataset is built."""
     from richhf_data import builder
 
     paths = builder.record_paths(records)
@@ -183,7 +151,7 @@ def _wanted(records, data_dir, allow_absent: bool) -> set[str]:
 
 
 def _is_built(records, data_dir, identity) -> bool:
-    """Whether the dataset is there. Raises UserError where it is another one."""
+    """Whether the dataset exists. Raises UserError if it was built from other examples."""
     from richhf_data import builder
 
     folder = builder.dataset_dir(data_dir)
@@ -202,14 +170,12 @@ def _is_built(records, data_dir, identity) -> bool:
 
 
 def _provide_vocabulary(path: pathlib.Path, given, size: int, folder: pathlib.Path) -> None:
-    """Copies the given model, or trains one on the training prompts, unless it is there."""
+    """Copies the given model or trains one on the training prompts, unless the file exists."""
     if given is not None:
         vocabulary.Vocabulary(given)  # refuses what is not a usable model
         content = pathlib.Path(given).read_bytes()
         if not path.exists():
-            partial = path.with_name(path.name + ".partial")
-            partial.write_bytes(content)
-            partial.replace(path)
+            paths.replace(path, content)
         elif path.read_bytes() != content:
             raise UserError(
                 f"vocabulary: {path} is there and differs from {given}, expected the same, because models are trained "
@@ -224,7 +190,7 @@ def _provide_vocabulary(path: pathlib.Path, given, size: int, folder: pathlib.Pa
 
 
 def _vocabulary_texts(rows: list[list[str]]) -> Iterator[str]:
-    """The training prompts; of captions, the captions, and what stands for a prompt once."""
+    """The training prompts. Of captions: the captions, and their common prompt once."""
     constant = set()
     for _, prompt, labelled in rows:
         written = [word.removesuffix(keywords.SUFFIX) for word in labelled.split()]
@@ -237,12 +203,16 @@ def _vocabulary_texts(rows: list[list[str]]) -> Iterator[str]:
 
 
 def _refuse_unused(records: str) -> None:
-    """Raises UserError where a flag was given that the source of the records does not use."""
-    source = next((kind for kind in ("rapidata", "captions:tfds", "captions") if records.startswith(kind + ":")), "files")
-    for name, sources in _USED_BY.items():
-        if flags.FLAGS[name].present and source not in sources:
-            kinds = {"files": "record files", "rapidata": "rapidata:GLOB", "captions": "captions:GLOB"}
-            expected = " and ".join(kinds.get(kind, f"{kind}:NAME") for kind in sources)
+    """Raises UserError if a flag was given that this kind of records does not use."""
+    users = {name: ["record files"] for name in _OF_RECORD_FILES}
+    for table_format in tables.FORMATS.values():
+        for name in table_format.options:
+            users.setdefault(name, []).append(table_format.spec)
+    found = tables.find_format(records)
+    kind = found[0].spec if found else "record files"
+    for name, specs in users.items():
+        if flags.FLAGS[name].present and kind not in specs:
+            expected = " and ".join(specs)
             raise UserError(f"{name}: got it with --records={records}, expected it with {expected} alone; leave it out")
 
 
@@ -255,6 +225,7 @@ def _columns(items: list[str]) -> dict[str, str]:
 def main() -> None:
     """The command."""
     _refuse_unused(_RECORDS.value)
+    table = tables.find_format(_RECORDS.value)
     report = build(
         _RECORDS.value,
         _IMAGES.value,
@@ -269,10 +240,7 @@ def main() -> None:
         beam=_BEAM.value,
         parts=_PARTS.value,
         keep_parts=_KEEP_PARTS.value,
-        holdout=_HOLDOUT.value,
-        caption_prompt=_CAPTION_PROMPT.value,
-        tfds_data_dir=_TFDS_DATA_DIR.value,
-        word_threshold=_WORD_THRESHOLD.value,
+        **({name: flags.FLAGS[name].value for name in table[0].options} if table else {}),
     )
     from richhf_data import builder
 

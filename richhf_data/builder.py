@@ -1,23 +1,13 @@
-"""TFDS builder `richhf`: the one format that every kind of feedback is built into, and trained on from.
+"""TFDS builder `richhf`: the one dataset format for every kind of feedback, from which models are trained.
 
-Where examples come from is a source: `RecordFiles` here, which joins RichHF records with images, or one of tables.py.
-A source has
-
-  splits          names of `SPLITS`, in that order
-  identity()      JSON that changes when its examples do: tells whether a built dataset is of this source
-  examples(split) yields `tables.Item`s
-  notes(split)    after that: {what was left out or dropped: [names]}
-  published       whether its counts are to be those of RichHF-18K
-  references      path of a references.json, or None
-  remedy          what to do where images are missing
-
-Beside the examples, the dataset's folder holds
+The examples come from a source (example_source.py): `RecordFiles` here, which joins RichHF records with images, or one of
+tables.py. Beside the examples, the folder of the dataset holds
 
   report.json      what was joined and what was left out (`report_table` prints it)
-  prompts.json     {split: [[uid, prompt, labelled prompt], ...]}, so that prompts are read without the images
-  constants.npz    `scores` float32[4], `heatmaps` float32[64, 64, 2]: the training split's means, both in [0, 1],
-                   over the examples that have the target; nan where none has
-  references.json  a copy of the one beside the records, if there: {split: {row: {metric: value}}}
+  prompts.json     {split: [[uid, prompt, labelled prompt], ...]}, for reading prompts without the images
+  constants.npz    `scores` float32[4], `heatmaps` float32[64, 64, 2]: the means of the training split, both in [0, 1],
+                   over the examples that have the target; nan if none has it
+  references.json  a copy of the file beside the records, if there is one: {split: {row: {metric: value}}}
 """
 
 import collections
@@ -32,8 +22,9 @@ import numpy as np
 import tabulate
 from etils import epath
 
-from richhf_data import keywords, records, scan, schema, tables
+from richhf_data import keywords, records, scan, schema
 from richhf_data.errors import UserError
+from richhf_data.example_source import ExampleSource, Item
 from richhf_data.tensorflow_cpu import tf, tfds
 
 NAME, VERSION = "richhf", "2.0.0"
@@ -51,12 +42,12 @@ def dataset_dir(data_dir) -> epath.Path:
 
 
 class Richhf(tfds.core.GeneratorBasedBuilder):
-    """Examples of feedback: image, prompt, and those of the annotations that exist.
+    """Examples of feedback: an image, a prompt, and the annotations that exist.
 
     Args:
       data_dir: the dataset is written to data_dir/richhf/2.0.0.
-      source: see the module.
-      max_missing_share: a split with a larger share of records without a usable image fails.
+      source: an `ExampleSource`; None to read a built dataset.
+      max_missing_share: the build fails if a larger share of a split's records has no usable image.
     """
 
     name = NAME
@@ -64,7 +55,7 @@ class Richhf(tfds.core.GeneratorBasedBuilder):
     RELEASE_NOTES = {str(VERSION): "Images are plain RGB or grey; targets may be absent."}  # noqa: RUF012 - TFDS's interface
     code_path = pathlib.Path(__file__)  # TFDS 4.9.10 looks it up with importlib_resources, which it does not install
 
-    def __init__(self, *, data_dir, source=None, max_missing_share: float = 0.01, **kwargs):
+    def __init__(self, *, data_dir, source: ExampleSource | None = None, max_missing_share: float = 0.01, **kwargs):
         self._source = source
         self._max_missing_share = max_missing_share
         self._report = {"splits": {}}
@@ -82,15 +73,15 @@ class Richhf(tfds.core.GeneratorBasedBuilder):
                 {
                     "uid": text,
                     "prompt": text,
-                    "image": tfds.features.Tensor(shape=(), dtype=tf.string),  # as `images.plain` leaves it
+                    "image": tfds.features.Tensor(shape=(), dtype=tf.string),  # encoded, as `images.plain` returns it
                     "scores": tfds.features.Tensor(shape=(len(schema.SCORES),), dtype=tf.float32),
                     "score_mask": tfds.features.Tensor(shape=(len(schema.SCORES),), dtype=tf.bool),
                     "heatmaps": tfds.features.Tensor(shape=(len(schema.HEATMAPS),), dtype=tf.string),  # absent: empty
                     "heatmap_mask": tfds.features.Tensor(shape=(len(schema.HEATMAPS),), dtype=tf.bool),
                     "labels": tfds.features.Sequence(tf.int32),
                     "labels_valid": tf.bool,
-                    # What the decoder shall write: a caption, or the prompt with its labels. Empty where there are no
-                    # labels, or they do not match the prompt's tokens.
+                    # The decoder's target: a caption, or the prompt with its labels. Empty without labels, or if their
+                    # number is not that of the prompt's tokens.
                     "labelled_prompt": text,
                 }
             ),
@@ -105,33 +96,34 @@ class Richhf(tfds.core.GeneratorBasedBuilder):
         statistics = _Statistics()
         prompts, mismatches, num_records = [], [], 0
         lost = {problem: {} for problem in PROBLEMS}  # uid -> reason
-        changed = {}  # uid -> what `images.plain` did
-        for uid, prompt, image, raw, where, caption, changes, problem in self._source.examples(split):
+        changed = {}  # uid -> what `images.plain` changed
+        for item in self._source.examples(split):
             num_records += 1
-            if problem is None and not _decodes(image):
+            problem = item.problem
+            if problem is None and not _decodes(item.image):
                 problem = "images_undecodable", "TensorFlow's decoder refuses it"
             if problem is not None:
-                lost[problem[0]][uid] = problem[1]
+                lost[problem[0]][item.uid] = problem[1]
                 continue
-            if changes:
-                changed[uid] = changes
-            example = records.decode(raw, where, allow_absent=True)  # the source has seen to what must be there
-            tokens, labels = keywords.tokenize(prompt), example["labels"]
+            if item.changes:
+                changed[item.uid] = item.changes
+            example = records.decode(item.raw, item.where, allow_absent=True)  # the source has checked what is required
+            tokens, labels = keywords.tokenize(item.prompt), example["labels"]
             valid = labels is not None and len(tokens) == len(labels)
             if labels is not None and not valid:
-                mismatches.append(f"{uid} ({len(labels)} labels, {len(tokens)} tokens)")
-            labelled = caption or (keywords.label_prompt(tokens, labels.tolist()) if valid else "")
-            prompts.append([uid, prompt, labelled])
+                mismatches.append(f"{item.uid} ({len(labels)} labels, {len(tokens)} tokens)")
+            labelled = item.caption or (keywords.label_prompt(tokens, labels.tolist()) if valid else "")
+            prompts.append([item.uid, item.prompt, labelled])
             statistics.add(example, bool(labelled))
             yield (
-                uid,
+                item.uid,
                 {
-                    "uid": uid,
-                    "prompt": prompt,
-                    "image": image,
+                    "uid": item.uid,
+                    "prompt": item.prompt,
+                    "image": item.image,
                     "scores": example["scores"],
                     "score_mask": example["score_mask"],
-                    "heatmaps": [raw.get(key, b"") for key in schema.RAW_HEATMAPS.values()],
+                    "heatmaps": [item.raw.get(key, b"") for key in schema.RAW_HEATMAPS.values()],
                     "heatmap_mask": example["heatmap_mask"],
                     "labels": labels if labels is not None else [],
                     "labels_valid": valid,
@@ -166,7 +158,7 @@ class Richhf(tfds.core.GeneratorBasedBuilder):
 
     def _download_and_prepare(self, dl_manager, download_config) -> None:
         super()._download_and_prepare(dl_manager, download_config)
-        # Still in TFDS's temporary folder: the dataset appears with all of these or not at all.
+        # This is still TFDS's temporary folder: the dataset appears with all of these files or not at all.
         folder = pathlib.Path(self.data_dir)
         (folder / "report.json").write_text(json.dumps(self._report, indent=2))
         (folder / "prompts.json").write_text(json.dumps(self._prompts))
@@ -178,12 +170,12 @@ class Richhf(tfds.core.GeneratorBasedBuilder):
 
 
 class RecordFiles:
-    """RichHF records and the images of their uids.
+    """An `ExampleSource` of RichHF records and the images of their uids.
 
     Args:
-      where: a folder of `<split>.tfrecord` files, or some of them; the splits are those of `SPLITS` that there are.
+      where: the record files, as in `record_paths`.
       images: the images and captions, as `scan.gather` found them.
-      allow_absent: take records that lack targets.
+      allow_absent: accept records without some targets.
 
     Raises:
       UserError: what `record_paths` and `positions` refuse.
@@ -201,21 +193,21 @@ class RecordFiles:
     def identity(self) -> dict[str, str]:
         return digests(self._paths)
 
-    def examples(self, split: str) -> Iterator[tables.Item]:
+    def examples(self, split: str) -> Iterator[Item]:
         path, left = self._paths[split], dict(self._positions[split])
         stored = records.RandomAccess([path])
         for uid, prompt, image in self._images.read(self._positions[split]):
             number = left.pop(uid)
             where = f"{path} record {number}"
             raw = records.parse(stored[number], where, self._allow_absent)
-            yield tables.Item(uid, prompt, image, raw, where, changes=self._images.changes.get(uid, ""))
+            yield Item(uid, prompt, image, raw, where, changes=self._images.changes.get(uid, ""))
         for uid in sorted(left):
             problem = "images_missing", ""
             if uid in self._images.ambiguous:
                 problem = "images_ambiguous", self._images.ambiguous[uid]
             elif uid in self._images.faults:
                 problem = "images_undecodable", self._images.faults[uid]
-            yield tables.Item(uid, "", None, {}, str(path), problem=problem)
+            yield Item(uid, "", None, {}, str(path), problem=problem)
 
     def notes(self, split: str) -> dict[str, list[str]]:
         others = [position for name, position in self._positions.items() if name != split]
@@ -223,7 +215,7 @@ class RecordFiles:
 
 
 class _Statistics:
-    """Sums over a split, each over the examples that have the target, so that no example is kept."""
+    """Running sums over a split. Each target is summed over the examples that have it."""
 
     def __init__(self):
         self._counts, self._map_counts, self._keywords = np.zeros(len(schema.SCORES)), np.zeros(len(schema.HEATMAPS)), 0
@@ -233,7 +225,7 @@ class _Statistics:
         self._maps = np.zeros((MEAN_MAP_SIZE, MEAN_MAP_SIZE, len(schema.HEATMAPS)))
 
     def add(self, example: dict, has_keywords: bool) -> None:
-        """Of a decoded record (records.py): what is absent there is 0, and is not counted."""
+        """Adds a decoded record (records.py), whose absent targets are 0."""
         scores, there = example["scores"], example["score_mask"]
         self._counts += there
         self._map_counts += example["heatmap_mask"]
@@ -248,7 +240,7 @@ class _Statistics:
         self._maps += small / 255
 
     def means(self) -> dict[str, np.ndarray]:
-        """Nan where no example has the target."""
+        """The mean of each target; nan if no example has it."""
         with np.errstate(invalid="ignore"):
             return {
                 "scores": np.float32(self._scores / self._counts),
@@ -256,7 +248,7 @@ class _Statistics:
             }
 
     def summary(self) -> dict:
-        """For JSON: None where no example has the target."""
+        """Counts, means and histograms, for JSON; None if no example has the target."""
         with np.errstate(invalid="ignore"):
             mean, empty = self._scores / self._counts, self._empty / self._map_counts
             deviation = np.sqrt(np.maximum(self._squares / self._counts - mean**2, 0))
@@ -278,10 +270,13 @@ def _by_name(names, values: np.ndarray) -> dict[str, float | None]:
 
 
 def record_paths(where) -> dict[str, pathlib.Path]:
-    """The record file of each split, `<split>.tfrecord`, of a folder, or of a file or a pattern; in the order of `SPLITS`.
+    """{split: its record file, `<split>.tfrecord`}, in the order of `SPLITS`.
+
+    Args:
+      where: a folder, a file, or a pattern of files.
 
     Raises:
-      UserError: there is none, two of a split, or, where it is no folder, one of another name.
+      UserError: there is no such file, there are two of a split, or a file that is not in a folder has another name.
     """
     paths = {split: pathlib.Path(where) / f"{split}.tfrecord" for split in SPLITS}
     names = ", ".join(path.name for path in paths.values())
@@ -301,7 +296,7 @@ def record_paths(where) -> dict[str, pathlib.Path]:
 
 
 def positions(paths: dict[str, pathlib.Path], allow_absent: bool = False) -> dict[str, dict[str, int]]:
-    """{split: {uid: number of its record}} of the splits' record files.
+    """{split: {uid: number of its record}}.
 
     Raises:
       UserError: no record in a file; a uid twice; what `records.read_unchecked` refuses.
@@ -323,7 +318,7 @@ def positions(paths: dict[str, pathlib.Path], allow_absent: bool = False) -> dic
 
 
 def digests(paths: dict[str, pathlib.Path]) -> dict[str, str]:
-    """SHA-256 of each split's record file: tells whether a built dataset is of these records."""
+    """{split: SHA-256 of its record file}, by which a built dataset is recognised."""
     result = {}
     for split, path in paths.items():
         with open(path, "rb") as file:
@@ -332,7 +327,7 @@ def digests(paths: dict[str, pathlib.Path]) -> dict[str, str]:
 
 
 def report_table(report: dict) -> str:
-    """The report as text for a terminal: a row per split, what was left out or changed, histograms of the scores."""
+    """The report as text: a row per split, what was left out or changed, and histograms of the scores."""
     splits, scores, notes = [], [], []
     for split, row in report["splits"].items():
         counts = {title: row[key]["count"] for key, title in _COLUMNS.items()}
@@ -351,7 +346,7 @@ def report_table(report: dict) -> str:
                 notes.append(f"{split}: {value['count']} {key.replace('_', ' ')}{_some(value['first'])}{reasons}")
         if absent := {name: count for name, count in row["targets"].items() if count < row["examples"]}:
             counts = ", ".join(f"{name} {count}" for name, count in absent.items())
-            notes.append(f"{split}: of {row['examples']} examples so many have the target: {counts}")
+            notes.append(f"{split}: examples with the target, of {row['examples']}: {counts}")
     counted = ["", f"How many examples have each score, in {TWELFTHS}ths:", _table(scores)] if scores else []
     return "\n".join([_table(splits), *notes, *counted])
 
@@ -361,7 +356,7 @@ def _table(rows: list[dict]) -> str:
 
 
 def _reasons(reasons: dict[str, str]) -> dict:
-    """What the report says of uids and why, where there is a reason."""
+    """The report's entry for {uid: reason}: the count, the first uids, and how often each reason occurs."""
     counts = collections.Counter(filter(None, reasons.values())).most_common()
     return {"count": len(reasons), "first": list(reasons)[:_NAMED], **({"reasons": dict(counts)} if counts else {})}
 
@@ -371,7 +366,7 @@ def _some(names) -> str:
 
 
 def _decodes(image: bytes) -> bool:
-    """Whether the decoder that training uses can read the image."""
+    """Whether training's decoder can read the image."""
     try:
         tf.io.decode_image(image, channels=3, expand_animations=False)
     except tf.errors.InvalidArgumentError:

@@ -1,7 +1,7 @@
-"""One way to run every command: its flags are parsed, its work is done, and a user's error becomes one line.
+"""Runs every command: parses its flags, calls it, and prints a user's error as one line.
 
-Exit codes: 0 = done, 2 = the user can mend it (one line on the error stream). A fault of the code ends with its traceback
-and 1. What else a command exits with is in its module's docstring.
+Exit codes: 0 = done, 1 = a fault of the code, with its traceback, 2 = an error that the user can mend, with one line on the
+error stream. The docstring of a command names further codes.
 """
 
 import functools
@@ -20,13 +20,13 @@ def run(main: Callable[[], object], read_arguments: Callable[[list[str]], list[s
     """Parses the flags, then calls `main`.
 
     Args:
-      read_arguments: called first with the arguments, gives back those that are left for the flags. It may define flags.
+      read_arguments: called first with the arguments; returns those that remain to be parsed. It may define flags.
     """
     app.run(functools.partial(_main, main), flags_parser=functools.partial(_parse, read_arguments))
 
 
 def message(error: Exception) -> str | None:
-    """What a user is told of an error; None where it is a fault of the code, whose traceback is needed."""
+    """The line that a user sees of an error; None for a fault of the code, which needs its traceback."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.errno:  # the machine's: a full disk, no right to write, no such file
@@ -35,7 +35,7 @@ def message(error: Exception) -> str | None:
 
 
 def fail(text: str) -> NoReturn:
-    """Ends the command over a user's error."""
+    """Prints an error of the user and ends the command."""
     sys.stdout.flush()
     print(f"error: {text}", file=sys.stderr, flush=True)
     raise SystemExit(USER_ERROR)
@@ -45,7 +45,7 @@ def _parse(read_arguments, argv):
     wants_help = any(argument.lstrip("-").startswith("help") for argument in argv[1:])
     try:
         left = read_arguments(argv)
-        for name in list(flags.FLAGS):  # --help lists those that other modules define as well
+        for name in list(flags.FLAGS):  # so that --help lists the flags of our other modules too
             if str(flags.FLAGS.find_module_defining_flag(name)).startswith(("rahf", "richhf_data")):
                 flags.FLAGS.register_key_flag_for_module(argv[0], flags.FLAGS[name])
         arguments = flags.FLAGS(left)

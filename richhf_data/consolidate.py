@@ -1,8 +1,8 @@
-"""Several annotators' points, words and scores of one picture -> one example (paper section 3.2). Imports no TensorFlow.
+"""Consolidates the points, words and scores of several annotators into one example (paper section 3.2). No TensorFlow.
 
   python -m richhf_data.consolidate --annotations='annotations/*.jsonl' --images=DIR --output=DIR
 
-reads your own annotations, a line for each annotator and picture,
+reads your own annotations, one line per annotator and picture,
 
   {"uid": "cat7", "annotator": "ada", "prompt": "a yellow cat",
    "points": {"implausibility": [[0.25, 0.5]], "misalignment": []},   fractions of width and height
@@ -10,11 +10,11 @@ reads your own annotations, a line for each annotator and picture,
    "scores": {"plausibility": 4, "overall": 3}}                        1 to 5, higher is better
 
 and the pictures DIR/<uid>.jpg (or .png, .webp, ...), and writes what `richhf_data.build --allow_absent` reads:
-OUTPUT/<split>.tfrecord and OUTPUT/images with the pictures and captions.jsonl. Whatever was not asked is left out of a
-line. A target is consolidated over the annotators who gave it; an empty list of points is an answer: nothing is wrong.
+OUTPUT/<split>.tfrecord and OUTPUT/images with the pictures and captions.jsonl. A line leaves out what its annotator was
+not asked; an empty list of points means that nothing is wrong. A target is consolidated over the annotators who gave it.
 
   scores    mean over annotators of (s - 1) / 4
-  labels    majority vote of each prompt token: misaligned when more than half of the annotators marked it
+  labels    majority vote for each prompt token: misaligned if more than half of the annotators marked it
   heatmaps  each annotator's points become a binary map of disks, and the maps are averaged: with three annotators a
             pixel is 0, 85, 170 or 255
 """
@@ -28,26 +28,25 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import cv2
 import numpy as np
-import PIL.ExifTags
-import PIL.Image
 from absl import flags
 from tqdm.auto import tqdm
 
-from richhf_data import command, images, keywords, schema
+from richhf_data import command, images, jsonl, keywords, paths, schema
 from richhf_data.errors import UserError
 
-MARKER = "consolidated.json"  # tells an output folder of this command
+MARKER = "consolidated.json"  # marks a folder that this command wrote
 _LINE_KEYS = {"uid", "annotator", "prompt", "points", "labels", "misaligned", "scores"}
 _NAMED = 20  # bad lines in a message
 
 
 @dataclasses.dataclass(frozen=True)
 class Annotation:
-    """What one annotator says of one picture. None is what they were not asked.
+    """One annotator's answers about one picture. None means that they were not asked.
 
-    points: for each map of `schema.HEATMAPS`, the marked (x, y), fractions of width and height in [0, 1].
-    labels: for each prompt token (`keywords.tokenize`), 0 = misaligned, 1 = aligned.
-    scores: Likert 1 .. 5 for each of `schema.SCORES`, higher is better.
+    Attributes:
+      points: for each map of `schema.HEATMAPS`, the marked (x, y), fractions of width and height in [0, 1].
+      labels: for each prompt token (`keywords.tokenize`), 0 = misaligned, 1 = aligned.
+      scores: Likert 1 .. 5 for each of `schema.SCORES`, higher is better.
     """
 
     points: tuple[tuple[tuple[float, float], ...] | None, ...]
@@ -55,7 +54,7 @@ class Annotation:
     scores: tuple[float | None, ...]
 
     def to_json(self) -> dict:
-        """Plain lists, numbers and strings, by the names of `schema`; what is None is left out."""
+        """A JSON object with the names of `schema`, without what is None."""
         value = {
             "points": {
                 name: [list(point) for point in points]
@@ -70,10 +69,10 @@ class Annotation:
 
     @classmethod
     def from_json(cls, value: dict) -> "Annotation":
-        """The inverse of `to_json`; does not `check` the values.
+        """The inverse of `to_json`. It does not `check` the values.
 
         Raises:
-          UserError: another name than those of `schema`, or a value of another type.
+          UserError: a name that is not in `schema`, or a value of another type.
         """
         points, labels, scores = value.get("points", {}), value.get("labels"), value.get("scores", {})
         for key, got, names in (("points", points, schema.HEATMAPS), ("scores", scores, schema.SCORES)):
@@ -101,10 +100,11 @@ def _number(value) -> float:
 def disks(
     points: Iterable[Sequence[float]], size: int, radius: float = schema.POINT_RADIUS, aspect: float = 1.0
 ) -> np.ndarray:
-    """bool[size, size]: the pixels whose centre lies within `radius` of one of the points.
+    """bool[size, size]: the pixels whose centres lie within `radius` of a point.
 
     Args:
-      radius: a fraction of the picture's height. aspect: the picture's width / height, which the square map squeezes.
+      radius: a fraction of the picture's height.
+      aspect: the picture's width / height; the square map shows the picture squeezed by it.
     """
     marked = np.zeros((size, size), bool)
     reach = radius * size
@@ -119,7 +119,7 @@ def disks(
 
 
 def check(annotation: Annotation, num_tokens: int) -> None:
-    """Raises UserError where an annotation has wrong lengths, or points, labels or scores out of range."""
+    """Raises UserError if an annotation has wrong lengths, or points, labels or scores out of range."""
     if len(annotation.scores) != len(schema.SCORES):
         raise UserError(f"scores: got {len(annotation.scores)}, expected {len(schema.SCORES)} ({schema.SCORES})")
     for name, score in zip(schema.SCORES, annotation.scores, strict=True):
@@ -143,18 +143,18 @@ def check(annotation: Annotation, num_tokens: int) -> None:
 def consolidate(
     annotations: Sequence[Annotation], prompt: str, size: int = schema.RAW_MAP_SIZE, aspect: float = 1.0
 ) -> dict:
-    """One example's targets from its annotators.
+    """The targets of one picture from its annotations.
 
     Args:
-      annotations: of one picture, at least one.
-      prompt: its text; each annotation has one label for each of its tokens.
+      annotations: at least one.
+      prompt: the picture's text; an annotation has one label for each of its tokens.
       size: pixels of a map, both sides (the records have 512).
       aspect: the picture's width / height.
 
     Returns:
       {scores: float32[4] in [0, 1], score_mask: bool[4], heatmaps: uint8[size, size, 2], heatmap_mask: bool[2], labels:
-      int32[tokens] or None}, as `schema` describes. Each target is that of the annotators who gave it; where none did,
-      the mask is False and the score or map 0, or the labels are None.
+      int32[tokens] or None}, as `schema` describes. A target that no annotator gave has a mask of False and is 0; labels
+      that no annotator gave are None.
 
     Raises:
       UserError: no annotation, a wrong length, or a score, point or label out of range.
@@ -197,7 +197,7 @@ def _given(values: Iterable) -> list:
 
 
 def raw_record(filename: str, targets: Mapping) -> dict:
-    """The raw record (records.py) of a picture's targets, as `consolidate` returns them; absent ones are left out."""
+    """The raw record (records.py) of targets that `consolidate` returned, without the absent ones."""
     raw = {schema.RAW_UID: filename}
     for index, name in enumerate(schema.SCORES):
         if targets["score_mask"][index]:
@@ -215,33 +215,35 @@ def raw_record(filename: str, targets: Mapping) -> dict:
 
 
 @dataclasses.dataclass
-class Picture:
-    """A picture's prompt and what its annotators say of it, by their names."""
+class AnnotatedImage:
+    """The prompt of an image and its annotations, by the annotators' names.
+
+    where: the file and line of its first annotation, for errors.
+    """
 
     prompt: str
     where: str
     annotations: dict[str, Annotation]
 
 
-def read(pattern: str) -> dict[str, Picture]:
-    """The annotations in the JSONL files that match a pattern, by uid, in the files' order (see the module).
+def read(pattern: str) -> dict[str, AnnotatedImage]:
+    """The annotations in the JSONL files that match a pattern (see the module), by uid, in the order of the lines.
 
     Raises:
-      UserError: no file matches, or lines are wrong; names each with its file and number, the first 20.
+      UserError: no file matches, or lines are wrong; names the file and number of the first 20.
     """
-    paths = sorted(glob.glob(pattern, recursive=True))
-    if not paths:
+    files = sorted(glob.glob(pattern, recursive=True))
+    if not files:
         raise UserError(f"annotations: no file matches {pattern!r}, expected JSONL files; quote the pattern in a shell")
-    pictures: dict[str, Picture] = {}
+    pictures: dict[str, AnnotatedImage] = {}
     faults = []
-    for path in paths:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    try:
-                        _add_line(pictures, line, f"{path} line {number}")
-                    except UserError as error:
-                        faults.append(f"  {path} line {number}: {error}")
+    for path in files:
+        with open(path, "rb") as file:
+            for number, line in jsonl.lines(file):
+                try:
+                    _add_line(pictures, line, f"{path} line {number}")
+                except UserError as error:
+                    faults.append(f"  {error}")
     if faults:
         more = f"\n  and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
         raise UserError(f"annotations: {len(faults)} bad lines:\n" + "\n".join(faults[:_NAMED]) + more)
@@ -250,16 +252,20 @@ def read(pattern: str) -> dict[str, Picture]:
     return pictures
 
 
-def _add_line(pictures: dict[str, Picture], line: str, where: str) -> None:
+def _add_line(pictures: dict[str, AnnotatedImage], line: bytes, where: str) -> None:
+    expected = f"an object with keys of {', '.join(sorted(_LINE_KEYS))}"
+    value = jsonl.parse(line, expected, where)
     try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"got {line.strip()[:60]!r}, which is not JSON ({error}); expected an object") from error
-    if not isinstance(value, dict) or (unknown := value.keys() - _LINE_KEYS):
-        got = sorted(unknown) if isinstance(value, dict) else type(value).__name__
-        raise UserError(f"got {got}, expected an object with keys of {', '.join(sorted(_LINE_KEYS))}")
+        _add(pictures, value, where, expected)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _add(pictures: dict[str, AnnotatedImage], value: dict, where: str, expected: str) -> None:
+    if unknown := value.keys() - _LINE_KEYS:
+        raise UserError(f"got {sorted(unknown)}, expected {expected}")
     for key in ("uid", "annotator", "prompt"):
-        if not isinstance(value.get(key), str) or not value[key].strip():
+        if not jsonl.is_text(value.get(key)) or not value[key].strip():
             raise UserError(f"{key}: got {value.get(key)!r}, expected text")
     uid, annotator, prompt = value["uid"], value["annotator"], value["prompt"]
     if pathlib.PurePosixPath(uid).name != uid or uid.startswith("."):
@@ -277,7 +283,7 @@ def _add_line(pictures: dict[str, Picture], line: str, where: str) -> None:
     check(annotation, len(tokens))
     if not _given((*annotation.scores, *annotation.points, annotation.labels)):
         raise UserError("got no answer, expected at least one of points, labels or misaligned, and scores; remove the line")
-    picture = pictures.setdefault(uid, Picture(prompt, where, {}))
+    picture = pictures.setdefault(uid, AnnotatedImage(prompt, where, {}))
     if picture.prompt != prompt:
         raise UserError(f"prompt: got {prompt!r}, expected that of uid {uid!r} in {picture.where}: {picture.prompt!r}")
     if annotator in picture.annotations:
@@ -288,16 +294,17 @@ def _add_line(pictures: dict[str, Picture], line: str, where: str) -> None:
 def write(annotations: str, images_dir, output, holdout: float = schema.HOLDOUT, seed: int = 0) -> dict[str, int]:
     """Consolidates annotations into record files, pictures and captions; returns the counts of what it wrote.
 
-    A picture's split is that of its uid (`schema.split_of`). Files appear when they are complete; the same command
-    again writes the same.
+    The uid of a picture decides its split (`schema.split_of`). Files appear when they are complete; the same command
+    writes the same files again.
 
     Args:
-      annotations: a pattern of JSONL files. images_dir: the pictures, named by uid. output: a new folder, or an earlier
-        one of this command.
-      holdout, seed: the share of dev, and of test, and what draws them.
+      annotations: a pattern of JSONL files.
+      images_dir: the folder of the pictures, named by uid.
+      output: a new folder, or one that this command wrote.
+      holdout: the share of dev, and of test. seed: draws the pictures that are held out.
 
     Raises:
-      UserError: bad lines, a picture that is not there, or `output` holds other files.
+      UserError: bad lines, a missing picture, or `output` holds other files.
     """
     pictures = read(annotations)
     output, folder = pathlib.Path(output), pathlib.Path(images_dir)
@@ -318,14 +325,18 @@ def write(annotations: str, images_dir, output, holdout: float = schema.HOLDOUT,
         )
     if output.is_dir() and any(output.iterdir()) and not (output / MARKER).is_file():
         raise UserError(f"output: {output} holds other files, expected a new folder; take another")
-    aspects = {uid: _aspect(files[uid]) for uid in pictures}
+    aspects = {}
+    for uid in pictures:
+        width, height = images.size(files[uid])
+        aspects[uid] = width / height
     from richhf_data import records  # TensorFlow: after the checks, which need none, and before anything is written
 
-    for split in schema.SPLITS:  # pictures of an earlier run may have another split, or another suffix
+    for split in schema.SPLITS:  # an earlier run may have written pictures with other splits or suffixes
         (output / f"{split}.tfrecord").unlink(missing_ok=True)
     shutil.rmtree(output / "images", ignore_errors=True)
     (output / "images").mkdir(parents=True)
-    _write_text(output / MARKER, json.dumps({"annotations": annotations, "holdout": holdout, "seed": seed}))
+    marker = json.dumps({"annotations": annotations, "holdout": holdout, "seed": seed})
+    paths.replace(output / MARKER, marker.encode())
 
     counts = {"pictures": len(pictures), "annotations": sum(len(one.annotations) for one in pictures.values())}
     counts |= dict.fromkeys((*schema.SPLITS, *schema.SCORES, *schema.HEATMAPS, "labels", "partly answered"), 0)
@@ -353,25 +364,8 @@ def write(annotations: str, images_dir, output, holdout: float = schema.HOLDOUT,
             if uids:
                 records.write(output / f"{split}.tfrecord", consolidated(uids), allow_absent=True)
     captions = (json.dumps({"uid": uid, "caption": one.prompt}) + "\n" for uid, one in pictures.items())
-    _write_text(output / "images" / "captions.jsonl", "".join(captions))
+    paths.replace(output / "images" / "captions.jsonl", "".join(captions).encode())
     return counts
-
-
-def _aspect(path: pathlib.Path) -> float:
-    """Width / height of a picture as it is looked at; only its head is read."""
-    try:
-        with PIL.Image.open(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(PIL.ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    except (OSError, PIL.Image.DecompressionBombError) as error:
-        raise UserError(f"images: {path} is not a readable image ({error}), expected one; replace it") from error
-    return height / width if turned else width / height
-
-
-def _write_text(path: pathlib.Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def main() -> None:

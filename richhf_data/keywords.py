@@ -21,7 +21,7 @@ def tokenize(prompt: str) -> list[str]:
 
 
 def parse_labels(text: str) -> list[int]:
-    """The published `prompt_misalignment_label`, space-separated 0 and 1, as integers.
+    """The integers of a published `prompt_misalignment_label`: 0 and 1, separated by spaces.
 
     Raises:
       UserError: an entry is neither 0 nor 1.
@@ -39,7 +39,7 @@ def label_prompt(tokens: Sequence[str], labels: Sequence[int]) -> str:
     'a yellow_0 cat'
 
     Raises:
-      UserError: there are not as many labels as tokens.
+      UserError: the number of labels is not that of the tokens.
     """
     if len(tokens) != len(labels):
         raise UserError(f"labels: got {len(labels)} for {len(tokens)} prompt tokens, expected one each")
@@ -49,9 +49,9 @@ def label_prompt(tokens: Sequence[str], labels: Sequence[int]) -> str:
 
 
 def read_labels(sequence: str, tokens: Sequence[str]) -> list[int | None]:
-    """What a keyword sequence, possibly a model's faulty copy, says of each prompt token.
+    """The label of each prompt token according to a keyword sequence, which a model may have copied with mistakes.
 
-    Words are matched to tokens in order (longest matching blocks). A token that the sequence lacks gets None.
+    Words are matched to tokens in order, by longest matching blocks. A token without a match gets None.
 
     >>> read_labels('a yellow_0 cat', ['a', 'yellow', 'cat'])
     [1, 0, 1]

@@ -1,18 +1,17 @@
-"""The benchmark's metrics: how close predicted scores, heatmaps and keywords are to the annotators'.
+"""The benchmark's metrics, which compare predicted scores, heatmaps and keywords with the annotators'.
 
 Definitions: "Rich Human Feedback for Text-to-Image Generation" (arXiv 2312.10240) section 4.2.1, made precise by the
 PyTorch code of its first author (https://github.com/youweiliang/RichHF, metrics.py), so that numbers are comparable.
 
-What the papers leave open, and what happens here:
+Conventions for cases that the papers leave open:
 
-  score correlations    a constant prediction, or a constant truth, has no correlation: it counts as 0. Fewer than two
-                        examples: nan
-  constant heatmap      CC and NSS are 0. AUC-Judd is about 0.5 (the noise decides)
+  score correlations    0 if the prediction or the truth is constant; nan with fewer than two examples
+  constant heatmap      CC and NSS are 0; AUC-Judd is about 0.5, by the noise
   all-zero prediction   SIM is 0, and KLD is large but finite (the epsilons)
-  empty truth           (no pixel marked) only MSE is defined; the other metrics are nan and such an example is left out
-  every pixel marked    AUC-Judd has no negatives: nan, left out. CC and NSS are 0
+  empty truth           (no pixel marked) only MSE is defined; the other metrics are nan, and leave the example out
+  every pixel marked    AUC-Judd has no negatives: it is nan and leaves the example out; CC and NSS are 0
   nothing to average    nan
-  keywords              a precision or a recall of 0 / 0 is 0; no target with labels at all: nan
+  keywords              a precision or a recall of 0 / 0 is 0; nan if no target has labels
   captions              (of captioning datasets; in no paper) F1 of the words of prediction and caption, as multisets
 """
 
@@ -32,7 +31,7 @@ from richhf_data.schema import HEATMAPS, SCORES
 EPSILON = 1e-8
 TIE_NOISE = 1e-7
 TIE_SEED = 0
-FLAT = 1e-6  # values within this fraction of the largest are one value that was rounded differently
+FLAT = 1e-6  # values that differ by less than this fraction of the largest count as equal
 
 HEATMAP_METRICS = ("mse", "mse_empty", "cc", "kld", "sim", "nss", "auc_judd")
 KEYWORD_METRICS = ("precision", "recall", "f1")
@@ -42,7 +41,7 @@ _CHUNK_PIXELS = 1 << 20  # 8 MiB per float64 temporary, whatever the size of the
 
 # ---------------------------------------------------------------------------------------------------- heatmaps
 # Every function takes (prediction, truth), two [n, h, w] arrays with values in [0, 1], and returns float64[n]. Sums run
-# over one image's pixels in their order in memory, so an image's value does not depend on its neighbours.
+# over the pixels of one image in their order in memory, so an image's value does not depend on the rest of the batch.
 
 
 def mse(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -68,7 +67,7 @@ def kld(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
     sum g * log(g / (p + eps) + eps) over the maps divided by their sums; nan if the truth is empty.
     """
     p, g = _pixels(prediction, truth)
-    marked = g > 0  # where g is 0 the term is 0: the logarithms of most pixels need not be taken
+    marked = g > 0  # the term of any other pixel is 0, and its logarithm is not needed
     p_mass, g_mass = p.sum(axis=1, keepdims=True), g.sum(axis=1, keepdims=True)
     p = np.where(marked, p, 0.0) / (p_mass + EPSILON)
     g = g / (g_mass + EPSILON)
@@ -150,7 +149,7 @@ def _pixels(prediction, truth):
 
 
 def _constant(rows):
-    """Whether each row's values are equal up to float32 rounding, as those of a resized constant map are."""
+    """Whether the values of each row are equal up to float32 rounding; those of a resized constant map are."""
     low, high = rows.min(axis=-1), rows.max(axis=-1)
     return high - low <= FLAT * np.maximum(np.abs(low), np.abs(high))
 
@@ -170,15 +169,15 @@ def evaluate(targets: Sequence[Mapping[str, Any]], predictions: Sequence[Mapping
     """Every metric of a set of examples.
 
     Args:
-      targets: one dictionary an example, in the schema's orders: scores float32[4], score_mask bool[4], heatmaps
+      targets: one dictionary per example, in the schema's orders: scores float32[4], score_mask bool[4], heatmaps
         uint8[h, w, 2] (255 = every annotator), heatmap_mask bool[2], prompt str, labels (for each token of the prompt
-        0 = misaligned or 1 = aligned) or None; and if the text to write is a caption, caption str. What a mask excludes
-        is not looked at. A row with no target at all is padding: it changes nothing.
-      predictions: as many, in the same order: scores float32[4], heatmaps float32[h, w, 2] in [0, 1] of the target's
-        size, labelled_prompt str ("a yellow_0 cat"). Sizes may differ from example to example.
+        0 = misaligned or 1 = aligned) or None; and caption str if the decoder's target is a caption. Values that a mask
+        excludes are ignored. A row without any target is padding and is ignored.
+      predictions: as many, in the same order: scores float32[4], heatmaps float32[h, w, 2] in [0, 1] with the target's
+        size, labelled_prompt str ("a yellow_0 cat"). Sizes may differ between examples.
 
     Returns:
-      Floats, nan where there was nothing to measure (the module's docstring lists the conventions), by the keys
+      Floats (nan without anything to measure; see the conventions of the module) with the keys
 
         score/{plcc,srcc}/{plausibility,alignment,aesthetics,overall}
         heatmap/{mse,mse_empty,cc,kld,sim,nss,auc_judd}/{implausibility,misalignment}
@@ -186,14 +185,14 @@ def evaluate(targets: Sequence[Mapping[str, Any]], predictions: Sequence[Mapping
         caption/word_f1, where any target is a caption
         num_examples
 
-      Heatmaps: `mse` is the mean over all examples, `mse_empty` over those whose truth is empty, the others over those
-      whose truth is not. Keywords, all of the misaligned class: `micro` pools the tokens of all prompts, as the paper's
-      tables do; `per_prompt` is the mean over prompts of each prompt's values, as in the PyTorch code; 0 / 0 is 0:
-      a prompt without a misaligned word lowers the mean even if the prediction is perfect. A token that the predicted
-      sequence did not copy is a miss if it is misaligned, and never a false alarm, in both.
+      Heatmaps: `mse` is the mean over all examples, `mse_empty` over those with an empty truth, the others over those
+      without. Keywords, for the misaligned class: `micro` pools the tokens of all prompts, as in the paper's tables;
+      `per_prompt` is the mean over prompts of each prompt's values, as in the PyTorch code. Because 0 / 0 is 0, a prompt
+      without a misaligned word lowers that mean even if the prediction is perfect. In both, a token that the predicted
+      sequence does not copy counts as not predicted.
 
     Raises:
-      UserError: lengths or shapes do not match, or a prediction is not finite or not in its range.
+      UserError: lengths or shapes do not match, or a prediction is not finite or out of range.
     """
     if len(targets) != len(predictions):
         raise UserError(f"predictions: got {len(predictions)} for {len(targets)} targets, expected one each")
@@ -282,7 +281,7 @@ def _evaluate_heatmaps(pairs):
 
 
 def _chunks(pairs, k):
-    """Lists of rows that have heatmap k, of one size each, with at most `_CHUNK_PIXELS` pixels (at least one row)."""
+    """Lists of rows that have heatmap k. The maps of a list have one size and at most `_CHUNK_PIXELS` pixels, or one row."""
     by_shape: dict[tuple[int, ...], list[int]] = {}
     for row, (target, _) in enumerate(pairs):
         if target["heatmap_mask"][k]:
@@ -343,13 +342,13 @@ def _precision_recall_f1(true_positives, predicted, positives):
 def constant_predictions(
     mean_scores: np.ndarray, mean_heatmaps: np.ndarray, targets: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The predictor that has seen no image: the training set's means, and every prompt copied without a mark.
+    """The predictions of the constant predictor: the means of the training set, and every prompt copied without a mark.
 
-    A mean of nan, where no training example has the target, is predicted as 0.5 for a score and as 0 for a pixel.
+    A mean of nan (no training example has the target) becomes 0.5 for a score and 0 for a pixel.
 
     Args:
       mean_scores: float[4], the training targets' means.
-      mean_heatmaps: float[h, w, 2] in [0, 1], likewise; resized to each target's size.
+      mean_heatmaps: float[h, w, 2] in [0, 1], the same; resized to the size of each target.
       targets: as in `evaluate`; only `prompt` and the size of `heatmaps` are read.
 
     Returns:
@@ -375,13 +374,14 @@ def constant_predictions(
 
 
 def tables(rows: Mapping[str, Mapping[str, float | None]]) -> list[list[list[str]]]:
-    """The papers' result tables: scores, one per heatmap, misaligned words; and captions, where a row has them.
+    """The papers' result tables: scores, one per heatmap, misaligned words; and captions, if a row has them.
 
-    Each is lines of cells, header first.
+    Returns:
+      Tables of lines of cells; the first line is the header. A value that is absent, None or nan is "-". Keywords are in
+      percent, as in the papers.
 
     Args:
-      rows: what `evaluate` returns, by the name of its line ("this model", "constant predictor", "ceiling"). A value
-        that is absent, None or nan is shown as "-". Keywords are in percent, as in the papers.
+      rows: {name of the line ("this model", "constant predictor", "ceiling"): what `evaluate` returned}.
     """
 
     def cell(metrics, keys, form, scale=1):
@@ -390,7 +390,7 @@ def tables(rows: Mapping[str, Mapping[str, float | None]]) -> list[list[list[str
         return "-" if set(texts) == {"-"} else " / ".join(texts)
 
     def score_cells(metrics):
-        means = {}  # of all four only: a mean over fewer would not be comparable between lines
+        means = {}  # over all four scores or none: means over fewer are not comparable between lines
         for key in ("plcc", "srcc"):
             values = [metrics.get(f"score/{key}/{name}") for name in SCORES]
             means[key] = None if None in values else np.mean(values)
@@ -423,7 +423,7 @@ def tables(rows: Mapping[str, Mapping[str, float | None]]) -> list[list[list[str
 
 
 def table(rows: Mapping[str, Mapping[str, float | None]]) -> str:
-    """The `tables` of `rows` as Markdown, which reads well on a terminal too."""
+    """The `tables` of `rows` as Markdown."""
     return "\n\n".join(
         tabulate(lines[1:], lines[0], tablefmt="github", disable_numparse=True, stralign="left")
         for lines in tables(rows)

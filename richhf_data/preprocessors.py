@@ -1,8 +1,8 @@
-"""What turns an example of the dataset into what the model reads: tf functions on seqio's datasets.
+"""seqio preprocessors that turn an example of the dataset into what the model reads.
 
 Order: `decode`, `crop` (training), `resize`, `colour` (training), `texts`, `keyword_target`. Crop and colour are the
-augmentation of the paper (arXiv 2312.10240, section 9). There is no flip: prompts name left and right. Colour comes
-after the resize, where it costs less. Everything random is a function of the example's `seed` alone.
+augmentation of the paper (arXiv 2312.10240, section 9). There is no flip, because prompts name left and right. Colour
+follows the resize because it is cheaper on the smaller image. All randomness is a function of the example's `seed`.
 """
 
 from richhf_data import schema
@@ -13,12 +13,12 @@ COLOUR_PROBABILITY = 0.1
 BRIGHTNESS_DELTA, HUE_DELTA = 0.05, 0.025
 CONTRAST, SATURATION = (0.8, 1.0), (0.8, 1.0)
 JPEG_QUALITY = (70, 100)
-DCT_METHOD = "INTEGER_ACCURATE"  # Pillow's and OpenCV's: TensorFlow's default is up to 25 levels off what prediction reads
+DCT_METHOD = "INTEGER_ACCURATE"  # as in Pillow, which prediction uses; TensorFlow's default differs by up to 25 levels
 GREY_PROBABILITY = 0.1
 
 
 class Vocabulary(seqio.SentencePieceVocabulary):
-    """The same ids and texts as `richhf_data.vocabulary.Vocabulary`, for seqio."""
+    """A vocabulary for seqio with the ids and texts of `richhf_data.vocabulary.Vocabulary`."""
 
     def _decode(self, ids) -> str:
         dropped = (schema.PAD_ID, schema.UNK_ID, schema.EOS_ID)
@@ -27,14 +27,14 @@ class Vocabulary(seqio.SentencePieceVocabulary):
 
 @seqio.map_over_dataset
 def decode(example: dict) -> dict:
-    """Encoded `image` -> uint8[H, W, 3]; encoded `heatmaps` -> uint8[512, 512, 2], zeros where a map is absent."""
+    """Encoded `image` -> uint8[H, W, 3]; encoded `heatmaps` -> uint8[512, 512, 2], zeros for an absent map."""
     image = tf.cond(
         tf.io.is_jpeg(example["image"]),
         lambda: tf.io.decode_jpeg(example["image"], channels=3, dct_method=DCT_METHOD),
         lambda: tf.io.decode_image(example["image"], channels=3, expand_animations=False),
     )
     first, second = (tf.cast(_decode_map(example["heatmaps"][i])[..., 0], tf.uint16) for i in (0, 1))
-    # As bytes of one integer: tf.concat takes longer to lay two channels side by side than the maps take to decode.
+    # The two channels become the bytes of one integer: tf.concat would take longer than decoding the maps.
     heatmaps = tf.bitcast(tf.bitwise.bitwise_or(first, tf.bitwise.left_shift(second, 8)), tf.uint8)
     image.set_shape([None, None, 3])
     heatmaps.set_shape([None, None, len(schema.HEATMAPS)])
@@ -47,7 +47,7 @@ def _decode_map(encoded: tf.Tensor) -> tf.Tensor:
 
 
 def seed(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """Adds `seed` int32[2], seqio's of the example, unless the dataset brings its own."""
+    """Adds `seed` int32[2], seqio's seed of the example, unless the dataset has one."""
     if "seed" in dataset.element_spec:
         return dataset
 
@@ -60,13 +60,13 @@ def seed(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 @seqio.map_over_dataset
 def crop(example: dict) -> dict:
-    """With probability 0.5 cuts `image` and `heatmaps` to the same 80-100 % of their width and of their height."""
+    """With probability 0.5 cuts `image` and `heatmaps` to the same 80 to 100 % of their width and of their height."""
     box = _crop_box(_fold(example["seed"], 0))
     return example | {key: _cut(example[key], box) for key in ("image", "heatmaps")}
 
 
 def _crop_box(seed: tf.Tensor) -> tf.Tensor:
-    """float32[2, 2]: top, left; height, width, as shares of the whole."""
+    """float32[2, 2]: (top, left) and (height, width), as shares of the image."""
     chance = tf.random.stateless_uniform([], _fold(seed, 0))
     size = tf.random.stateless_uniform([2], _fold(seed, 1), *CROP_SHARE)
     start = tf.random.stateless_uniform([2], _fold(seed, 2)) * (1 - size)
@@ -75,7 +75,7 @@ def _crop_box(seed: tf.Tensor) -> tf.Tensor:
 
 
 def _cut(image: tf.Tensor, box: tf.Tensor) -> tf.Tensor:
-    """The box's pixels, each edge at the nearest pixel border."""
+    """The pixels of the box; each edge is rounded to the nearest pixel border."""
     sides = tf.shape(image)[:2]
     edges = tf.cast(tf.round(tf.stack([box[0], box[0] + box[1]]) * tf.cast(sides, tf.float32)), tf.int32)
     edges = tf.minimum(edges, sides)
@@ -100,7 +100,7 @@ def _to_uint8(image: tf.Tensor) -> tf.Tensor:
 
 @seqio.map_over_dataset
 def colour(example: dict) -> dict:
-    """With probability 0.1 changes colours and adds JPEG noise, and with probability 0.1 makes `image` grey."""
+    """With probability 0.1 changes the colours and adds JPEG noise, and with probability 0.1 makes `image` grey."""
     seed, image = _fold(example["seed"], 1), example["image"]
     shape = image.shape
 

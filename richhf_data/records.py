@@ -1,15 +1,15 @@
-"""RichHF TFRecords: read, check, write.
+"""Reads, checks and writes RichHF TFRecords.
 
-Format (google-research-datasets/richhf-18k): a TFRecord file of `tf.train.Example`, keys in `schema.RAW_*`. A raw
-record here is a dictionary with those keys:
+Format (google-research-datasets/richhf-18k): a TFRecord file of `tf.train.Example`s with the keys `schema.RAW_*`. A raw
+record is a dictionary with these keys:
 
   filename                                str, a path whose last part without extension is the image's uid
   artifact_score, ... (four)              float in [0, 1], higher is better
   artifact_map, misalignment_map          bytes, a one-channel uint8 image of 512 x 512, 255 = every annotator
   prompt_misalignment_label               str, "1 0 1": one per prompt token, 0 = misaligned
 
-Published records have every key. Other people's annotations (consolidate.py) may leave out all keys but the first: a
-target that is absent. Only readers who say `allow_absent` take such records.
+Published records have every key. Records of other annotations (consolidate.py) need only the first: the other targets may
+be absent. Functions accept such records only with `allow_absent`.
 """
 
 import math
@@ -21,18 +21,18 @@ from collections.abc import Iterable, Iterator, Sequence
 import cv2
 import numpy as np
 
-from richhf_data import keywords, schema
+from richhf_data import keywords, paths, schema
 from richhf_data.errors import UserError
 from richhf_data.tensorflow_cpu import tf
 
 KEYS = (schema.RAW_UID, *schema.RAW_SCORES.values(), *schema.RAW_HEATMAPS.values(), schema.RAW_LABELS)
-_ABSENT = "--allow_absent takes records of other annotations, which lack what was not asked"
+_ABSENT = "--allow_absent takes records of other annotations, which may lack targets"
 _LFS_START = b"version https://git-lfs"
 _HEADER, _FOOTER = 12, 4  # bytes around a record: its length and the length's checksum; the record's checksum
 
 
 def uid_of(raw: dict) -> str:
-    """The image uid that a raw record names.
+    """The uid of a raw record's image.
 
     >>> uid_of({'filename': 'train/0a1b.png'})
     '0a1b'
@@ -41,27 +41,21 @@ def uid_of(raw: dict) -> str:
 
 
 def write(path, raw_records: Iterable[dict], allow_absent: bool = False) -> int:
-    """Checks raw records (see the module) and writes them to `path`; returns how many.
-
-    The file appears under its name only when it is complete.
+    """Checks raw records (see the module) and writes them to `path`, whole or not at all; returns how many.
 
     Raises:
       UserError: a record that `decode` refuses.
     """
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     count = 0
-    with tf.io.TFRecordWriter(str(partial)) as writer:
+    with paths.writing(path) as partial, tf.io.TFRecordWriter(str(partial)) as writer:
         for count, raw in enumerate(raw_records, start=1):
             decode(raw, f"{path} record {count - 1}", allow_absent)
             writer.write(serialize(raw))
-    partial.replace(path)
     return count
 
 
 def serialize(raw: dict) -> bytes:
-    """A raw record as a serialised `tf.train.Example`, unchecked; keys that `raw` lacks are left out."""
+    """A raw record as a serialised `tf.train.Example`, unchecked; absent keys are left out."""
     example = tf.train.Example()
     for key in KEYS:
         if key not in raw:
@@ -86,7 +80,7 @@ def read(path, allow_absent: bool = False) -> Iterator[dict]:
 
 
 def read_unchecked(path, allow_absent: bool = False) -> Iterator[dict]:
-    """As `read`, with the file's checksums and each record's keys checked, but not the values."""
+    """As `read`, but checks the checksums of the file and the keys of the records, and not the values."""
     _check_file(path)
     iterator = iter(tf.data.TFRecordDataset(str(path)))
     number = 0
@@ -102,11 +96,11 @@ def read_unchecked(path, allow_absent: bool = False) -> Iterator[dict]:
 
 
 def parse(serialized: bytes, where: str, allow_absent: bool = False) -> dict:
-    """One raw record from a serialised `tf.train.Example`; `where` names it in errors.
+    """The raw record of a serialised `tf.train.Example`; `where` names it in errors.
 
     Raises:
-      UserError: not an example, or one without all the published keys (the first one, with `allow_absent`), one value
-        each.
+      UserError: it is not an example; or a published key (with `allow_absent`, only the first) is missing, or has another
+        number of values than one.
     """
     example = tf.train.Example()
     try:
@@ -144,8 +138,8 @@ def decode(raw: dict, where: str = "record", allow_absent: bool = False) -> dict
 
     Returns:
       `uid` str, `scores` float32[4] in [0, 1], `score_mask` bool[4], `heatmaps` uint8[512, 512, 2], `heatmap_mask`
-      bool[2], `labels` int32[number of labels]. With `allow_absent` an absent score or map is 0 and has a mask of
-      False, and absent labels are None.
+      bool[2], `labels` int32[number of labels]. With `allow_absent` an absent score or map is 0 with a mask of False,
+      and absent labels are None.
 
     Raises:
       UserError: a missing key (`filename` alone with `allow_absent`), a score outside [0, 1], a map that is not a
@@ -198,17 +192,17 @@ def _decode_map(encoded: bytes, where: str) -> np.ndarray:
 
 
 class RandomAccess(Sequence):
-    """The serialised records of TFRecord files by index, read from disk one at a time (thread-safe).
+    """The serialised records of TFRecord files by index. Each is read from disk when it is asked for; thread-safe.
 
-    Only the record lengths are read beforehand, and checksums are not checked: `read` does that.
+    The constructor reads the lengths of the records. Checksums are not checked; `read` checks them.
 
     Raises:
       UserError: a missing file, a Git LFS pointer or a truncated file.
     """
 
-    def __init__(self, paths: Sequence):
+    def __init__(self, files: Sequence):
         self._files, entries = [], []
-        for path in paths:
+        for path in files:
             _check_file(path)
             with open(path, "rb") as file:
                 size, offset, number = os.path.getsize(path), 0, 0

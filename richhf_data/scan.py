@@ -1,7 +1,7 @@
-"""The scan over an image source: each shard becomes a small part file with the wanted images, which then are one index.
+"""Scans an image source for wanted uids: each shard becomes a part file with its wanted images, and `Found` indexes them.
 
-A part appears under its name when it is complete, so a scan that was killed goes on with the shards that have none. One
-function, `scan`, does the work in this process, in worker processes and in an Apache Beam pipeline.
+A part appears under its name when it is complete, so that the next run skips the shards whose parts exist. The function
+`scan` does the work: in this process, in worker processes, or in an Apache Beam pipeline.
 """
 
 import collections
@@ -11,7 +11,6 @@ import hashlib
 import json
 import multiprocessing
 import shlex
-import uuid
 from collections.abc import Callable, Collection, Iterator
 
 import fsspec
@@ -19,48 +18,44 @@ import pyarrow
 import pyarrow.parquet
 from tqdm.auto import tqdm
 
-from richhf_data import images, keywords
+from richhf_data import image_sources, images, keywords, parquet, paths
 from richhf_data.errors import UserError
-from richhf_data.synthetic import stream
+from richhf_data.workers import start_worker
 
-_FORMAT = 1  # of the parts: another number, other folders
+_FORMAT = 2  # of the parts; a change of it, or of what images.py does to a picture, needs another number
 _SCHEMA = pyarrow.schema(
     [
         ("uid", pyarrow.string()),
         ("caption", pyarrow.string()),
-        ("image", pyarrow.binary()),  # empty where an earlier row of the part has it
+        ("image", pyarrow.binary()),  # empty if an earlier row of the part has the image
         ("changes", pyarrow.string()),
-        ("fault", pyarrow.string()),  # why the row is of no use, or empty
-        ("look", pyarrow.binary()),
+        ("fault", pyarrow.string()),  # why the row cannot be used, or empty
+        ("look", pyarrow.binary()),  # the thumbnail of `images.plain`
     ]
 )
 _BYTES_AT_ONCE = 8 << 20
-_AHEAD = 2  # shards begun or waiting for each worker
+_AHEAD = 2  # shards per worker that are submitted
 _NAMED = 5  # how many faulty shards an error names
 
 
 def scan(shard, wanted: Collection[str], folder: str, max_pixels: int, advance: Callable[[int], object] = lambda n: None):
-    """Reads one shard (see images.py) and writes its part to `folder`. `advance` is called with the bytes read."""
-    filesystem, path = fsspec.core.url_to_fs(_part(folder, shard))
-    partial = f"{path}.{uuid.uuid4().hex}.partial"  # a Beam runner may try a shard twice at once
-    try:
-        with filesystem.open(partial, "wb") as file, pyarrow.parquet.ParquetWriter(file, _SCHEMA, compression="NONE") as out:
-            rows, size = [], 0
-            for row in _rows(shard.read(wanted, advance), max_pixels):
-                rows.append(row)
-                size += len(row["image"])
-                if size > _BYTES_AT_ONCE:
-                    out.write_table(pyarrow.Table.from_pylist(rows, _SCHEMA))
-                    rows, size = [], 0
-            out.write_table(pyarrow.Table.from_pylist(rows, _SCHEMA))
-    except BaseException:
-        filesystem.rm(partial)
-        raise
-    filesystem.mv(partial, path)
+    """Reads one `image_sources.Shard` and writes its part to `folder`. Calls `advance` with the number of bytes read."""
+    with (
+        paths.writing_url(_part(folder, shard)) as file,
+        pyarrow.parquet.ParquetWriter(file, _SCHEMA, compression="NONE") as out,
+    ):
+        rows, size = [], 0
+        for row in _rows(shard.read(wanted, advance), max_pixels):
+            rows.append(row)
+            size += len(row["image"])
+            if size > _BYTES_AT_ONCE:
+                out.write_table(pyarrow.Table.from_pylist(rows, _SCHEMA))
+                rows, size = [], 0
+        out.write_table(pyarrow.Table.from_pylist(rows, _SCHEMA))
 
 
-def _rows(found: Iterator[images.Row], max_pixels: int) -> Iterator[dict]:
-    """Rows of `_SCHEMA`; one that only repeats an earlier one is left out."""
+def _rows(found: Iterator[image_sources.Row], max_pixels: int) -> Iterator[dict]:
+    """Rows of `_SCHEMA`, without exact repetitions."""
     seen, have = set(), set()
     for uid, caption, encoded in found:
         encoded = encoded or b""
@@ -81,25 +76,25 @@ def _rows(found: Iterator[images.Row], max_pixels: int) -> Iterator[dict]:
 
 
 class Found:
-    """The images of a source by uid: an index of part files, which hold them.
+    """An index of part files: the images of a source by uid.
 
     Attributes:
-      faults: {uid: reason} of those that the source has, but none that can be used.
-      ambiguous: {uid: reason} of those that stand for two pictures or two captions. They are not used: nobody can tell
-        which one the annotators saw.
-      changes: {uid: what `images.plain` did}, of those that it changed.
+      faults: {uid: reason} of the uids that have images, but no usable one.
+      ambiguous: {uid: reason} of the uids with two different pictures or captions. They are not used, because it is
+        unknown which one the annotators saw.
+      changes: {uid: what `images.plain` changed}.
     """
 
     def __init__(self):
         self.faults, self.ambiguous, self.changes = {}, {}, {}
-        self._where, self._first = {}, {}  # uid -> part; uid -> (tokens of its caption, look)
+        self._where, self._first = {}, {}  # uid -> part; uid -> (tokens of its caption, thumbnail)
 
     def __len__(self) -> int:
-        """Uids with an image that can be used, or two."""
+        """The number of uids with a usable image, ambiguous ones included."""
         return len(self._where)
 
     def add(self, part: str) -> None:
-        """Indexes a part; of a uid that an earlier one has, the earlier one counts."""
+        """Indexes a part. If an earlier part has a uid too, the image of the earlier part counts."""
         try:
             with fsspec.open(part, "rb") as file:
                 table = pyarrow.parquet.read_table(file, columns=[name for name in _SCHEMA.names if name != "image"])
@@ -123,7 +118,7 @@ class Found:
                 self.ambiguous.setdefault(uid, "two pictures")
 
     def read(self, uids: Collection[str]) -> Iterator[tuple[str, str, bytes]]:
-        """Yields (uid, caption, encoded image) of those of `uids` that there are, once each, some at a time in memory."""
+        """Yields (uid, caption, encoded image) of those of `uids` that were found, once each; holds a few in memory."""
         wanted = collections.defaultdict(set)
         for uid in uids:
             if uid in self._where and uid not in self.ambiguous:
@@ -131,8 +126,8 @@ class Found:
         for part in dict.fromkeys(self._where.values()):
             if not wanted[part]:
                 continue
-            with fsspec.open(part, "rb") as file, pyarrow.parquet.ParquetFile(file) as parquet:
-                for batch in parquet.iter_batches(16, columns=["uid", "caption", "image"]):
+            with fsspec.open(part, "rb") as file, pyarrow.parquet.ParquetFile(file) as rows:
+                for batch in rows.iter_batches(16, columns=["uid", "caption", "image"]):
                     for row in batch.to_pylist():
                         if row["uid"] in wanted[part] and row["image"]:
                             wanted[part].discard(row["uid"])
@@ -149,31 +144,31 @@ def gather(
     workers: int = 0,
     beam: str | None = None,
 ) -> tuple[Found, str]:
-    """Scans a source for the wanted uids, going on where an earlier scan for the same ones was stopped.
+    """Scans a source for the wanted uids; resumes an earlier scan for the same uids.
 
-    The shards count in their order, and those after the last uid was found are not read, so that the result is the same
-    for any number of workers and interruptions. What they would have told is not known: a uid that stands for another
-    picture or caption in one of them is not ambiguous here. How many they are is printed.
+    Shards are used in their order, until every uid is found. The result is the same for any number of workers and
+    interruptions. The remaining shards are not read, and their number is printed: if one of them has another picture or
+    caption of a uid, the uid does not become ambiguous.
 
     Args:
-      spec, columns: see images.py.
-      parts: the folder, or URL that fsspec knows, that holds the folder of the part files.
+      spec, columns: see image_sources.py.
+      parts: a folder, or a URL that fsspec knows, for the folder of the part files.
       max_pixels: larger images are scaled down.
-      workers: processes; 0 = none but this one.
-      beam: the scan runs as an Apache Beam pipeline with these options ("--runner=..."); `parts` must be a folder that
-        its workers and this process see, and all shards are read.
+      workers: number of processes; 0 = this process.
+      beam: options of an Apache Beam pipeline ("--runner=..."), which then reads all shards; its workers and this process
+        must see `parts`.
 
     Returns:
-      the images, and the folder of the part files, which must stay as long as they are read.
+      the images, and the folder of the part files, which must exist while the images are read.
 
     Raises:
-      UserError: what images.py refuses, of the first faulty shards; no wanted uid is in the source.
+      UserError: what image_sources.py refuses, for the first faulty shards; no wanted uid is in the source.
     """
     wanted = frozenset(wanted)
-    shards = images.shards(spec, wanted, columns)
+    shards = image_sources.shards(spec, wanted, columns)
     what = json.dumps([_FORMAT, sorted(wanted), columns, max_pixels])
     folder = f"{str(parts).rstrip('/')}/{hashlib.sha256(what.encode()).hexdigest()[:16]}"
-    filesystem, path = images.open_url("parts", folder)
+    filesystem, path = parquet.open_url("parts", folder)
     filesystem.makedirs(path, exist_ok=True)
     todo = [shard for shard in shards if not filesystem.exists(_part(path, shard))]
     _check(todo)
@@ -196,7 +191,7 @@ def gather(
                 break
         scanned.close()
     if looked < len(shards):
-        print(f"images: all found; {len(shards) - looked} of {len(shards)} shards were not looked at")
+        print(f"images: all found; {len(shards) - looked} of {len(shards)} shards were not read")
     if not found and not found.faults:
         raise UserError(
             f"images: {spec!r} has none of the {len(wanted)} uids, expected such as {_some(wanted)}; got such as "
@@ -206,7 +201,7 @@ def gather(
 
 
 def remove(folder: str) -> None:
-    """Removes a folder of part files, and the one that held it if nothing else is there."""
+    """Removes a folder of part files, and its parent folder if that is empty then."""
     filesystem, path = fsspec.core.url_to_fs(folder)
     filesystem.rm(path, recursive=True)
     parent = path.rpartition("/")[0]
@@ -227,7 +222,7 @@ def _check(todo) -> None:
 
 
 def _scanned(shards, left: set[str], job, workers: int, bar) -> Iterator:
-    """Yields each shard in order, once its part is there; those named in `left` are scanned."""
+    """Yields each shard in order as soon as its part exists; scans those named in `left`."""
     if not workers or not left:
         for shard in shards:
             if shard.name in left:
@@ -255,15 +250,15 @@ def _scanned(shards, left: set[str], job, workers: int, bar) -> Iterator:
             yield shard
     except concurrent.futures.process.BrokenProcessPool as error:
         raise UserError(
-            "images: a worker process died, most likely for want of memory; run the command again, which goes on, with "
-            f"fewer --workers (now {workers})"
+            "images: a worker process died, most likely for want of memory; run the command again with fewer --workers "
+            f"(now {workers}), and it resumes"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _start_worker(job, counter) -> None:
-    stream.start_worker()
+    start_worker()
 
     def advance(count):
         with counter.get_lock():

@@ -1,18 +1,18 @@
-"""Names, order, ranges and polarity of every field. The only place that knows the published records' keys.
+"""The names, order, ranges and polarity of every field, and the keys of the published records.
 
 Source of the raw keys: the google-research-datasets/richhf-18k record files ("Rich Human Feedback for Text-to-Image
 Generation", arXiv 2312.10240).
 
-A decoded example, as every source in this package yields it, is a dictionary with
+A decoded example is a dictionary with
 
   uid:        str, the image's id in its collection
   prompt:     str
   image:      uint8[H, W, 3], RGB
   scores:     float32[4] in [0, 1], order `SCORES`, higher is better for all four
   heatmaps:   uint8[h, w, 2], order `HEATMAPS`, 255 = every annotator marked the pixel
-  labels:     int32[number of prompt tokens], 0 = misaligned, 1 = aligned (see keywords.py); None when unknown
+  labels:     int32[number of prompt tokens], 0 = misaligned, 1 = aligned (see keywords.py); None if unknown
   score_mask, heatmap_mask: bool[4], bool[2], True = the target exists; an absent score or map is 0
-  caption:    str, what the decoder writes instead of the labelled prompt; None but in captioning datasets
+  caption:    str, what the decoder writes in place of the labelled prompt; None except in captioning datasets
 
 A batch for the model is a dictionary of numpy arrays (letters as in the README's table of names):
 
@@ -22,18 +22,20 @@ A batch for the model is a dictionary of numpy arrays (letters as in the README'
   scores       float32[B, 4]          score_mask    bool[B, 4]
   heatmaps     uint8[B, h, w, 2]      heatmap_mask  bool[B, 2]
 
-A row that only pads a batch is all zeros, masks included.
+A row that pads a training or evaluation batch is all zeros, masks included.
 """
 
 import hashlib
+
+import numpy as np
 
 from richhf_data.errors import UserError
 
 SCORES = ("plausibility", "alignment", "aesthetics", "overall")
 HEATMAPS = ("implausibility", "misalignment")
 
-# The seven predictions, by the words that name them in the augmented prompt. Only `implausibility heatmap` can be read
-# in the paper; the others follow its pattern.
+# The seven predictions, as the augmented prompt names them. The paper shows `implausibility heatmap` alone; the others
+# follow its pattern.
 TASKS = (
     *(f"{name} score" for name in SCORES),
     *(f"{name} heatmap" for name in HEATMAPS),
@@ -57,15 +59,15 @@ RAW_HEATMAPS = {"implausibility": "artifact_map", "misalignment": "misalignment_
 RAW_MAP_SIZE = 512  # pixels, both sides
 
 LIKERT_LOW, LIKERT_HIGH = 1, 5
-POINT_RADIUS = 1 / 20  # of the image height: the disk that an annotator's point stands for (paper section 3.1)
+POINT_RADIUS = 1 / 20  # of the image height: radius of the disk around an annotator's point (paper section 3.1)
 
-HOLDOUT = 0.05  # the share of dev, and of test, where a dataset comes in one piece
+HOLDOUT = 0.05  # the share of dev, and of test, in a dataset without splits
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 
 
 def split_of(uid: str, holdout: float = HOLDOUT, seed: int = 0) -> str:
-    """The split of an image whose dataset comes in one piece: a function of uid, share and seed alone.
+    """The split of an image whose dataset has no splits: a function of uid, share and seed alone.
 
     Args:
       holdout: the share of dev, and of test, in [0, 0.5].
@@ -78,8 +80,13 @@ def split_of(uid: str, holdout: float = HOLDOUT, seed: int = 0) -> str:
     return "dev" if place < holdout else "test" if place < 2 * holdout else "train"
 
 
+def pad_rows(array: np.ndarray, rows: int) -> np.ndarray:
+    """An array [n, ...] as [rows, ...]: its last row is repeated, so that a compiled program sees one shape."""
+    return np.pad(array, [(0, rows - len(array))] + [(0, 0)] * (np.ndim(array) - 1), mode="edge")
+
+
 def task_prompts(prompt: str, variant: str) -> list[str]:
-    """The texts that the model reads for one prompt: itself, or one per task of `TASKS` that names the task.
+    """The texts that the model reads for one prompt: the prompt, or the prompt after the name of each task of `TASKS`.
 
     >>> task_prompts("a cat", "multi_head")
     ['a cat']

@@ -1,51 +1,37 @@
-"""Tables that hold pictures beside what is said of them, as sources of builder.py: Rapidata's, and captions.
+"""Sources of examples (example_source.py) that are one table with images and annotations: Rapidata's, and captions.
 
-Such a table comes in one piece. An example's uid is a hash of its encoded picture, then one of its text; the hash of
-the picture decides its split (`schema.split_of`), so that a picture is in one split whatever is said of it. A row without
-a picture has its place for both, and counts as an image that is missing.
+Such a table has no splits. The uid of an example is a hash of its encoded image and a hash of its text. The hash of the
+image decides the split (`schema.split_of`), so that all rows with the same image are in the same split. A row without an
+image counts as a missing image; its place in the table stands for the hash.
+
+To add a format, write its class and add a line to `FORMATS`.
 """
 
 import collections
+import dataclasses
 import functools
+import glob
 import hashlib
 import json
 import operator
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
 
 import cv2
 import fsspec
 import numpy as np
 import pyarrow
 
-from richhf_data import consolidate, images, keywords, schema
+from richhf_data import consolidate, images, keywords, parquet, schema
 from richhf_data.errors import UserError
+from richhf_data.example_source import ExampleSource, Item
 
-_ROWS_AT_ONCE = 4  # bounds memory, beside a compressed row group: Rapidata's rows have two maps of 1024 x 1024
-NO_MISTAKES = "[No_mistakes]"  # what an annotator chooses who finds every word depicted
+_ROWS_AT_ONCE = 4  # bounds memory: a row of Rapidata's has two maps of 1024 x 1024
+NO_MISTAKES = "[No_mistakes]"  # the choice of an annotator who finds every word depicted
 _NO_MAP = np.zeros((schema.RAW_MAP_SIZE, schema.RAW_MAP_SIZE), np.uint8)
 WORD_THRESHOLD = 0.5  # of the annotators' weight: the majority, as in RichHF
-GUESSES = {role: images.GUESSES[role] for role in ("image", "prompt")}
+GUESSES = {role: parquet.GUESSES[role] for role in ("image", "prompt")}
+CAPTION_PROMPT = "image caption"
 CAPTION_GUESSES = GUESSES | {"prompt": ("caption", "text", "prompt")}
-
-
-class Item(NamedTuple):
-    """An example on its way into a dataset (builder.py).
-
-    uid: names it within the dataset. image: as `images.plain` leaves it; None when there is a problem. raw: its targets as
-    a raw record (records.py), absent ones left out. where: names its place in errors. caption: what the decoder shall
-    write instead of the prompt with its labels. changes: what `images.plain` did. problem: one of builder.py's
-    `PROBLEMS` and the reason.
-    """
-
-    uid: str
-    prompt: str
-    image: bytes | None
-    raw: dict
-    where: str
-    caption: str | None = None
-    changes: str = ""
-    problem: tuple[str, str] | None = None
 
 
 def _item(uid: str, prompt: str, encoded: bytes, raw: dict, where: str, caption: str | None, max_pixels: int) -> Item:
@@ -57,36 +43,38 @@ def _item(uid: str, prompt: str, encoded: bytes, raw: dict, where: str, caption:
     return Item(uid, prompt, image, raw, where, caption, changes)
 
 
-class Table:
-    """Rows of parquet files with an image and a text.
+class ParquetTable:
+    """The rows of parquet files, each with an image and a text.
 
     Args:
-      what: names the table in errors. pattern: of the files, paths or URLs as in images.py.
-      columns: those called image and prompt where they are not to be guessed, as in images.py.
-      guesses: {image or prompt: names, the first match wins}. kinds: {further column: one of `_KINDS`}.
+      what: names the table in errors.
+      pattern: of the files; paths or URLs that fsspec knows.
+      columns: {image or prompt: its column}, in place of a guess.
+      guesses: {image or prompt: names of columns, the first match wins}.
+      kinds: {further column: one of `_KINDS`}.
 
     Raises:
-      UserError: no file matches, one is not parquet, or it lacks a column or has it with another type; prints the
-        columns found with their types.
+      UserError: no file matches, one is not parquet, or it lacks a column or has it with another type; names the columns
+        found and their types.
     """
 
     def __init__(self, what: str, pattern: str, columns: dict[str, str], guesses: dict, kinds: dict[str, str]):
         self.what, self._kinds = what, kinds
-        images.check_columns(columns, guesses)
-        filesystem, files = images.parquet_files(what, pattern)
+        parquet.check_columns(columns, guesses)
+        filesystem, files = parquet.files(what, pattern)
         self._chosen = {}  # url -> {image or prompt: its column}
         for url in map(filesystem.unstrip_protocol, files):
-            with images.open_parquet(what, url) as file:
-                found = images.leaves(file.schema_arrow)
-            where = f"{what}: {images.local(url)}"
-            self._chosen[url] = images.choose_columns(found, where, columns, guesses)
+            with parquet.open_file(what, url) as file:
+                found = parquet.leaves(file.schema_arrow)
+            where = f"{what}: {parquet.local(url)}"
+            self._chosen[url] = parquet.choose_columns(found, where, columns, guesses)
             wrong = [name for name, kind in self._kinds.items() if name not in found or not _KINDS[kind](found[name])]
             if wrong:
                 expected = ", ".join(f"{name} ({self._kinds[name]})" for name in wrong)
-                raise UserError(f"{where}: got columns {images.listed(found)}; expected also {expected}")
+                raise UserError(f"{where}: got columns {parquet.listed(found)}; expected also {expected}")
 
     def identity(self) -> list:
-        """The columns; and each file's name, size and hash of its footer, which has the sizes and statistics of the data."""
+        """The columns; and of each file its name, size and a hash of its footer, which has the statistics of the data."""
         chosen = next(iter(self._chosen.values()))
         found = [[*(name.removesuffix(".bytes") for name in chosen.values()), *self._kinds]]
         for url in self._chosen:
@@ -102,25 +90,25 @@ class Table:
         for url, chosen in self._chosen.items():
             number = 0
             for batch in self._batches(url, [*chosen.values(), *self._kinds], _ROWS_AT_ONCE):
-                encoded = images.values(batch, chosen["image"])
-                others = {"prompt": images.values(batch, chosen["prompt"])}
+                encoded = parquet.values(batch, chosen["image"])
+                others = {"prompt": parquet.values(batch, chosen["prompt"])}
                 others |= {name: batch.column(name) for name in self._kinds}
                 for row in range(batch.num_rows):
-                    place = f"{images.local(url)} row {number}"
+                    place = f"{parquet.local(url)} row {number}"
                     yield place, encoded[row].as_py() or b"", {name: column[row] for name, column in others.items()}
                     number += 1
 
     def column(self, name: str) -> np.ndarray:
-        """All values of a column of numbers as float64, nan where there is none."""
+        """All values of a column of numbers as float64; nan for null."""
         found = [batch.column(name) for url in self._chosen for batch in self._batches(url, [name], 1 << 16)]
         return np.concatenate([np.empty(0), *(values.to_numpy(zero_copy_only=False).astype(np.float64) for values in found)])
 
     def _batches(self, url: str, columns: list[str], rows: int) -> Iterator[pyarrow.RecordBatch]:
-        with images.open_parquet(self.what, url) as file:
+        with parquet.open_file(self.what, url) as file:
             try:
                 yield from file.iter_batches(rows, columns=columns)
             except Exception as error:  # a file system's library raises its own
-                raise images.unreadable(self.what, url, error) from error
+                raise parquet.unreadable(self.what, url, error) from error
 
 
 def _is_list(kind) -> bool:
@@ -136,14 +124,14 @@ def _is_heatmap(kind) -> bool:
 
 
 _KINDS = {
-    "text": images.is_text,
+    "text": parquet.is_text,
     "number": _is_number,
     "list of lists of numbers": _is_heatmap,
 }
 
 
 class _Source:
-    """What the sources here share: one table, split by a hash of each picture."""
+    """One table, split by a hash of each image."""
 
     published, references, remedy = False, None, "see to the images of the rows in the table"
 
@@ -155,10 +143,10 @@ class _Source:
         return self._notes[split]
 
     def _rows(self, split: str, tidied=lambda text: text) -> Iterator[tuple[str, str, bytes, dict, str]]:
-        """Yields (uid, text, encoded image, row, place) of a split's rows.
+        """Yields (uid, text, encoded image, row, place) of the rows of a split.
 
-        A picture that comes again with the same text is dropped and noted. A row without an image has its place for a uid,
-        so that each of them counts.
+        A repeated pair of image and text is dropped and noted. The uid of a row without an image is its place, so that
+        every such row counts.
         """
         seen, notes = set(), collections.defaultdict(list)
         self._notes[split] = notes
@@ -178,31 +166,31 @@ class _Source:
 class Rapidata(_Source):
     """Rapidata/text-2-image-Rich-Human-Feedback: parquet, Apache-2.0, 13,024 rows in one split when last seen.
 
-    What its card and its readers say (the files themselves could not be had to check):
+    The format, from its card and its readers' code; it was not checked against the files, which were not available:
       columns      image {bytes, path} (one reader has it as image_name: `columns`); prompt; word_scores, a string;
                    alignment_score, coherence_score, style_score float32, the same with _norm, which are not read;
                    alignment_heatmap, coherence_heatmap, lists of rows of float16
-      word_scores  JSON, [["A", 0.3], ["cat,", 1.2], ..., ["[No_mistakes]", 4.1]]: the prompt split by spaces. A higher
-                   score is a worse depicted word; annotators chose words, or [No_mistakes]
-      heatmaps     1024 x 1024 in [0, 1]; null where none was asked for, which is not an empty map
+      word_scores  JSON, [["A", 0.3], ["cat,", 1.2], ..., ["[No_mistakes]", 4.1]]: the prompt split by spaces. The
+                   worse a word is depicted, the higher its score; annotators chose words, or [No_mistakes]
+      heatmaps     1024 x 1024 in [0, 1]; null (not an empty map) if the annotators were not asked for one
       scores       1 to 5, higher is better
-    What is assumed:
-      scores       a column whose values all lie within [0, 1] is on our scale already (the first release had one column
-                   of each score, whose scale no one says); 1 to 5 becomes (s - 1) / 4, as in RichHF
+    Assumptions:
+      scores       a column whose values all lie in [0, 1] has our scale already (the first release had one column per
+                   score and does not document its scale); 1 to 5 becomes (s - 1) / 4, as in RichHF
       heatmaps     higher = more annotators marked the pixel
-      words        an annotator adds the same weight to all that they choose, so that the weight of all annotators is at
-                   least that of [No_mistakes] and of the worst word together
+      words        an annotator adds the same weight to each of their choices, so the weight of all annotators is at
+                   least the score of [No_mistakes] plus the score of the worst word
 
-    Here coherence is plausibility and implausibility, alignment is alignment and misalignment, style is aesthetics, and
-    `overall` is absent. A word is misaligned where its score is more than `word_threshold` of that weight. Where the
-    words are not those of the prompt, or there is no weight, the keywords are absent, and the report counts them.
+    Coherence becomes plausibility and implausibility, alignment becomes alignment and misalignment, style becomes
+    aesthetics, and `overall` is absent. A word is misaligned if its score is more than `word_threshold` times that weight.
+    If the words differ from the prompt's, or the weight is 0, the keywords are absent, and the report counts the example.
 
     Args:
-      pattern, columns: as of `Table`. holdout: the share of dev, and of test. word_threshold: in [0, 1]. max_pixels: larger
-        images are scaled down.
+      pattern, columns: as in `ParquetTable`. holdout: the share of dev, and of test. word_threshold: in [0, 1].
+      max_pixels: larger images are scaled down.
 
     Raises:
-      UserError: as `Table`; a score column's values are neither within [0, 1] nor within [1, 5].
+      UserError: as `ParquetTable`; a score column has values outside of [0, 1] and of [1, 5].
     """
 
     SCORES = {"plausibility": "coherence_score", "alignment": "alignment_score", "aesthetics": "style_score"}  # noqa: RUF012
@@ -218,7 +206,7 @@ class Rapidata(_Source):
         kinds = {"word_scores": "text"}
         kinds |= dict.fromkeys(self.SCORES.values(), "number")
         kinds |= dict.fromkeys(self.HEATMAPS.values(), "list of lists of numbers")
-        super().__init__(Table("rapidata", pattern, columns or {}, GUESSES, kinds), holdout, max_pixels)
+        super().__init__(ParquetTable("rapidata", pattern, columns or {}, GUESSES, kinds), holdout, max_pixels)
         self._threshold = word_threshold
         self._likert = {column: self._is_likert(column) for column in self.SCORES.values()}
 
@@ -253,7 +241,7 @@ class Rapidata(_Source):
             yield _item(uid, prompt, image, consolidate.raw_record(uid, targets), where, None, self._max_pixels)
 
     def _score(self, row: dict, name: str, where: str) -> float | None:
-        """In [0, 1]; None where the table has no such score."""
+        """In [0, 1]; None if the row has no such score."""
         value = row[self.SCORES[name]].as_py() if name in self.SCORES else None
         if value is None or np.isnan(value):
             return None
@@ -261,7 +249,7 @@ class Rapidata(_Source):
         return (value - low) / (high - low)
 
     def _heatmap(self, row: dict, name: str, where: str) -> np.ndarray | None:
-        """uint8[512, 512]; None where the row has no such map."""
+        """uint8[512, 512]; None if the row has no such map."""
         lines = row[self.HEATMAPS[name]].values
         if lines is None or len(lines) == 0:
             return None
@@ -278,7 +266,7 @@ class Rapidata(_Source):
         return np.rint(cv2.resize(values, (size, size), interpolation=interpolation) * 255).astype(np.uint8)
 
     def _labels(self, text: str | None, prompt: str, where: str) -> tuple[list[int] | None, str | None]:
-        """A label for each of the prompt's tokens; or None, and why."""
+        """(a label for each token of the prompt, None), or (None, why there are none)."""
         if not text:
             return None, "without_word_scores"
         try:
@@ -301,26 +289,26 @@ class Rapidata(_Source):
 
 
 class Captions(_Source):
-    """Pictures and their captions, for pre-training: the decoder writes the caption, every other target is absent.
+    """Images and captions, for pre-training: the decoder writes the caption, and every other target is absent.
 
     Args:
-      where: a pattern of parquet files, as of `Table`; or tfds:NAME, a TFDS dataset that is prepared already, of which the
-        split `train` is read.
-      prompt: what the encoder reads in the place of a prompt.
-      columns: as of `Table`, `prompt` for the caption; TFDS features have their parts joined by "/" (captions/text). Of
-        several captions of a picture the first is taken.
+      where: a pattern of parquet files, as in `ParquetTable`; or tfds:NAME, a TFDS dataset that is prepared already, of
+        which the split `train` is read.
+      caption_prompt: what the encoder reads, the same for every image.
+      columns: as in `ParquetTable`, where `prompt` is the column of the caption; for TFDS the path of a feature, such as
+        "captions/text". Of several captions of an image the first is taken.
       holdout: the share of dev, and of test.
-      tfds_data_dir: where TFDS keeps its datasets; its default otherwise.
+      tfds_data_dir: where TFDS keeps its datasets; TFDS's default if None.
       max_pixels: larger images are scaled down.
 
     Raises:
-      UserError: as `Table`; or no such TFDS dataset or feature.
+      UserError: as `ParquetTable`; or no such TFDS dataset or feature.
     """
 
     def __init__(
         self,
         where: str,
-        prompt: str = "image caption",
+        caption_prompt: str = CAPTION_PROMPT,
         columns: dict[str, str] | None = None,
         holdout: float = schema.HOLDOUT,
         tfds_data_dir: str | None = None,
@@ -329,9 +317,9 @@ class Captions(_Source):
         if where.startswith("tfds:"):
             table = _TfdsTable(where.removeprefix("tfds:"), columns or {}, tfds_data_dir)
         else:
-            table = Table("captions", where, columns or {}, CAPTION_GUESSES, {})
+            table = ParquetTable("captions", where, columns or {}, CAPTION_GUESSES, {})
         super().__init__(table, holdout, max_pixels)
-        self._prompt = prompt
+        self._prompt = caption_prompt
 
     def identity(self) -> dict:
         return {"captions": self._table.identity(), "prompt": self._prompt, "holdout": self._holdout}
@@ -345,10 +333,10 @@ class Captions(_Source):
 
 
 class _TfdsTable:
-    """As `Table`, of a TFDS dataset's split `train`."""
+    """As `ParquetTable`, for the split `train` of a TFDS dataset."""
 
     def __init__(self, name: str, columns: dict[str, str], data_dir: str | None):
-        images.check_columns(columns, CAPTION_GUESSES)
+        parquet.check_columns(columns, CAPTION_GUESSES)
         from richhf_data.tensorflow_cpu import tfds
 
         try:
@@ -396,5 +384,48 @@ class _TfdsTable:
 
 
 def _part(tree, name: str):
-    """What "a/b" names in nested dicts."""
+    """The value at the path "a/b" of nested dicts."""
     return functools.reduce(operator.getitem, name.split("/"), tree)
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A format of tables that `richhf_data.build --records=PREFIX...` reads.
+
+    Attributes:
+      spec: a value of --records, for messages.
+      options: the flags that it uses, beside those that every format uses.
+      open: (what follows the prefix, columns=, max_pixels=, and the options) -> the source.
+    """
+
+    spec: str
+    options: tuple[str, ...]
+    open: Callable[..., ExampleSource]
+
+
+FORMATS = {  # by prefix; the longest one that fits counts
+    "rapidata:": Format("rapidata:GLOB", ("holdout", "word_threshold"), Rapidata),
+    "captions:": Format("captions:GLOB", ("holdout", "caption_prompt"), Captions),
+    "captions:tfds:": Format(
+        "captions:tfds:NAME",
+        ("holdout", "caption_prompt", "tfds_data_dir"),
+        lambda name, **options: Captions(f"tfds:{name}", **options),
+    ),
+}
+
+
+def find_format(records) -> tuple[Format, str] | None:
+    """The format of a value of --records, and what follows its prefix; None if it names record files.
+
+    Raises:
+      UserError: it has the form KIND:..., with another kind.
+    """
+    records = str(records)
+    if fitting := [prefix for prefix in FORMATS if records.startswith(prefix)]:
+        prefix = max(fitting, key=len)
+        return FORMATS[prefix], records.removeprefix(prefix)
+    kind, colon, rest = records.partition(":")
+    if colon and kind.isidentifier() and not rest.startswith("//") and not glob.glob(records):
+        specs = ", ".join(one.spec for one in FORMATS.values())
+        raise UserError(f"records: got {records!r}, expected record files (a folder, a file or a pattern), {specs}")
+    return None

@@ -1,18 +1,18 @@
-"""seqio tasks of built datasets, for both variants of the model, and mixtures of them.
+"""seqio tasks of built datasets, for both variants of the model.
 
 The task features of an example, which `rahf.features.RAHFFeatureConverter` turns into the batch of schema.py:
 
   image uint8[S, S, 3]   text_ids int32[L] or int32[7, L]   targets int32[T]   scores float32[4]   score_mask bool[4]
   heatmaps uint8[h, h, 2]   heatmap_mask bool[2]
 
-Beside them go uid, prompt, labels, labels_valid and labelled_prompt, which the metrics need.
+An example also has uid, prompt, labels, labels_valid and labelled_prompt, which the metrics need.
 """
 
+import dataclasses
 import functools
 import json
-import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 from absl import logging
@@ -22,8 +22,42 @@ from richhf_data import builder, metrics, paths, preprocessors, schema, vocabula
 from richhf_data.errors import UserError
 from richhf_data.tensorflow_cpu import seqio, tf, tfds
 
-_registered: dict[str, dict] = {}  # task name -> the arguments it was registered with
-_mixtures: dict[str, list[tuple[str, float]]] = {}  # mixture name -> its tasks and rates
+
+@dataclasses.dataclass(frozen=True)
+class RichhfTask:
+    """A registered seqio task, and what it was made with; see `register`. Paths are absolute.
+
+    Attributes:
+      name: in seqio's registry.
+    """
+
+    name: str
+    data_dir: str
+    variant: str
+    image_size: int
+    heatmap_size: int
+    text_length: int
+    keyword_length: int
+    vocabulary: str
+    augment: bool
+    truncate_long_prompts: bool
+
+    @property
+    def seqio_task(self) -> seqio.Task:
+        """The task itself."""
+        return seqio.TaskRegistry.get(self.name)
+
+    def lengths(self) -> dict[str, int]:
+        """The length of each task feature, as seqio's converters take them."""
+        return {
+            "image": self.image_size,
+            "text_ids": self.text_length,
+            "targets": self.keyword_length,
+            "scores": len(schema.SCORES),
+            "score_mask": len(schema.SCORES),
+            "heatmaps": self.heatmap_size,
+            "heatmap_mask": len(schema.HEATMAPS),
+        }
 
 
 def register(
@@ -37,9 +71,8 @@ def register(
     vocabulary_path=None,
     augment: bool = False,
     truncate_long_prompts: bool = False,
-    name: str | None = None,
-) -> str:
-    """Registers the seqio task of a built dataset and returns its name; twice with the same arguments is once.
+) -> RichhfTask:
+    """Registers the seqio task of a built dataset. The same arguments give the same task again.
 
     Args:
       data_dir: as given to `richhf_data.build`.
@@ -47,13 +80,14 @@ def register(
       image_size, heatmap_size: pixels, both sides.
       text_length, keyword_length: ids, the end id included, of a prompt and of a labelled prompt.
       vocabulary_path: a SentencePiece model; data_dir/vocabulary.model by default.
-      augment: crop and colour as for training (preprocessors.py). Metrics belong to a task without.
-      truncate_long_prompts: cut what is longer than its length, with a warning, instead of refusing it.
-      name: `richhf_<variant>`, `_augment` and a hash of the other arguments by default.
+      augment: crop and colour as for training (preprocessors.py). A task that augments has no metrics.
+      truncate_long_prompts: cut texts that are longer than their length, with a warning, instead of refusing them.
+
+    Returns:
+      The task; its name is `richhf_<variant>`, `_augment` if it augments, and a hash of the arguments.
 
     Raises:
-      UserError: no dataset or vocabulary there; an unknown variant; a text that is too long; or `name` is registered
-        with other arguments.
+      UserError: no dataset or vocabulary there, an unknown variant, or a text that is too long.
     """
     data_dir = paths.absolute(data_dir)
     schema.task_prompts("", variant)  # refuses an unknown variant
@@ -70,14 +104,10 @@ def register(
         "augment": augment,
         "truncate_long_prompts": truncate_long_prompts,
     }
-    if name is None:
-        digest = hash_of(arguments)
-        name = f"richhf_{variant}{'_augment' if augment else ''}_{digest}"
-    if name in _registered:
-        if changed := {key for key, value in arguments.items() if _registered[name][key] != value}:
-            got = ", ".join(f"{key} {arguments[key]!r} (was {_registered[name][key]!r})" for key in sorted(changed))
-            raise UserError(f"task {name!r} is registered with other arguments: got {got}; give it another name")
-        return name
+    digest = zlib.crc32(json.dumps(arguments, sort_keys=True).encode())
+    task = RichhfTask(f"richhf_{variant}{'_augment' if augment else ''}_{digest:08x}", **arguments)
+    if task.name in seqio.TaskRegistry.names():
+        return task
 
     _check_lengths(folder, vocabulary.Vocabulary(path), variant, text_length, keyword_length, truncate_long_prompts)
     pieces = preprocessors.Vocabulary(str(path))
@@ -91,7 +121,7 @@ def register(
         functools.partial(preprocessors.keyword_target, length=keyword_length, **cut),
     ]
     seqio.TaskRegistry.add(
-        name,
+        task.name,
         source=seqio.TfdsDataSource(tfds_data_dir=str(folder), read_only=True),
         preprocessors=steps,
         output_features={
@@ -106,74 +136,16 @@ def register(
         postprocess_fn=postprocess,
         metric_fns=[] if augment else [evaluate],
     )
-    _registered[name] = arguments
-    return name
-
-
-def register_mixture(rates: Mapping[str, float], name: str | None = None) -> str:
-    """Registers a seqio mixture of tasks and returns its name; twice with the same arguments is once.
-
-    Args:
-      rates: task name -> how often, relative to the others, an example is drawn from it; above 0.
-      name: `richhf_mixture_` and a hash of the arguments by default.
-
-    Raises:
-      UserError: no such task, a rate that is not above 0, tasks whose examples differ in shape or vocabulary, or
-        `name` is registered with others.
-    """
-    for task, rate in rates.items():
-        arguments(task)  # refuses an unknown name
-        if not 0 < rate < math.inf:
-            raise UserError(f"mixture: got rate {rate} of task {task!r}, expected a number above 0; leave the task out")
-    if not rates:
-        raise UserError("mixture: got no task, expected at least one")
-    first, *others = rates
-    for other in others:
-        for key, value in arguments(other).items():
-            if key != "data_dir" and value != arguments(first)[key]:
-                raise UserError(
-                    f"mixture: task {other!r} has {key} {value!r}, expected that of {first!r}, {arguments(first)[key]!r}"
-                )
-    if name is None:
-        name = f"richhf_mixture_{hash_of({'rates': list(rates.items())})}"
-    if _mixtures.setdefault(name, list(rates.items())) != list(rates.items()):
-        raise UserError(f"mixture {name!r} is registered with other tasks or rates; give it another name")
-    if name not in seqio.MixtureRegistry.names():
-        seqio.MixtureRegistry.add(name, list(rates.items()))
-    return name
-
-
-def components(name: str) -> list[tuple[str, float]]:
-    """The tasks of a mixture and their rates; a task's own name with rate 1.
-
-    Raises:
-      UserError: no such task or mixture.
-    """
-    if name not in _mixtures:
-        arguments(name)  # refuses an unknown name
-        return [(name, 1.0)]
-    return list(_mixtures[name])
-
-
-def arguments(name: str) -> dict:
-    """What the task was registered with: the arguments of `register`, paths absolute.
-
-    Raises:
-      UserError: no such task.
-    """
-    if name not in _registered:
-        known = ", ".join(_registered) or "none"
-        raise UserError(f"task: got {name!r}, expected one registered with richhf_data.tasks.register: {known}")
-    return dict(_registered[name])
+    return task
 
 
 def postprocess(text: str, *, example: dict, is_target: bool) -> dict | str:
-    """The truth of a task example, for `evaluate`; a prediction's text stays as it is.
+    """The true annotations of a task example, for `evaluate`; returns the text of a prediction unchanged.
 
     Returns:
       `scores` float32[4], `score_mask` bool[4], `heatmaps` uint8[h, h, 2], `heatmap_mask` bool[2], `prompt` str,
-      `labels` list of int or None where there are none that match the prompt's tokens, `caption` str or None where the
-      text to write is not one, `uid` str.
+      `labels` list of int, or None without labels that match the prompt's tokens, `caption` str, or None if the decoder's
+      target is not a caption, `uid` str.
     """
     if not is_target:
         return text
@@ -208,16 +180,16 @@ def report(data_dir) -> dict:
 
 
 def references(data_dir) -> dict[str, dict[str, dict[str, float]]]:
-    """Rows to print beside a result, {split: {row: {metric: value}}}; empty where the records came with none."""
+    """Rows to print beside a result, {split: {row: {metric: value}}}; empty if the records have no references."""
     path = _built(data_dir) / "references.json"
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def constants(data_dir) -> dict[str, np.ndarray] | None:
-    """The training split's means, for a predictor that looks at nothing; None without a training split.
+    """The means of the training split, which the constant predictor predicts; None without a training split.
 
     Returns:
-      `scores` float32[4] and `heatmaps` float32[64, 64, 2], both in [0, 1]; nan where no example has the target.
+      `scores` float32[4] and `heatmaps` float32[64, 64, 2], both in [0, 1]; nan if no example has the target.
     """
     path = _built(data_dir) / "constants.npz"
     if not path.is_file():
@@ -227,13 +199,13 @@ def constants(data_dir) -> dict[str, np.ndarray] | None:
 
 
 def prompts(data_dir) -> dict[str, list[tuple[str, str, str]]]:
-    """{split: [(uid, prompt, labelled prompt), ...]}, read without the images; no labelled prompt is ''."""
+    """{split: [(uid, prompt, labelled prompt), ...]}, read without the images; a missing labelled prompt is ''."""
     stored = json.loads((_built(data_dir) / "prompts.json").read_text())
     return {split: [tuple(row) for row in rows] for split, rows in stored.items()}
 
 
 def decoded(data_dir, split: str, limit: int | None = None) -> tuple[Iterator[dict], int]:
-    """A split's examples at their stored sizes, the first `limit` if given, and how many these are.
+    """The examples of a split at their stored sizes, the first `limit` if given; and their number.
 
     Returns:
       `uid` str, `prompt` str, `image` uint8[H, W, 3], `scores` float32[4], `heatmaps` uint8[512, 512, 2], `score_mask`,
@@ -256,11 +228,6 @@ def decoded(data_dir, split: str, limit: int | None = None) -> tuple[Iterator[di
     return items, count
 
 
-def hash_of(arguments: dict) -> str:
-    """Eight hexadecimal digits that stay the same over processes."""
-    return f"{zlib.crc32(json.dumps(arguments, sort_keys=True).encode()):08x}"
-
-
 def _built(data_dir) -> epath.Path:
     folder = builder.dataset_dir(data_dir)
     if not (folder / "report.json").is_file():
@@ -272,7 +239,7 @@ def _built(data_dir) -> epath.Path:
 
 
 def _check_lengths(folder, pieces: vocabulary.Vocabulary, variant, text_length, keyword_length, truncate) -> None:
-    """Refuses, or reports, the texts that are too long, before anything is trained."""
+    """Refuses texts that are too long, or logs them if they are to be truncated; logs texts with unknown characters."""
     limits = {"text_length": text_length, "keyword_length": keyword_length}
     too_long, unknown = {key: [] for key in limits}, []
     for rows in json.loads((folder / "prompts.json").read_text()).values():

@@ -49,9 +49,9 @@ class Vocabulary:
         return self._processor.vocab_size()
 
     def encode(self, text: str, length: int) -> np.ndarray:
-        """int32[length]: the pieces and the end id, zero-padded; a longer text loses its last pieces, never the end.
+        """int32[length]: the pieces and the end id, padded with zeros; a longer text loses its last pieces.
 
-        Use `num_ids` first where a cut must be reported.
+        `num_ids` gives the length without a cut.
         """
         ids = np.zeros(length, np.int32)
         pieces = self._processor.encode(text)[: length - 1] + [schema.EOS_ID]
@@ -59,15 +59,15 @@ class Vocabulary:
         return ids
 
     def num_ids(self, text: str) -> int:
-        """How many ids `text` takes, the end id included."""
+        """The number of ids of `text`, with the end id."""
         return len(self._processor.encode(text)) + 1
 
     def knows(self, text: str) -> bool:
-        """Whether no piece of `text` is unknown, so that its ids give it back."""
+        """Whether every piece of `text` is known, so that `decode` restores it."""
         return schema.UNK_ID not in self._processor.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text before the first end id; padding and unknown ids leave nothing."""
+        """The text before the first end id, without padding and unknown ids."""
         pieces = []
         for piece in np.asarray(ids).tolist():
             if piece == schema.EOS_ID:
@@ -78,11 +78,16 @@ class Vocabulary:
 
 
 def train(prompts: Iterable[str], path, size: int = 512) -> Vocabulary:
-    """Trains a SentencePiece model on prompts and on their labelled forms, and writes it to `path`.
+    """Trains a SentencePiece model on prompts and their labelled forms, and writes it to `path`. Deterministic.
 
-    Byte-pair merges, because they end in whole words where the words are few: RichHF-Synth's prompts take
-    fewer than half of the ids that a unigram model needs. `size` is an upper bound: fewer pieces are kept where the
-    prompts do not yield as many. Deterministic.
+    It uses byte-pair merges, which become whole words if there are few different words: RichHF-Synth's prompts take fewer
+    than half as many ids as with a unigram model.
+
+    Args:
+      size: the most pieces; there are fewer if the prompts do not yield as many.
+
+    Raises:
+      UserError: the prompts have more different characters than `size` allows.
     """
 
     def sentences():

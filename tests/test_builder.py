@@ -177,12 +177,12 @@ def test_a_mirror_trains_and_evaluates(tmp_path):
     data_dir = tmp_path / "data"
     report = build.build(tmp_path / "records", f"table:{tmp_path}/mirror/*.parquet", data_dir, vocabulary_size=60)
     assert {split: row["examples"] for split, row in report["splits"].items()} == {"train": 12, "dev": 4, "test": 4}
-    arguments = ["--config=configs/rahf_ci.py", f"--workdir={tmp_path / 'run'}", f"--config.data.data_dir={data_dir}"]
-    for module, more in (
-        ("train", ["--config.train.num_steps=1", "--config.optimizer.warmup_steps=0", "--config.eval.every=1"]),
+    config = ["--config=configs/rahf_ci.py", f"--config.data.data_dir={data_dir}", "--config.train.num_steps=1"]
+    for module, arguments in (
+        ("train", [*config, "--config.optimizer.warmup_steps=0", "--config.eval.every=1"]),
         ("evaluate", ["--split=test"]),
     ):
-        command = [sys.executable, "-m", f"rahf.{module}", *arguments, *more]
+        command = [sys.executable, "-m", f"rahf.{module}", f"--workdir={tmp_path / 'run'}", *arguments]
         one_device = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=one_device)
         assert result.returncode == 0, result.stderr
@@ -310,9 +310,18 @@ build.build({str(source[0])!r}, {source[1]!r}, {str(tmp_path / "data")!r})
 def test_flags_that_would_be_ignored_are_refused(tmp_path, source, flag, expected):
     name = flag.partition("=")[0][2:]
     with flagsaver.flagsaver():
-        rest = flags.FLAGS(["build", f"--records={source}", f"--data_dir={tmp_path}", flag])
-        with pytest.raises(SystemExit, match=rf"^error: {name}: got it with --records={source}, .* with {expected} alone"):
-            build.main(rest)
+        flags.FLAGS(["build", f"--records={source}", f"--data_dir={tmp_path}", flag])
+        with pytest.raises(ValueError, match=rf"^{name}: got it with --records={source}, .* with {expected} alone"):
+            build.main()
+
+
+def test_unknown_kinds_of_records_are_refused(tmp_path):
+    expected = r"expected record files \(.*\), rapidata:GLOB, captions:GLOB, captions:tfds:NAME"
+    with pytest.raises(ValueError, match=rf"records: got 'pickapic:x/\*.parquet', {expected}"):
+        build.build("pickapic:x/*.parquet", "", tmp_path / "data")
+    (tmp_path / "a:b").mkdir()
+    with pytest.raises(ValueError, match=r"records: .*a:b holds none of train.tfrecord"):
+        build.build(f"{tmp_path}/a:b", "folder:x", tmp_path / "data")
 
 
 def test_command_line(tmp_path):

@@ -174,7 +174,7 @@ def test_written_annotations_equal_their_consolidation(tmp_path):
 
 BAD_LINES = [
     ("not json", "got 'not json', which is not JSON"),
-    ([1, 2], "got list, expected an object with keys"),
+    ([1, 2], r"got '\[1, 2\]', which is not an object, expected an object with keys"),
     (annotation("u", "a", colour="red"), r"got \['colour'\], expected an object with keys of annotator, labels, misaligned"),
     (annotation("u", "a") | {"annotator": None}, "annotator: got None, expected text"),
     (annotation("../u", "a"), "uid: got '../u', expected the picture's file name"),

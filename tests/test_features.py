@@ -42,8 +42,8 @@ def _uids(batches):
 
 @pytest.mark.parametrize("variant", schema.VARIANTS)
 def test_batches_are_as_the_schema_says(variant):
-    name = tasks.register(built(), **SMALL, variant=variant, augment=True)
-    batch = next(features.training_batches(name, 5, seed=0))
+    task = tasks.register(built(), **SMALL, variant=variant, augment=True)
+    batch = next(features.training_batches(task, 5, seed=0))
     text = (5, 60) if variant == "multi_head" else (5, 7, 60)
     expected = {
         "image": (np.uint8, (5, 32, 32, 3)),
@@ -61,9 +61,9 @@ def test_batches_are_as_the_schema_says(variant):
 
 @pytest.mark.parametrize("variant", schema.VARIANTS)
 def test_batches_hold_the_records_values(variant):
-    name = tasks.register(built(), **SMALL, variant=variant)
-    pieces = vocabulary.Vocabulary(tasks.arguments(name)["vocabulary"])
-    batch = next(features.training_batches(name, 23, seed=3))
+    task = tasks.register(built(), **SMALL, variant=variant)
+    pieces = vocabulary.Vocabulary(task.vocabulary)
+    batch = next(features.training_batches(task, 23, seed=3))
     for row, uid in enumerate(_uids([batch])):
         truth = records.decode(raw_record(uid))
         small = truth["heatmaps"].reshape(16, 32, 16, 32, 2).mean(axis=(1, 3))
@@ -77,18 +77,18 @@ def test_batches_hold_the_records_values(variant):
 
 
 def test_epochs_hold_every_example_once_in_changing_order():
-    name = tasks.register(built(), **SMALL, augment=True)
-    uids = _uids(_take(features.training_batches(name, 7, seed=0), 10))  # three epochs of 23 and one row
+    task = tasks.register(built(), **SMALL, augment=True)
+    uids = _uids(_take(features.training_batches(task, 7, seed=0), 10))  # three epochs of 23 and one row
     epochs = [uids[i : i + 23] for i in (0, 23, 46)]
     for epoch in epochs:
         assert sorted(epoch) == [f"train-{i:03d}" for i in range(23)]
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-    assert _uids(_take(features.training_batches(name, 7, seed=1), 3)) != uids[:21]
+    assert _uids(_take(features.training_batches(task, 7, seed=1), 3)) != uids[:21]
 
 
 def test_augmentation_changes_from_epoch_to_epoch():
-    name = tasks.register(built(), **SMALL, augment=True)
-    first, second = _take(features.training_batches(name, 23, seed=0), 2)
+    task = tasks.register(built(), **SMALL, augment=True)
+    first, second = _take(features.training_batches(task, 23, seed=0), 2)
     images = [dict(zip(_uids([batch]), batch["image"], strict=True)) for batch in (first, second)]
     changed = [uid for uid in images[0] if (images[0][uid] != images[1][uid]).any()]
     assert len(changed) > 8  # half of the 23 are cropped in each of the two
@@ -100,14 +100,14 @@ def test_augmentation_changes_from_epoch_to_epoch():
 
 @pytest.mark.parametrize("start", [1, 5, 6])
 def test_resumed_batches_equal_the_uninterrupted(start):
-    name = tasks.register(built(), **SMALL, augment=True)
-    whole = _take(features.training_batches(name, 6, seed=5), 9)
-    _assert_equal(_take(features.training_batches(name, 6, seed=5, start_step=start), 9 - start), whole[start:])
+    task = tasks.register(built(), **SMALL, augment=True)
+    whole = _take(features.training_batches(task, 6, seed=5), 9)
+    _assert_equal(_take(features.training_batches(task, 6, seed=5, start_step=start), 9 - start), whole[start:])
 
 
 def test_resuming_far_away_reads_nothing_before():
-    name = tasks.register(built(), **SMALL, augment=True)
-    far = next(features.training_batches(name, 6, seed=5, start_step=10**9))
+    task = tasks.register(built(), **SMALL, augment=True)
+    far = next(features.training_batches(task, 6, seed=5, start_step=10**9))
     assert len(set(_uids([far]))) == 6
 
 
@@ -128,18 +128,18 @@ print(len(next(batches)))
 @pytest.mark.parametrize(("hosts", "others"), [(2, 4), (4, 1)])
 def test_any_number_of_hosts_reads_the_same_global_batches(hosts, others):
     """Over two ends of epochs, the 23 examples not being a multiple of 8; and resumed by other hosts than began."""
-    name = tasks.register(built(), **SMALL, augment=True)
+    task = tasks.register(built(), **SMALL, augment=True)
 
     def joined(start, count, hosts):
         shards = [
-            _take(features.training_batches(name, 8, 2, start, rows=rows), count)
+            _take(features.training_batches(task, 8, 2, start, rows=rows), count)
             for rows in np.split(np.arange(8), hosts)
         ]
         assert all(len(batch["image"]) == 8 // hosts for shard in shards for batch in shard)
         steps = list(zip(*shards, strict=True))
         return [{key: np.concatenate([batch[key] for batch in step]) for key in KEYS} for step in steps]
 
-    whole = _take(features.training_batches(name, 8, 2), 6)
+    whole = _take(features.training_batches(task, 8, 2), 6)
     uids = _uids(whole)
     assert sorted(uids[:23]) == sorted(uids[23:46]) == [f"train-{i:03d}" for i in range(23)]
     _assert_equal(joined(0, 4, hosts) + joined(4, 2, others), whole)
@@ -159,9 +159,9 @@ def test_marker_stays_under_its_heat_in_training_batches(tmp_path):
     records.write(tmp_path / "records" / "train.tfrecord", rows)
     write_parquet(tmp_path / "images" / "a.parquet", [(uid, f"unused-{uid}") for uid in uids], images)
     build.build(tmp_path / "records", f"parquet:{tmp_path}/images/*.parquet", tmp_path / "data", vocabulary_size=80)
-    name = tasks.register(tmp_path / "data", image_size=224, heatmap_size=56, augment=True)
+    task = tasks.register(tmp_path / "data", image_size=224, heatmap_size=56, augment=True)
     places = []
-    for batch in _take(features.training_batches(name, count, seed=0), batches):
+    for batch in _take(features.training_batches(task, count, seed=0), batches):
         image = batch["image"].astype(float).mean(-1)
         assert batch["image"].max() > 190  # the disk, whatever its colours
         marks = [np.where(image > 90, image, 0), batch["heatmaps"][..., 0], batch["heatmaps"][..., 1]]
@@ -181,21 +181,18 @@ def _centres(marks):
 
 
 def test_training_batches_refuses_what_it_cannot_do():
-    name = tasks.register(built(), **SMALL)
+    task = tasks.register(built(), **SMALL)
     with pytest.raises(ValueError, match=r"rows: got \[2, 4\] of a batch of 4, expected some of 0 to 3"):
-        features.training_batches(name, 4, 0, rows=[2, 4])
+        features.training_batches(task, 4, 0, rows=[2, 4])
     with pytest.raises(ValueError, match=r"split: got 'test', expected one of the dataset's: (train, dev|dev, train)"):
-        features.training_batches(name, 4, 0, split="test")
-    with pytest.raises(ValueError, match=r"task: got 'nobody', expected one registered"):
-        features.training_batches("nobody", 4, 0)
+        features.training_batches(task, 4, 0, split="test")
 
 
 def test_ordinary_seqio_reading_augments_too():
-    name = tasks.register(built(), **SMALL, augment=True)
-    task = seqio.TaskRegistry.get(name)
+    task = tasks.register(built(), **SMALL, augment=True)
 
     def images(seed):
-        dataset = task.get_dataset(split="train", shuffle=False, seed=seed, sequence_length=None)
+        dataset = task.seqio_task.get_dataset(split="train", shuffle=False, seed=seed, sequence_length=None)
         return np.stack([example["image"] for example in dataset.as_numpy_iterator()])
 
     assert (images(0) == images(0)).all()
@@ -218,13 +215,13 @@ def _perfect(dataset, model_feature_shapes=None):
 
 @pytest.mark.parametrize("variant", schema.VARIANTS)
 def test_evaluator_gives_a_perfect_model_full_marks(variant):
-    name = tasks.register(built(), **SMALL, variant=variant)
-    evaluator = features.evaluator(name, "dev")
-    index, example = next(iter(evaluator.cached_model_datasets[name].as_numpy_iterator()))
+    task = tasks.register(built(), **SMALL, variant=variant)
+    evaluator = features.evaluator(task, "dev")
+    index, example = next(iter(evaluator.cached_model_datasets[task.name].as_numpy_iterator()))
     assert index == 0
     assert set(example) == KEYS
     future, _ = evaluator.evaluate(compute_metrics=True, predict_with_aux_fn=_perfect)
-    result = future.result()[name]
+    result = future.result()[task.name]
     assert result["num_examples"] == 9
     ones = [f"score/{m}/{s}" for m in ("plcc", "srcc") for s in schema.SCORES]
     ones += [f"heatmap/{m}/{h}" for m in ("cc", "sim") for h in schema.HEATMAPS]
@@ -237,9 +234,9 @@ def test_evaluator_gives_a_perfect_model_full_marks(variant):
 
 
 def test_evaluator_works_called_as_seqio_documents():
-    name = tasks.register(built(), **SMALL)
+    task = tasks.register(built(), **SMALL)
     evaluator = seqio.Evaluator(
-        mixture_or_task_name=name,
+        mixture_or_task_name=task.name,
         feature_converter=features.RAHFFeatureConverter(),
         eval_split="dev",
         use_cached=False,
@@ -248,29 +245,29 @@ def test_evaluator_works_called_as_seqio_documents():
         num_examples=4,
     )
     future, _ = evaluator.evaluate(compute_metrics=True, predict_with_aux_fn=_perfect)
-    assert future.result()[name]["num_examples"] == 4
+    assert future.result()[task.name]["num_examples"] == 4
 
 
 def test_targets_are_in_the_evaluators_order():
-    name = tasks.register(built(), **SMALL)
-    evaluator = features.evaluator(name, "dev")
-    truths = features.targets(evaluator, name)
+    task = tasks.register(built(), **SMALL)
+    evaluator = features.evaluator(task, "dev")
+    truths = features.targets(evaluator, task)
     assert sorted(truth["uid"] for truth in truths) == [f"dev-{i:03d}" for i in range(9)]
-    for index, example in evaluator.cached_model_datasets[name].as_numpy_iterator():
+    for index, example in evaluator.cached_model_datasets[task.name].as_numpy_iterator():
         np.testing.assert_array_equal(example["scores"], truths[index]["scores"])
         np.testing.assert_array_equal(example["heatmaps"], truths[index]["heatmaps"])
 
 
 def test_evaluator_sees_a_worse_model_as_worse():
-    name = tasks.register(built(), **SMALL)
+    task = tasks.register(built(), **SMALL)
 
     def constant(dataset, model_feature_shapes=None):
         indices, aux = _perfect(dataset)
         aux["heatmaps"] = [np.full_like(heatmap, 0.5) for heatmap in aux["heatmaps"]]
         return [(index, np.zeros_like(ids)) for index, ids in indices], aux
 
-    future, _ = features.evaluator(name, "dev").evaluate(compute_metrics=True, predict_with_aux_fn=constant)
-    result = future.result()[name]
+    future, _ = features.evaluator(task, "dev").evaluate(compute_metrics=True, predict_with_aux_fn=constant)
+    result = future.result()[task.name]
     assert result["score/plcc/overall"] == pytest.approx(1)
     assert result["heatmap/mse/implausibility"] > 0.1
     assert result["keywords/micro/recall"] == 0
@@ -284,9 +281,9 @@ def test_evaluator_refuses_what_seqio_would_skip():
 
 
 def test_converter_refuses_other_features():
-    name = tasks.register(built(), **SMALL)
-    dataset = seqio.TaskRegistry.get(name).get_dataset(split="dev", shuffle=False, sequence_length=None)
-    lengths = features._lengths(name)
+    task = tasks.register(built(), **SMALL)
+    dataset = task.seqio_task.get_dataset(split="dev", shuffle=False, sequence_length=None)
+    lengths = task.lengths()
     with pytest.raises(ValueError, match=r"missing features specified in the TASK_FEATURES: {'image'}"):
         features.RAHFFeatureConverter()(dataset, {k: v for k, v in lengths.items() if k != "image"})
     with pytest.raises(ValueError, match=r"incorrect rank for feature 'text_ids'"):
@@ -302,14 +299,13 @@ def test_converter_refuses_other_features():
 
 
 @functools.cache
-def _mixture() -> tuple[str, list[str]]:
-    """A mixture of two datasets, of 23 and 7 training examples, at rates of 3 to 1; and its tasks."""
+def _mixture() -> dict[tasks.RichhfTask, float]:
+    """The tasks of two datasets, of 23 and 7 training examples, at rates of 3 to 1."""
     other = pathlib.Path(tempfile.mkdtemp(prefix="richhf_other_"))
     sources = write_sources(other, {"train-other": 7}, split="train")
     build.build(*sources, other / "data", vocabulary_path=f"{built()}/vocabulary.model")
     options = SMALL | {"augment": True, "vocabulary_path": f"{built()}/vocabulary.model"}
-    names = [tasks.register(data_dir, **options) for data_dir in (built(), other / "data")]
-    return tasks.register_mixture({names[0]: 3, names[1]: 1}), names
+    return dict(zip([tasks.register(data_dir, **options) for data_dir in (built(), other / "data")], (3, 1), strict=True))
 
 
 def _known(batches):
@@ -319,8 +315,8 @@ def _known(batches):
 
 
 def test_a_mixture_keeps_rates_and_each_datasets_epochs():
-    name, _ = _mixture()
-    uids = _known(_take(features.training_batches(name, 8, seed=1), 16))  # 128 rows: 96 and 32
+    mixture = _mixture()
+    uids = _known(_take(features.training_batches(mixture, 8, seed=1), 16))  # 128 rows: 96 and 32
     parts = [[uid for uid in uids if ("other" in uid) == other] for other in (False, True)]
     assert [len(part) for part in parts] == [96, 32]
     for start in range(0, 120, 4):
@@ -332,49 +328,33 @@ def test_a_mixture_keeps_rates_and_each_datasets_epochs():
 
 
 def test_a_mixtures_global_batch_does_not_depend_on_who_reads_which_rows():
-    name, _ = _mixture()
-    whole = _take(features.training_batches(name, 8, seed=1), 4)
-    resumed = _take(features.training_batches(name, 8, seed=1, start_step=2), 2)
+    mixture = _mixture()
+    whole = _take(features.training_batches(mixture, 8, seed=1), 4)
+    resumed = _take(features.training_batches(mixture, 8, seed=1, start_step=2), 2)
     _assert_equal(resumed, whole[2:])
     for rows in ([0, 1, 2, 3], [4, 5, 6, 7], [1, 2, 5]):
-        read = _take(features.training_batches(name, 8, seed=1, start_step=2, rows=rows), 2)
+        read = _take(features.training_batches(mixture, 8, seed=1, start_step=2, rows=rows), 2)
         _assert_equal(read, [{key: batch[key][rows] for key in batch} for batch in whole[2:]])
 
 
 def test_a_mixture_resumes_far_away_as_if_it_had_read_all():
-    name, names = _mixture()
+    mixture = _mixture()
     steps = 10_000 // 8  # the pattern of 10,000 rows has 7,500 and 2,500 of them
-    later = next(features.training_batches(name, 8, seed=1, start_step=steps))
-    alone = _take(features.training_batches(names[0], 6, seed=1, start_step=7500 // 6), 1)
+    later = next(features.training_batches(mixture, 8, seed=1, start_step=steps))
+    alone = _take(features.training_batches(next(iter(mixture)), 6, seed=1, start_step=7500 // 6), 1)
     rows = [uid for uid in _known([later]) if "other" not in uid]
     assert rows == _known(alone)  # the dataset's own stream goes on at its row 7,500
-    assert next(features.training_batches(name, 8, seed=1, start_step=10**12))["scores"].shape == (8, 4)
-
-
-def test_a_mixture_is_one_of_seqios():
-    name, names = _mixture()
-    mixture = seqio.MixtureRegistry.get(name)
-    assert {task.name for task in mixture.tasks} == set(names)
-    lengths = features._lengths(names[0])
-    dataset = mixture.get_dataset(sequence_length=lengths, split="train", shuffle=True, seed=0)
-    examples = _take(dataset.as_numpy_iterator(), 40)
-    share = np.mean(["other" in uid for uid in _known([{"scores": [example["scores"] for example in examples]}])])
-    assert 0.05 < share < 0.5
+    assert next(features.training_batches(mixture, 8, seed=1, start_step=10**12))["scores"].shape == (8, 4)
 
 
 def test_mixtures_that_cannot_be_are_refused():
-    name, names = _mixture()
-    assert tasks.register_mixture({names[0]: 3, names[1]: 1}) == name
-    assert tasks.components(name) == [(names[0], 3), (names[1], 1)]
+    first, second = _mixture()
     plain = tasks.register(built(), **SMALL)
-    with pytest.raises(ValueError, match=rf"mixture: task '{plain}' has augment False, expected that of"):
-        tasks.register_mixture({names[0]: 1, plain: 1})
+    with pytest.raises(ValueError, match=rf"mixture: task '{plain.name}' has augment False, expected that of"):
+        features.training_batches({first: 1, plain: 1}, 8, seed=0)
     with pytest.raises(ValueError, match=r"mixture: got rate 0 of task .*, expected a number above 0"):
-        tasks.register_mixture({names[0]: 0})
+        features.training_batches({first: 0}, 8, seed=0)
     with pytest.raises(ValueError, match="mixture: got no task"):
-        tasks.register_mixture({})
-    with pytest.raises(ValueError, match="task: got 'nobody', expected one registered"):
-        tasks.register_mixture({"nobody": 1})
-    rare = tasks.register_mixture({names[0]: 1, names[1]: 1e-5})
+        features.training_batches({}, 8, seed=0)
     with pytest.raises(ValueError, match=r"mixture: got a rate of 9.9999e-06 of all, expected at least 1 / 10,000"):
-        features.training_batches(rare, 8, seed=0)
+        features.training_batches({first: 1, second: 1e-5}, 8, seed=0)

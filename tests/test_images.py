@@ -1,4 +1,4 @@
-"""images.py: each source gives the wanted rows and names its faults; any image becomes one that training reads as meant."""
+"""image_sources.py: each source gives the wanted rows and names its faults. images.py: all readers decode alike."""
 
 import csv
 import io
@@ -12,19 +12,21 @@ import zlib
 
 import cv2
 import numpy as np
+import PIL.features
 import PIL.Image
+import PIL.ImageCms
 import pyarrow
 import pyarrow.parquet
 import pytest
 from tiny_data import image_of, jpg, prompt_of, write_parquet, write_table
 
-from richhf_data import images
+from richhf_data import image_sources, images
 
 
 def find(spec, wanted, columns=None):
     return [
         row
-        for shard in images.shards(spec, wanted, columns)
+        for shard in image_sources.shards(spec, wanted, columns)
         if not shard.check()
         for row in shard.read(frozenset(wanted), lambda count: None)
     ]
@@ -54,7 +56,7 @@ def test_parquet_reads_images_only_where_a_uid_is(tmp_path, monkeypatch):
 
 def test_progress_adds_up_to_the_bytes(tmp_path):
     write_parquet(tmp_path / "0.parquet", [(f"a{i}", f"b{i}") for i in range(7)], row_group_size=3)
-    (shard,) = images.shards(f"parquet:{tmp_path}/0.parquet", ["a1"])
+    (shard,) = image_sources.shards(f"parquet:{tmp_path}/0.parquet", ["a1"])
     counts = []
     list(shard.read({"a1"}, counts.append))
     assert len(counts) == 3 and sum(counts) == (tmp_path / "0.parquet").stat().st_size == shard.size
@@ -140,13 +142,13 @@ def test_folder_yields_the_wanted_images(tmp_path, table):
 
 def test_folder_is_read_in_shards_that_know_their_files(tmp_path, monkeypatch):
     spec = write_folder(tmp_path / "images", "captions.csv")
-    monkeypatch.setattr(images, "_FILES_AT_ONCE", 2)
+    monkeypatch.setattr(image_sources, "_FILES_AT_ONCE", 2)
     uids = ["u0", "u1", "u2", "u3"]
-    shards = images.shards(spec, uids)
+    shards = image_sources.shards(spec, uids)
     assert [len(shard.entries) for shard in shards] == [2, 2]
-    assert images.shards(spec, uids) == shards
+    assert image_sources.shards(spec, uids) == shards
     (tmp_path / "images" / "u2.webp").write_bytes(b"changed")
-    again = images.shards(spec, uids)
+    again = image_sources.shards(spec, uids)
     assert sum(a.name != b.name for a, b in zip(again, shards, strict=True)) == 1
 
 
@@ -239,7 +241,7 @@ def test_jsonl_captions_of_another_kind_are_named(tmp_path, line):
     path = tmp_path / "images" / "captions.jsonl"
     for number, lines in ((1, [line]), (2, ['{"uid": "u0", "caption": "a"}', line])):
         path.write_text("\n".join(lines))
-        with pytest.raises(ValueError, match=rf"captions.jsonl line {number}: got .*expected \{{\"uid\": \"...\", \"cap"):
+        with pytest.raises(ValueError, match=rf"captions.jsonl line {number}: .*got .*expected \{{\"uid\": \"...\", \"cap"):
             find(spec, ["u0", "u1"])
 
 
@@ -262,7 +264,7 @@ def test_url_that_cannot_be_reached_is_named(monkeypatch, kind, url, reason):
 
 
 def test_file_that_has_gone_is_named(tmp_path):
-    (shard,) = images.shards(write_folder(tmp_path / "images", "captions.csv"), ["u0"])
+    (shard,) = image_sources.shards(write_folder(tmp_path / "images", "captions.csv"), ["u0"])
     (tmp_path / "images" / "u0.jpg").unlink()
     with pytest.raises(ValueError, match=r"images: cannot reach .*u0.jpg \(FileNotFoundError"):
         list(shard.read({"u0"}, lambda count: None))
@@ -431,6 +433,110 @@ def test_looks_tell_pictures_apart_and_not_encodings():
     assert images.same_picture(look, images.plain(encoded(RGB.resize((96, 80)), "WEBP"))[2])
     assert not images.same_picture(look, images.plain(jpg(image_of("another")))[2])
     assert not images.same_picture(look, images.plain(encoded(RGB.transpose(PIL.Image.Transpose.ROTATE_180), "PNG"))[2])
+
+
+def profile(gamma: float, primaries: list[tuple[float, float]]) -> bytes:
+    """A matrix and gamma ICC profile, version 2, of a display with these chromaticities and the white D65."""
+
+    def xyz(x, y):
+        return np.array([x / y, 1, (1 - x - y) / y])
+
+    # Bradford's adaptation from D65 to the profile connection space's D50.
+    adapt = np.array([[1.0479, 0.0229, -0.0502], [0.0296, 0.9904, -0.0171], [-0.0092, 0.0151, 0.7519]])
+    columns = np.stack([xyz(*one) for one in primaries], 1)
+    columns = adapt @ (columns * np.linalg.solve(columns, xyz(0.3127, 0.3290)))
+
+    def fixed(values):
+        return struct.pack(f">{len(values)}i", *(round(value * 65536) for value in values))
+
+    tags = {b"desc": b"desc" + bytes(4) + struct.pack(">I", 5) + b"test\0" + bytes(78)}
+    tags |= {b"cprt": b"text" + bytes(4) + b"none\0", b"wtpt": b"XYZ " + bytes(4) + fixed([0.9642, 1, 0.8249])}
+    tags |= {name: b"XYZ " + bytes(4) + fixed(columns[:, i]) for i, name in enumerate((b"rXYZ", b"gXYZ", b"bXYZ"))}
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(gamma * 256))
+    tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)
+    table, body = b"", b""
+    for name, data in tags.items():
+        table += name + struct.pack(">II", 132 + 12 * len(tags) + len(body), len(data))
+        body += data + bytes(-len(data) % 4)
+    size = 132 + len(table) + len(body)
+    header = struct.pack(">I4sI", size, b"test", 0x02400000) + b"mntrRGB XYZ " + struct.pack(">6H", 2024, 1, 1, 0, 0, 0)
+    header += b"acsp" + bytes(28) + fixed([0.9642, 1, 0.8249]) + bytes(48)
+    return header + struct.pack(">I", len(tags)) + table + body
+
+
+ADOBE = profile(563 / 256, [(0.64, 0.33), (0.21, 0.71), (0.15, 0.06)])
+SRGB = PIL.ImageCms.ImageCmsProfile(PIL.ImageCms.createProfile("sRGB")).tobytes()
+FLAT = PIL.Image.fromarray(np.full((8, 8, 3), (200, 60, 60), np.uint8))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_colour_profiles_become_srgb(kind):
+    options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
+    data = encoded(FLAT, kind, icc_profile=ADOBE, **options)
+    kept, changes, _ = images.plain(data)
+    assert "colour profile" in changes and images.plain(kept)[:2] == (kept, "")
+    np.testing.assert_allclose(images.decode(data, "x")[0, 0].astype(int), [231, 57, 57], atol=2)  # littleCMS's value
+    np.testing.assert_array_equal(decoded(kept), images.decode(data, "x"))
+
+
+@pytest.mark.parametrize("icc", [SRGB, b"no profile", profile(2.2, [(0.64, 0.33), (0.3, 0.6), (0.15, 0.06)])[:200]])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_srgb_and_unreadable_profiles_change_nothing(kind, icc):
+    for mode in ("RGB", "L"):
+        data = encoded(FLAT.convert(mode), kind, icc_profile=icc)
+        assert images.plain(data)[:2] == (data, "")
+
+
+def test_profile_is_of_the_colours_under_the_transparency():
+    image = FLAT.convert("RGBA")
+    image.putalpha(PIL.Image.fromarray(np.repeat(np.uint8([[0], [255]]), 8, 1).repeat(4, 0)))
+    data = encoded(image, "PNG", icc_profile=ADOBE)
+    assert images.plain(data)[1] == "alpha, colour profile"
+    found = images.decode(data, "x").astype(int)
+    assert (found[:4] == 255).all()
+    np.testing.assert_allclose(found[4:], np.broadcast_to([231, 57, 57], (4, 8, 3)), atol=2)
+
+
+@pytest.mark.parametrize("name", ODD_IMAGES)
+def test_all_readers_give_the_pixels_of_a_build(name, tmp_path):
+    data = ODD_IMAGES[name][0]()
+    (tmp_path / "a").write_bytes(data)
+    built = decoded(images.plain(data)[0])
+    np.testing.assert_array_equal(images.decode(data, "x"), built)
+    np.testing.assert_array_equal(images.read(tmp_path / "a"), built)
+    assert images.size(tmp_path / "a") == built.shape[1::-1]
+
+
+def test_newer_formats_are_read(tmp_path):
+    for kind, feature in (("AVIF", "avif"), ("JPEG2000", "jpg_2000")):
+        if PIL.features.check(feature):
+            data, changes, _ = images.plain(encoded(RGB, kind))
+            assert changes == kind and np.abs(decoded(data).astype(int) - PICTURE).mean() < 6
+
+
+def test_masks_are_luminance_over_white(tmp_path):
+    from rahf.diffusion import sample
+
+    pixels = np.zeros((2, 4, 4), np.uint8)
+    pixels[..., 3] = 255
+    pixels[0] = [(255, 0, 255, 255), (0, 255, 0, 255), (127, 127, 127, 255), (128, 128, 128, 255)]
+    pixels[1, 0] = (0, 0, 0, 0)  # hidden black
+    (tmp_path / "mask.png").write_bytes(encoded(PIL.Image.fromarray(pixels), "PNG"))
+    expected = [[False, True, False, True], [True, False, False, False]]
+    assert sample.read_mask(tmp_path / "mask.png").tolist() == expected
+
+
+def test_files_that_are_no_pictures_are_named(tmp_path):
+    (tmp_path / "a.png").write_bytes(bomb())
+    message = r"a.png is missing or is not a readable image \(more than 100 megapixels\), expected a JPEG, PNG or WebP"
+    with pytest.raises(ValueError, match=f"image: .*{message}"):
+        images.read(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"images: .*a.png is not a readable image \(more than 100 megapixels\)"):
+        images.size(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"row 3: image: does not decode \(more than 100 megapixels\)"):
+        images.decode(bomb(), "row 3")
+    with pytest.raises(ValueError, match=r"image: .*none.png is missing or is not a readable image \(no such file\)"):
+        images.read(tmp_path / "none.png")
 
 
 def test_scan_imports_no_tensorflow():

@@ -33,6 +33,18 @@ def test_only_what_reads_and_writes_records_imports_tensorflow():
     subprocess.run([sys.executable, "-c", IMPORT_ALL], cwd=ROOT, check=True)
 
 
+def test_a_build_of_real_data_loads_no_synthetic_data_and_leaves_opencv_its_threads():
+    code = """
+import sys
+import cv2
+threads = cv2.getNumThreads()
+import richhf_data.build, richhf_data.builder, richhf_data.scan
+assert not [name for name in sys.modules if name.startswith("richhf_data.synthetic")]
+assert cv2.getNumThreads() == threads
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 def test_import_rahf_takes_under_2_seconds():
     code = "import time; start = time.monotonic(); import rahf; assert time.monotonic() - start < 2"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

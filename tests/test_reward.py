@@ -24,6 +24,7 @@ from rahf.models.clip import CLIP
 from rahf.reward import embed, metrics, model, predict, prompts, sources, train
 from rahf.reward.feedback import Feedback, Pictures
 from richhf_data import json_files
+from richhf_data.images import decode
 
 ROOT = pathlib.Path(__file__).parent.parent
 WORDS = prompts.Words(
@@ -488,7 +489,7 @@ def test_reward_specs_name_what_is_wrong(spec, message):
 
 
 def test_clip_features_are_its_image_embeddings(clip_folder, clip):
-    images = [embed.decode(png(i), "") for i in range(3)]
+    images = [decode(png(i), "") for i in range(3)]
     np.testing.assert_array_equal(sources.features_of(f"clip:{clip_folder}")(images), clip.images(images))
     with pytest.raises(ValueError, match=r"features: got 'reward:a', expected clip:... or python:..."):
         sources.features_of("reward:a")
@@ -533,7 +534,7 @@ def test_train_writes_a_folder_that_load_reads_and_resumes(standard_promotion, c
     assert PIL.Image.open(workdir / "data_size.png").width > 1000
     assert "CLIP score auc" in train.table(results)
 
-    images = [embed.decode(png(i), "") for i in range(30)]
+    images = [decode(png(i), "") for i in range(30)]
     texts = Feedback(file).prompts
     loaded = reward.load(workdir)
     rewards = loaded(images, texts)

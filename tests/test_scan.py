@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 from tiny_data import image_of, jpg, png, prompt_of, write_parquet, write_table
 
-from richhf_data import images, scan
+from richhf_data import image_sources, images, scan
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -33,8 +33,8 @@ def write_shards(folder, count=6, rows=5) -> tuple[str, list[str]]:
 def scanned(monkeypatch):
     """The names of the shards that are scanned in this process."""
     names = []
-    original = images.Table.read
-    monkeypatch.setattr(images.Table, "read", lambda self, *args: names.append(self.name[:2]) or original(self, *args))
+    shard, original = image_sources.ParquetShard, image_sources.ParquetShard.read
+    monkeypatch.setattr(shard, "read", lambda self, *args: names.append(self.name[:2]) or original(self, *args))
     return names
 
 
@@ -62,9 +62,9 @@ def test_shards_after_the_last_uid_are_not_read(tmp_path, scanned, capsys):
     spec, _ = write_shards(tmp_path / "images")
     gathered(tmp_path, spec, ["a0-3", "b2-0"])
     assert scanned == ["00", "01", "02"]
-    assert "all found; 3 of 6 shards were not looked at" in capsys.readouterr().out
+    assert "all found; 3 of 6 shards were not read" in capsys.readouterr().out
     gathered(tmp_path, spec, ["a0-3", "b5-0"])
-    assert "were not looked at" not in capsys.readouterr().out
+    assert "were not read" not in capsys.readouterr().out
 
 
 def test_finished_shards_are_not_read_again(tmp_path, scanned, capsys):
@@ -89,13 +89,13 @@ def test_finished_shards_are_not_read_again(tmp_path, scanned, capsys):
 
 CODE = """
 import sys, time
-from richhf_data import images, scan
-read = images.Table.read
+from richhf_data import image_sources, images, scan
+read = image_sources.ParquetShard.read
 def slow(self, *args):
     for row in read(self, *args):
         time.sleep(0.02)
         yield row
-images.Table.read = slow
+image_sources.ParquetShard.read = slow
 if __name__ == "__main__":
     scan.gather(sys.argv[1], sys.argv[4].split(","), sys.argv[2], workers=int(sys.argv[3]))
 """

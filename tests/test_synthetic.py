@@ -11,8 +11,8 @@ import sys
 import numpy as np
 import pytest
 
-from richhf_data import consolidate, images, keywords, synthetic, vocabulary
-from richhf_data.synthetic import annotators, backgrounds, ceiling, errors, grammar, render, stream, write
+from richhf_data import consolidate, image_sources, keywords, synthetic, vocabulary
+from richhf_data.synthetic import annotators, backgrounds, ceiling, flaws, grammar, render, stream, write
 from richhf_data.synthetic.grammar import Fact
 
 
@@ -74,7 +74,7 @@ def test_held_out_pairs_are_in_test_novel_only():
     for split in ("train", "dev", "test"):
         for index in range(1500):
             rng = np.random.default_rng((0, index))
-            picture = errors.plan(rng, synthetic.draw_prompt(0, index, split), split)
+            picture = flaws.plan(rng, synthetic.draw_prompt(0, index, split), split)
             stated, shown = _pairs_of(picture)
             assert not (stated | shown) & grammar.HELD_OUT
             if split == "train":
@@ -122,14 +122,14 @@ def test_draw_at_another_size_tells_the_same_story():
     assert np.corrcoef(coarse.ravel(), small.image.ravel())[0, 1] > 0.9
 
 
-@pytest.mark.parametrize("kind", errors.ARTIFACTS)
+@pytest.mark.parametrize("kind", flaws.ARTIFACTS)
 def test_artifact_changes_pixels_in_its_region_alone(kind):
     found = 0
     for index in range(400):
         rng = np.random.default_rng((0, 0, index))
-        picture = errors.plan(rng, synthetic.draw_prompt(0, index, "train"), "train")
+        picture = flaws.plan(rng, synthetic.draw_prompt(0, index, "train"), "train")
         if artifacts := [artifact for artifact in picture.artifacts if artifact.kind == kind]:
-            calm = errors.Style(0, 0, 0, 0)
+            calm = flaws.Style(0, 0, 0, 0)
             picture = dataclasses.replace(picture, artifacts=(artifacts[0],), style=calm)
             image, regions = render.render(picture, 96)
             without, _ = render.render(dataclasses.replace(picture, artifacts=()), 96)
@@ -221,7 +221,7 @@ def test_annotators_are_calibrated_to_the_paper(drawn):
 def test_plausibility_is_distributed_as_the_real_labels(drawn):
     twelfths = np.rint([example.scores[0] * 12 for example in drawn]).astype(int)
     ours = np.bincount(twelfths, minlength=13) / len(drawn)
-    real = np.array([0, *errors.REAL_HISTOGRAM]) / sum(errors.REAL_HISTOGRAM)
+    real = np.array([0, *flaws.REAL_HISTOGRAM]) / sum(flaws.REAL_HISTOGRAM)
     assert np.abs(np.cumsum(ours) - np.cumsum(real)).max() < 0.06
 
 
@@ -340,7 +340,7 @@ def test_command_writes_the_published_formats(tmp_path):
     read = [records.decode(raw) for raw in records.read(tmp_path / "a" / "train.tfrecord")]
     assert len(read) == 5
     uids = [example["uid"] for example in read]
-    shards = images.shards(f"parquet:{tmp_path}/a/images/*.parquet", uids)
+    shards = image_sources.shards(f"parquet:{tmp_path}/a/images/*.parquet", uids)
     found = {uid: caption for shard in shards for uid, caption, _ in shard.read(uids, lambda count: None)}
     for index, example in enumerate(read):
         drawn = synthetic.draw(3, index, "train", 48, 512)

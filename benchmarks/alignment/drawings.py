@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from rahf.reward import prompts
 from richhf_data import paths
-from richhf_data.synthetic import errors, grammar, layout, render, stream
+from richhf_data.synthetic import flaws, grammar, layout, render, stream
 
 SIZE = 32  # pixels, both sides
 OVERSAMPLING = 2  # factor of the size at which a picture is rendered, before it is averaged
@@ -37,7 +37,7 @@ KINDS = tuple(  # the categories that a caption may name
     for bits in range(1, 8)
 )
 _BACKGROUND = {wording.replace("*", ""): name for name, wording in grammar.BACKGROUNDS.items()}
-_FLAWLESS = errors.Style(0.0, 0.0, 0.0, 0.0)
+_FLAWLESS = flaws.Style(0.0, 0.0, 0.0, 0.0)
 
 
 def draw(prompt: prompts.Prompt, seed, words: prompts.Words = WORDS, size: int = SIZE) -> tuple[np.ndarray, prompts.Prompt]:
@@ -54,7 +54,7 @@ def draw(prompt: prompts.Prompt, seed, words: prompts.Words = WORDS, size: int =
     shown = prompts.Prompt(**{name: getattr(prompt, name) or word for name, word in drawn.items()})
     group = grammar.Group(shown.thing.partition("/")[0], shown.colour, 1 + grammar.NUMBERS.index(shown.count))
     background = _BACKGROUND[shown.background]
-    picture = errors.Picture(
+    picture = flaws.Picture(
         prompt=grammar.write(rng, grammar.Scene((group,), None, background)),
         wrong=(),
         objects=layout.arrange(rng, [(0, group)], None),
@@ -103,13 +103,8 @@ def captioned(
         return pyarrow.Table.from_pylist(list(bar(map(make, range(number)))))
     context = multiprocessing.get_context("spawn")
     workers = workers or os.cpu_count()
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_start) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=stream.start_drawing) as pool:
         return pyarrow.Table.from_pylist(list(bar(pool.map(make, range(number), chunksize=50))))
-
-
-def _start():
-    stream.start_worker()
-    cv2.setNumThreads(1)
 
 
 def _row(i, *, seed, wrong_rate, words, size):

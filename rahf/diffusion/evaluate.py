@@ -27,7 +27,7 @@ from rahf import experiments
 from rahf.reward import embed, sources
 from rahf.reward import prompts as rahf_prompts
 from rahf.reward.feedback import Pictures
-from richhf_data import command, json_files, paths, pictures
+from richhf_data import command, drawing, images, json_files, paths
 from richhf_data.errors import UserError
 
 BATCH = 32  # images at a time
@@ -308,7 +308,7 @@ def _batches(images: Iterable[np.ndarray]) -> Iterator[np.ndarray | list]:
     images = iter(images)
     while batch := list(itertools.islice(images, BATCH)):
         for image in batch:
-            pictures.check_image("images", image)
+            drawing.check_image("images", image)
         yield np.stack(batch) if len({image.shape for image in batch}) == 1 else batch
 
 
@@ -321,7 +321,7 @@ def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
 # ---- The report -----------------------------------------------------------------------------------------------------
 SHOWN, OF_EACH = 40, 4  # prompts of the report, images of one
 INLINED_SIDE = 256  # pixels: longer sides are shrunk before they go into the page
-_TEMPLATES = pictures.templates(pathlib.Path(__file__).parent.parent)
+_TEMPLATES = drawing.templates(pathlib.Path(__file__).parent.parent)
 
 
 @dataclasses.dataclass
@@ -417,12 +417,12 @@ def _told(values, row) -> list[str]:
 
 
 def _inlined(image: np.ndarray) -> str:
-    image = pictures.shrink(image, INLINED_SIDE)
+    image = drawing.shrink(image, INLINED_SIDE)
     if max(image.shape[:2]) > INLINED_SIDE // 2:
-        return pictures.jpeg(image)
+        return drawing.jpeg(image)
     done, data = cv2.imencode(".png", image[..., ::-1])  # a small picture's pixels are seen
     assert done
-    return pictures.data_uri("image/png", data.tobytes())
+    return drawing.data_uri("image/png", data.tobytes())
 
 
 # ---- The command ----------------------------------------------------------------------------------------------------
@@ -430,7 +430,7 @@ def _decoded(of: Pictures, rows=(), shown=None) -> Iterator[np.ndarray]:
     """A table's images; `shown` gets the pictures of `rows`."""
     rows = set(rows)
     for row, (where, encoded) in enumerate(of.images()):
-        image = embed.decode(encoded, where)
+        image = images.decode(encoded, where)
         if row in rows:
             shown[row] = _inlined(image)
         yield image

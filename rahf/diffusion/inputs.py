@@ -27,7 +27,7 @@ from rahf import checkpoints, partitioning
 from rahf.diffusion import folder
 from rahf.reward import embed, sources
 from rahf.reward.feedback import Pictures
-from richhf_data import json_files
+from richhf_data import images, json_files, schema
 from richhf_data.errors import UserError
 
 AT_ONCE = 16  # images or texts per device that the frozen parts read
@@ -149,7 +149,7 @@ def decoded(pictures: Pictures, size: int, resize: bool, start: int = 0) -> Iter
       UserError: one of another size, unless `resize`; names the row.
     """
     for where, encoded in itertools.islice(pictures.images(), start, None):
-        image = embed.decode(encoded, where)
+        image = images.decode(encoded, where)
         if image.shape[:2] != (size, size) and not resize:
             raise UserError(
                 f"{where}: image: got {image.shape[1]} x {image.shape[0]} pixels, expected {size} x {size}, what the UNet "
@@ -169,8 +169,7 @@ def frozen(model: folder.StableDiffusion, part: str, method: str, mesh) -> tuple
     on_mesh = partitioning.MeshFunction(apply, mesh, out_shardings=partitioning.replicated(mesh))
 
     def call(x):
-        padded = np.pad(x, [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1), mode="edge")
-        placed = partitioning.place(padded, partitioning.batch_sharding(mesh))
+        placed = partitioning.place(schema.pad_rows(x, rows), partitioning.batch_sharding(mesh))
         return np.asarray(on_mesh(model.params[part], placed))[: len(x)]
 
     return call, rows
@@ -257,8 +256,8 @@ class Inputs:
         size = unet.sample_size * vae.factor
 
         def parts(done):
-            images = decoded(table, size, self.config.data.resize, done)
-            return map(encode, map(np.stack, parts_of(images, rows, f"{name}: latents", len(table), done)))
+            resized = decoded(table, size, self.config.data.resize, done)
+            return map(encode, map(np.stack, parts_of(resized, rows, f"{name}: latents", len(table), done)))
 
         shape = len(table), unet.sample_size, unet.sample_size, 2 * vae.latent_channels
         key = identity(self.identities[name], size, self.config.data.resize, vae, self._digests("vae"))
@@ -272,12 +271,12 @@ class Inputs:
         """
         table = self.tables["images"]
 
-        def rewarded(images, done):
-            images = np.stack(images) if len({image.shape for image in images}) == 1 else images
-            return sources.checked(reward, images, table.prompts[done : done + len(images)])
+        def rewarded(part, done):
+            part = np.stack(part) if len({image.shape for image in part}) == 1 else part
+            return sources.checked(reward, part, table.prompts[done : done + len(part)])
 
         def images_from(done):
-            return (embed.decode(encoded, where) for where, encoded in itertools.islice(table.images(), done, None))
+            return (images.decode(encoded, where) for where, encoded in itertools.islice(table.images(), done, None))
 
         def parts(done):
             for part in parts_of(images_from(done), REWARDED_AT_ONCE, "rewards", len(table), done):

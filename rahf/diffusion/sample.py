@@ -25,15 +25,16 @@ import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 from absl import flags
 from flax import linen as nn
 from tqdm.auto import tqdm
 
-from rahf import partitioning, predict
+from rahf import partitioning
 from rahf.diffusion import folder
 from rahf.diffusion.schedule import SAMPLERS, Plan, Schedule, plan
 from rahf.models.rahf import normalize_image
-from richhf_data import command, json_files, paths
+from richhf_data import command, images, json_files, jsonl, paths, schema
 from richhf_data.errors import UserError
 
 Array = jax.Array
@@ -252,8 +253,7 @@ def generate(
     missing = -count % partitioning.sizes(mesh)["data"]
 
     def place(array):
-        padded = np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1), mode="edge")
-        return partitioning.place(padded, partitioning.batch_sharding(mesh))
+        return partitioning.place(schema.pad_rows(array, count + missing), partitioning.batch_sharding(mesh))
 
     with partitioning.activate(mesh):
         return np.asarray(_generate(config, model.params, jax.tree.map(place, rows), *inputs[1:], **options))[:count]
@@ -271,8 +271,8 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
 
 # ---- The command ----------------------------------------------------------------------------------------------------
 def read_mask(path) -> np.ndarray:
-    """bool[H, W]: True where the picture is brighter than half."""
-    return predict.read_image(path).mean(-1) >= 127.5
+    """bool[H, W]: True where the luminance (ITU-R 601) is half or more, as in diffusers; transparency counts as white."""
+    return np.asarray(PIL.Image.fromarray(images.read(path)).convert("L")) >= 128
 
 
 def read_prompts(path) -> list[str]:
@@ -281,20 +281,11 @@ def read_prompts(path) -> list[str]:
     Raises:
       UserError: no such file, a line that is not as above, no prompts.
     """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise UserError(f"prompts: no file {path}")
-    prompts = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        if line.strip() and path.suffix == ".jsonl":
-            try:
-                prompts.append(json.loads(line)["prompt"].strip())
-            except (ValueError, KeyError, TypeError, AttributeError):
-                prompts.append("")
-            if not prompts[-1]:
-                raise UserError(f'prompts: {path} line {number}: got {line[:80]!r}, expected {{"prompt": text}}')
-        elif line.strip():
-            prompts.append(line.strip())
+    if pathlib.Path(path).suffix == ".jsonl":
+        rows = jsonl.read(path, "prompts", '{"prompt": text}', texts=("prompt",), blank=False)
+        prompts = [row["prompt"].strip() for row in rows]
+    else:
+        prompts = list(jsonl.read_texts(path, "prompts"))
     if not prompts:
         raise UserError(f"prompts: {path} has none, expected one a line")
     return prompts
@@ -334,7 +325,7 @@ def run(args) -> None:
     prompts = [*(args.prompt or []), *(read_prompts(args.prompts) if args.prompts else [])]
     if not prompts:
         raise UserError("prompt: got none, expected --prompt=TEXT or --prompts=FILE")
-    image = predict.read_image(args.image) if args.image else None
+    image = images.read(args.image) if args.image else None
     mask = read_mask(args.mask) if args.mask else None
     model = folder.read(args.model)
     model.text_ids(prompts, args.truncate)  # a prompt that is too long is refused before the first picture
@@ -353,7 +344,7 @@ def run(args) -> None:
     with tqdm(desc="sample", unit="step", total=len(batches) * steps, initial=done, dynamic_ncols=True) as bar:
         for numbers in waiting:
             part = [jobs[number] for number in numbers]
-            images = generate(
+            drawn = generate(
                 model,
                 part + [part[-1]] * (batch - len(part)),  # one compiled shape
                 seed=args.seed,
@@ -370,7 +361,7 @@ def run(args) -> None:
                 truncate=args.truncate,
                 on_step=bar.update,
             )
-            for number, pixels in zip(numbers, to_uint8(images), strict=False):
+            for number, pixels in zip(numbers, to_uint8(drawn), strict=False):
                 paths.replace(output / files[number], cv2.imencode(".png", pixels[..., ::-1])[1].tobytes())
             jax.effects_barrier()  # the bar's last steps
             bar.set_postfix(images=f"{numbers[-1] + 1}/{len(jobs)}")

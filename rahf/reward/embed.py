@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from rahf import checkpoints, pretrained, weights
 from rahf.models.clip import CLIP, TOKENIZER_FILES, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, Tokenizer
 from richhf_data import images as richhf_images
-from richhf_data import paths
+from richhf_data import paths, schema
 from richhf_data.errors import UserError
 
 BATCH = 32  # images or texts at a time
@@ -83,8 +83,7 @@ class Clip:
         out = [np.zeros((0, self.config.projection_dim), np.float32)]
         for i in range(0, len(rows), BATCH):
             batch = np.stack(rows[i : i + BATCH])
-            padded = np.pad(batch, [(0, BATCH - len(batch))] + [(0, 0)] * (batch.ndim - 1), mode="edge")  # one shape
-            out.append(np.asarray(self._encode[method](self._params, padded))[: len(batch)])
+            out.append(np.asarray(self._encode[method](self._params, schema.pad_rows(batch, BATCH)))[: len(batch)])
         return np.concatenate(out)
 
 
@@ -108,15 +107,6 @@ def prepare(image: np.ndarray, size: int) -> np.ndarray:
     left, top = ((side - size) // 2 for side in scaled)
     picture = PIL.Image.fromarray(image).resize(scaled, PIL.Image.Resampling.BICUBIC)
     return np.asarray(picture.crop((left, top, left + size, top + size)))
-
-
-def decode(encoded: bytes, where: str) -> np.ndarray:
-    """An encoded image as uint8[H, W, 3], RGB. Raises UserError with `where` if it does not decode."""
-    try:
-        plain, _, _ = richhf_images.plain(encoded)
-        return np.asarray(PIL.Image.open(io.BytesIO(plain)).convert("RGB"))
-    except UserError as error:
-        raise UserError(f"{where}: image: does not decode ({error}), expected a JPEG, PNG or WebP") from error
 
 
 def key(data: bytes) -> str:
@@ -173,7 +163,7 @@ def embed_images(clip: Clip, rows: Iterable[tuple[str, bytes]], cache, total: in
         for where, encoded in tqdm(rows, desc="images", unit="image", total=total, dynamic_ncols=True):
             keys.append(key(encoded))
             if keys[-1] not in store.held and keys[-1] not in waiting:
-                waiting[keys[-1]] = prepare(decode(encoded, where), clip.config.vision.image_size)
+                waiting[keys[-1]] = prepare(richhf_images.decode(encoded, where), clip.config.vision.image_size)
                 if len(waiting) == BATCH:
                     flush()
         flush()

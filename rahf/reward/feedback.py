@@ -5,14 +5,13 @@
 A .parquet file has the columns prompt, image (bytes, a struct with bytes as Hugging Face's, or paths) and label.
 """
 
-import json
 import pathlib
 from collections.abc import Iterator
 
 import pyarrow
 import pyarrow.parquet
 
-from richhf_data import images as richhf_images
+from richhf_data import jsonl, parquet
 from richhf_data.errors import UserError
 
 MAX_NAMED = 5  # faults in a message
@@ -50,7 +49,7 @@ class Pictures:
         small = [name for name in self.columns if name != "image" or self.path.suffix == ".jsonl"]
         for where, row in self._rows(small):
             if isinstance(row, str):
-                faults.append(f"{where}: {row}")
+                faults.append(row)
             else:
                 faults += [f"{where}: {fault}" for fault in self._faults(row)]
                 rows.append(row)
@@ -72,7 +71,7 @@ class Pictures:
         """
         for where, row in self._rows(["image"]):
             if isinstance(row, str):
-                self._refuse([f"{where}: {row}"])
+                self._refuse([row])
             value = row["image"]
             value = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
             self._refuse([f"{where}: {fault}" for fault in self._fault_of_image(value)])
@@ -81,14 +80,14 @@ class Pictures:
 
     def _faults(self, row) -> list[str]:
         faults = [] if "image" not in row else self._fault_of_image(row["image"])
-        if not isinstance(row["prompt"], str) or not row["prompt"].strip():
+        if not jsonl.is_text(row["prompt"]) or not row["prompt"].strip():
             faults.append(f"prompt: got {row['prompt']!r}, expected a text")
         return faults
 
     def _fault_of_image(self, value) -> list[str]:
         if isinstance(value, bytes) and value:
             return []
-        if not isinstance(value, str) or not value:
+        if not jsonl.is_text(value) or not value:
             got = "no bytes" if value == b"" else repr(value)
             return [f"image: got {got}, expected a path or an image's bytes"]
         if not (self.path.parent / value).is_file():
@@ -101,23 +100,23 @@ class Pictures:
             raise UserError(f"{self.name}: {self.path}:\n  " + "\n  ".join(faults[:MAX_NAMED]) + more)
 
     def _json_rows(self, columns) -> Iterator[tuple[str, dict | str]]:
-        """(row 3, the row, or what is wrong with it)."""
+        """(row 3, the row; or an error that names the row)."""
         with self.path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
+            for number, line in jsonl.lines(file):
+                where = f"row {number}"
                 try:
-                    row = json.loads(line)
-                    yield f"row {number}", {name: row[name] for name in columns}
-                except (ValueError, KeyError, TypeError):
-                    got = line[:80].decode(errors="replace").strip()
-                    yield f"row {number}", f"got {got!r}, expected {self.expected}"
+                    row = jsonl.parse(line, self.expected, where)
+                    if missing := [name for name in columns if name not in row]:
+                        raise UserError(f"{where}: got no {', '.join(missing)}, expected {self.expected}")
+                    yield where, {name: row[name] for name in columns}
+                except UserError as error:
+                    yield where, str(error)
 
     def _parquet_rows(self, columns) -> Iterator[tuple[str, dict]]:
         try:
             with pyarrow.parquet.ParquetFile(self.path) as file:
                 if missing := [name for name in self.columns if name not in file.schema_arrow.names]:
-                    has = richhf_images.listed(richhf_images.leaves(file.schema_arrow))
+                    has = parquet.listed(parquet.leaves(file.schema_arrow))
                     raise UserError(f"{self.name}: {self.path} has no column {', '.join(missing)}; it has {has}")
                 number = 0
                 for batch in file.iter_batches(_ROWS_AT_ONCE if "image" in columns else 2**14, columns=list(columns)):
@@ -125,7 +124,7 @@ class Pictures:
                         number += 1
                         yield f"row {number}", row
         except (pyarrow.ArrowException, OSError) as error:
-            raise richhf_images.unreadable(self.name, str(self.path), error) from error
+            raise parquet.unreadable(self.name, str(self.path), error) from error
 
 
 class Feedback(Pictures):

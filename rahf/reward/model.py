@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from tqdm.auto import tqdm
 
+from richhf_data import schema
 from richhf_data.errors import UserError
 
 Array = jax.Array
@@ -137,7 +138,7 @@ def predict(model: RewardMLP, params, image: np.ndarray, text: np.ndarray, batch
     for i in range(0, len(image), batch_size):
         rows = [x[i : i + batch_size] for x in (image, text)]
         size = len(rows[0])
-        padded = [np.pad(x, ((0, -size % min(batch_size, 32)), (0, 0)), mode="edge") for x in rows]
+        padded = [schema.pad_rows(x, size + -size % min(batch_size, 32)) for x in rows]
         out[i : i + size] = np.asarray(_apply(model, params, *padded))[:size]
     return out
 

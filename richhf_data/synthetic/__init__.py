@@ -1,8 +1,8 @@
-"""RichHF-Synth: an endless, embedded benchmark in the likeness of RichHF-18K.
+"""RichHF-Synth: an endless, built-in benchmark modelled on RichHF-18K.
 
-A prompt from a grammar, a picture drawn from it with a generator's errors, three annotators who mark what they see, and
-the same consolidation as real annotations. What is wrong with each picture is known exactly, so the best result that
-any model can reach is known too. `python -m richhf_data.synthetic --help` writes it in the published formats.
+A grammar writes a prompt; a renderer draws it with the errors of an image generator; three simulated annotators mark what
+they see; and their annotations are consolidated like real ones. All errors of a picture are known exactly, and so is the
+best result that a model can reach. `python -m richhf_data.synthetic` writes the benchmark in the published formats.
 Imports no TensorFlow.
 """
 

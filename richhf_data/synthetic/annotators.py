@@ -1,4 +1,4 @@
-"""Three pretended annotators: what they mark, miss, add and click, and how they turn the latents into Likert scores.
+"""Three simulated annotators: what they mark, miss, add and click, and how they turn the latents into Likert scores.
 
 The rates are calibrated to the paper (section 3.4: about 25 % of the pairs have three equal scores, about 85 % lie
 within one point) and to the real plausibility labels (mean 0.633, deviation 0.205); tests/test_synthetic.py checks it.
@@ -10,24 +10,24 @@ import cv2
 import numpy as np
 
 from richhf_data import consolidate, keywords, schema
-from richhf_data.synthetic import errors, render
+from richhf_data.synthetic import flaws, render
 
 NUMBER = 3
-BIAS, NOISE = 0.2, 0.53  # Likert points: one annotator's leniency on a picture, and the error of each score
+BIAS, NOISE = 0.2, 0.53  # standard deviations in Likert points: an annotator's leniency, and the error of each score
 POINTS_MAX = 9
 AREA_PER_POINT = 2.0  # in disks: a larger region gets more points
-PULL, JITTER = 0.25, 0.012  # points drift towards a region's middle, and slip by this fraction of the picture
-STRAY = (0.025, 0.012)  # how often an annotator marks a flawless spot, for each map
-WORD_HIT, WORD_SLIP, WORD_STRAY = 0.86, 0.04, 0.006  # a wrong word is clicked; its neighbour is; any word is
+PULL, JITTER = 0.25, 0.012  # pull of points to a region's middle; their deviation as a fraction of the picture
+STRAY = (0.025, 0.012)  # for each map, how often an annotator marks a flawless spot
+WORD_HIT, WORD_SLIP, WORD_STRAY = 0.86, 0.04, 0.006  # probability to click a wrong word, its neighbour, and any word
 
 
 def marking_rate(severity: float) -> float:
-    """How likely an annotator marks a region at all."""
+    """The probability that an annotator marks a region."""
     return 0.6 + 0.34 * min(1.0, severity / 0.3)
 
 
 def num_points(area: float) -> int:
-    """How many points a region of this area (a fraction of the picture) gets."""
+    """The number of points in a region of this area (a fraction of the picture)."""
     return min(POINTS_MAX, 1 + int(area / (AREA_PER_POINT * math.pi * schema.POINT_RADIUS**2)))
 
 
@@ -41,9 +41,9 @@ def _points(rng: np.random.Generator, pixels: np.ndarray, size: int, count: int)
 
 
 def annotate(
-    rng: np.random.Generator, picture: errors.Picture, regions: list[render.Region], labels: np.ndarray
+    rng: np.random.Generator, picture: flaws.Picture, regions: list[render.Region], labels: np.ndarray
 ) -> list[consolidate.Annotation]:
-    """What `NUMBER` annotators say of a rendered picture; labels: the exact int32[tokens]."""
+    """The annotations of `NUMBER` annotators for a rendered picture; labels: the exact int32[tokens]."""
     prepared = []
     for region in regions:
         pixels = np.flatnonzero(region.mask)
@@ -82,9 +82,9 @@ def annotate(
 
 
 def expected_heatmaps(regions: list[render.Region], size: int) -> np.ndarray:
-    """float32[size, size, 2] in [0, 1]: each pixel's chance of being marked by an annotator, given the exact regions.
+    """float32[size, size, 2] in [0, 1]: the probability of each pixel to be marked by an annotator, given the regions.
 
-    The best that a model can predict: a region's marking rate times the chance that one of its points is near enough.
+    It is a region's marking rate times the probability that one of its points is near enough: the best prediction.
     """
     radius = schema.POINT_RADIUS * size
     reach = int(radius)

@@ -5,12 +5,12 @@ import math
 import cv2
 import numpy as np
 
-from richhf_data.synthetic import errors
+from richhf_data.synthetic import flaws
 
 _BITS = 4
 
 
-def _window(artifact: errors.Artifact, size: int, reach: float):
+def _window(artifact: flaws.Artifact, size: int, reach: float):
     """((rows, columns) slices, float32 offsets of the window's pixels from the artifact's centre)."""
     x, y, reach = artifact.x * size - 0.5, artifact.y * size - 0.5, reach * artifact.radius * size
     top, bottom = max(0, int(y - reach)), min(size, int(y + reach) + 2)
@@ -31,7 +31,7 @@ def _oval(artifact, rng, size):
 
 
 def _mix(image, window, changed, distance):
-    """Puts changed pixels in where distance < 1, softly towards the rim; returns the mask."""
+    """Blends changed pixels in where distance < 1, softly at the rim; returns the mask."""
     alpha = np.clip((1 - distance) * 5, 0, 1)[..., None]
     view = image[window]
     view[:] = view + alpha * (changed.astype(np.float32) - view)
@@ -124,7 +124,7 @@ _PAINTERS = {
 }
 
 
-def apply(image: np.ndarray, artifact: errors.Artifact, palette: list) -> np.ndarray:
+def apply(image: np.ndarray, artifact: flaws.Artifact, palette: list) -> np.ndarray:
     """Paints an artifact onto uint8[size, size, 3], in place. palette: RGB colours for fragments.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The best that any model can reach: how the noise-free truth, and one annotator, predict the consolidated labels."""
+"""Reference results: the metrics of the noise-free truth (the ceiling of any model) and of one annotator as predictors."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,12 +9,12 @@ from richhf_data import consolidate, keywords, metrics
 from richhf_data.synthetic import annotators, example
 
 CEILING, ONE_ANNOTATOR = "ceiling (noise-free latents)", "one annotator vs the others"
-MAP_SIZE = 64  # pixels: where the heatmaps are compared
+MAP_SIZE = 64  # pixels of the compared heatmaps
 
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """What of one example the references need, without its picture. Each pair is (target, prediction)."""
+    """What the references need of one example, without its picture. Each pair is (target, prediction)."""
 
     ceiling: tuple[dict, dict]
     annotator: tuple[dict, dict]

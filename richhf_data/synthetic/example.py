@@ -1,24 +1,25 @@
-"""One complete example of RichHF-Synth: prompt, picture, annotators, consolidated targets, and the truth behind them."""
+"""A complete example of RichHF-Synth: prompt, picture, annotations, consolidated targets, and the exact truth."""
 
 import dataclasses
 from collections.abc import Iterator
 
-import cv2
 import numpy as np
 
 from richhf_data import consolidate, schema
 from richhf_data.errors import UserError
-from richhf_data.synthetic import annotators, errors, grammar, render
-
-cv2.setNumThreads(1)  # one picture is too small to share, and its workers would fight over the cores
+from richhf_data.synthetic import annotators, flaws, grammar, render
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """uid, prompt, image, scores, heatmaps and labels are as `schema` describes a decoded example; the rest is the truth.
+    """uid, prompt, image, scores, heatmaps and labels are those of a decoded example (`schema`); the rest is the truth.
 
-    annotations: the three annotators'. latents: float64[4] in [0, 1], order schema.SCORES, before any annotator.
-    regions: of each single error, at the image's size. word_labels: int32[tokens], exact.
+    Attributes:
+      annotations: of the three annotators.
+      latents: float64[4] in [0, 1], order schema.SCORES: the exact scores.
+      regions: of each error, at the size of the image.
+      word_labels: int32[tokens], exact.
+      picture: the plan that the renderer drew.
     """
 
     uid: str
@@ -31,7 +32,7 @@ class Example:
     latents: np.ndarray
     regions: list[render.Region]
     word_labels: np.ndarray
-    picture: errors.Picture
+    picture: flaws.Picture
 
     @property
     def region_maps(self) -> np.ndarray:
@@ -59,18 +60,18 @@ def _split_number(split: str) -> int:
 
 
 def draw_prompt(seed: int, index: int, split: str) -> grammar.Prompt:
-    """The prompt of example `index`; pure in its arguments."""
+    """The prompt of example `index`; a function of the arguments."""
     return grammar.sample(np.random.default_rng((seed, _split_number(split), index)), split)
 
 
 def draw(seed: int, index: int, split: str, image_size: int, map_size: int, take: int = 0) -> Example:
-    """Draws one example. Pure and deterministic in its arguments.
+    """Draws one example; a function of the arguments.
 
     Args:
-      seed, index: at least 0; every index of a split is another example.
+      seed, index: at least 0; each index of a split is a different example.
       split: of grammar.SPLITS.
       image_size, map_size: pixels, both sides.
-      take: another number is another picture of the same prompt, with errors and annotators of its own.
+      take: each number is a different picture of the same prompt, with its own errors and annotations.
 
     Raises:
       UserError: an unknown split, or a size below 16 pixels.
@@ -79,7 +80,7 @@ def draw(seed: int, index: int, split: str, image_size: int, map_size: int, take
         if size < 16:
             raise UserError(f"{name}: got {size}, expected at least 16 pixels")
     prompt = draw_prompt(seed, index, split)
-    picture = errors.plan(np.random.default_rng((seed, _split_number(split), index, 1, take)), prompt, split)
+    picture = flaws.plan(np.random.default_rng((seed, _split_number(split), index, 1, take)), prompt, split)
     image, regions = render.render(picture, image_size)
     word_labels = render.wrong_labels(picture)
     annotations = annotators.annotate(np.random.default_rng((picture.seed, 4)), picture, regions, word_labels)

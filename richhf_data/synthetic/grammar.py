@@ -1,7 +1,7 @@
-"""The prompts of RichHF-Synth: what a scene is, the words that state it, and which prompt token states which fact.
+"""The prompts of RichHF-Synth: scenes, the words that describe them, and the prompt token that states each fact.
 
-A prompt has one or two groups of things. A group is a count, a colour and a kind of thing, and perhaps an attribute
-and an action; between two groups there may be a relation, and behind them a background.
+A prompt has one or two groups of things. A group has a count, a colour and a kind of thing, and may have an attribute
+and an action. Two groups may have a relation, and a scene may have a background.
 
   "two striped red cats jumping to the left of a blue cup, on the beach"
 """
@@ -34,7 +34,7 @@ PLURALS = {
 THINGS = tuple(PLURALS)
 ATTRIBUTES = ("striped", "spotted", "checkered", "glowing")
 ACTIONS = ("jumping", "falling", "leaning", "sleeping")
-RELATIONS = {  # relation -> its wordings; the word between stars carries the fact
+RELATIONS = {  # relation -> its wordings; the word between stars states the fact
     "left": ("to the *left* of",),
     "right": ("to the *right* of",),
     "above": ("*above*", "*over*"),
@@ -56,7 +56,7 @@ BACKGROUNDS = {
 OPENINGS = ("a picture of", "a drawing of", "a photo of")
 
 SPLITS = ("train", "dev", "test", "test_novel")
-# Colour-thing pairs that only test_novel has: one for each thing, each colour at most twice.
+# Colour-thing pairs that occur in test_novel alone: one for each thing, each colour at most twice.
 HELD_OUT = frozenset((COLOURS[(3 * index + 1) % len(COLOURS)], thing) for index, thing in enumerate(THINGS))
 
 _COUNT_WEIGHTS = (np.cumsum((0.42, 0.2, 0.14, 0.1, 0.07, 0.07)), np.cumsum((0.62, 0.24, 0.14)))
@@ -64,7 +64,7 @@ _COUNT_WEIGHTS = (np.cumsum((0.42, 0.2, 0.14, 0.1, 0.07, 0.07)), np.cumsum((0.62
 
 @dataclasses.dataclass(frozen=True)
 class Fact:
-    """One checkable statement: kind is count, colour, attribute, thing or action (of a group), relation or background."""
+    """A statement of the prompt. kind: count, colour, attribute, thing or action (of a group), relation or background."""
 
     kind: str
     group: int = 0
@@ -72,7 +72,7 @@ class Fact:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Things of one kind: how many, their colour, attribute and action."""
+    """Things of one kind with their count, colour, attribute and action."""
 
     thing: str
     colour: str
@@ -83,7 +83,7 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """relation: where group 0 is, seen from group 1; None = not stated."""
+    """relation: the position of group 0 relative to group 1; None = not stated."""
 
     groups: tuple[Group, ...]
     relation: str | None = None
@@ -92,7 +92,7 @@ class Scene:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """text; the scene that it states; `facts`: which prompt token (an index into `keywords.tokenize`) states what."""
+    """A text and the scene that it describes. facts: the prompt token that states each (index into `keywords.tokenize`)."""
 
     text: str
     scene: Scene
@@ -100,7 +100,7 @@ class Prompt:
 
 
 def is_held_out(colour: str, thing: str) -> bool:
-    """Whether a colour and a thing meet in `test_novel` alone."""
+    """Whether the pair of a colour and a thing occurs in `test_novel` alone."""
     return (colour, thing) in HELD_OUT
 
 
@@ -124,7 +124,7 @@ def _sample_group(rng: np.random.Generator, index: int, split: str, novel: bool)
 
 
 def sample_scene(rng: np.random.Generator, split: str) -> Scene:
-    """A scene of `split`: a held-out colour-thing pair is in each of test_novel's and in no other's.
+    """A scene of `split`: every scene of test_novel has a held-out colour-thing pair, and no other scene has one.
 
     Raises:
       UserError: an unknown split.
@@ -142,7 +142,7 @@ def sample_scene(rng: np.random.Generator, split: str) -> Scene:
 
 
 def write(rng: np.random.Generator, scene: Scene) -> Prompt:
-    """Puts a scene into words: 3 to 20 of them."""
+    """Describes a scene in 3 to 20 words."""
     words: list[str] = []
     facts: dict[Fact, int] = {}
 

@@ -1,4 +1,4 @@
-"""Where each thing of a picture stands, how large it is, and in which pose."""
+"""Chooses the place, size and pose of each thing of a picture."""
 
 import dataclasses
 
@@ -33,7 +33,7 @@ class Placed:
 
 
 def _cells(rng: np.random.Generator, box, count: int) -> list[tuple[float, float, float]]:
-    """`count` places (x, y, radius) in a jittered grid over the box; a last, shorter row is centred."""
+    """`count` places (x, y, radius) in a jittered grid over the box; a shorter last row is centred."""
     left, top, right, bottom = box
     width, height = right - left, bottom - top
     columns = max(1, round(np.sqrt(count * width / height)))
@@ -57,7 +57,7 @@ def arrange(
 ) -> tuple[Placed, ...]:
     """Places one or two groups, each given with its number in the prompt's scene, so that the relation holds.
 
-    Without a relation two groups stand in any two halves. Things lower in the picture come later: they are in front.
+    Without a relation the halves are drawn. Things lower in the picture come later, so that they are drawn in front.
     """
     if len(groups) == 2:
         boxes = _HALVES[relation or grammar.pick(rng, tuple(_HALVES))]

@@ -1,4 +1,4 @@
-"""Draws a planned picture at any size, and the exact region of each of its errors."""
+"""Draws a planned picture at any size, with the exact region of each error."""
 
 import dataclasses
 import math
@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 
 from richhf_data import schema
-from richhf_data.synthetic import artifacts, backgrounds, errors, grammar, layout, shapes
+from richhf_data.synthetic import artifacts, backgrounds, flaws, grammar, layout, shapes
 
 RGB = {
     "red": (216, 36, 38),
@@ -26,7 +26,7 @@ _BITS = 4  # sub-pixel bits of cv2's coordinates
 
 @dataclasses.dataclass(frozen=True)
 class Region:
-    """Where one error can be seen. heatmap: index into schema.HEATMAPS; mask: bool[size, size]; severity in [0, 1]."""
+    """The visible area of one error. heatmap: index into schema.HEATMAPS; mask: bool[size, size]; severity in [0, 1]."""
 
     heatmap: int
     kind: str
@@ -60,7 +60,7 @@ def _blend(image: np.ndarray, window, colour, alpha: np.ndarray) -> None:
 
 
 def _around(item: layout.Placed, image: np.ndarray) -> None:
-    """What a thing adds to its surroundings: a glow, a shadow on the ground, and marks of its action."""
+    """Draws the glow of a thing and its shadow on the ground."""
     size = image.shape[0]
     x, y, radius = item.x * size, item.y * size, item.radius * size
     if item.attribute == "glowing":
@@ -191,8 +191,8 @@ def _shape_mask(item: layout.Placed, size: int) -> np.ndarray:
     return mask.astype(bool)
 
 
-def _grade(image: np.ndarray, style: errors.Style, seed: int) -> np.ndarray:
-    """Applies the picture's style, pixel by pixel, so that it moves nothing."""
+def _grade(image: np.ndarray, style: flaws.Style, seed: int) -> np.ndarray:
+    """Applies the style to each pixel; no region moves."""
     size = image.shape[0]
     rng = np.random.default_rng((seed, 2))
     dark, side = rng.random() < 0.5, 2 * math.pi * rng.random()
@@ -219,16 +219,16 @@ def _grade(image: np.ndarray, style: errors.Style, seed: int) -> np.ndarray:
     return image
 
 
-def render(picture: errors.Picture, size: int) -> tuple[np.ndarray, list[Region]]:
+def render(picture: flaws.Picture, size: int) -> tuple[np.ndarray, list[Region]]:
     """Draws a picture.
 
     Args:
-      picture: as `errors.plan` made it.
+      picture: as `flaws.plan` made it.
       size: pixels, both sides.
 
     Returns:
-      (image uint8[size, size, 3] RGB, the regions that an annotator may mark). Outside the artifacts' regions the
-      image is the same, to the last bit, as without them.
+      (image uint8[size, size, 3] RGB, the regions that an annotator may mark). Outside of the regions of artifacts the
+      image is the same, bit for bit, as without artifacts.
     """
     image = backgrounds.paint(picture.background, np.random.default_rng((picture.seed, 1)), size)
     edits: dict[int, dict[int, str]] = {}
@@ -254,7 +254,7 @@ def render(picture: errors.Picture, size: int) -> tuple[np.ndarray, list[Region]
             for item in picture.objects:
                 if item.group == fact.group:
                     mask = _shape_mask(item, size)
-                    regions.append(Region(1, fact.kind, errors.FACT_COST[fact.kind], mask))
+                    regions.append(Region(1, fact.kind, flaws.FACT_COST[fact.kind], mask))
     regions = [region for region in regions if region.mask.any()]
     return _grade(image, picture.style, picture.seed), regions
 
@@ -267,7 +267,7 @@ def union(regions: list[Region], size: int) -> np.ndarray:
     return maps
 
 
-def wrong_labels(picture: errors.Picture) -> np.ndarray:
+def wrong_labels(picture: flaws.Picture) -> np.ndarray:
     """int32[tokens]: 0 for the words of the wrong facts."""
     count = len(grammar.keywords.tokenize(picture.prompt.text))
     labels = np.ones(count, np.int32)

@@ -1,4 +1,4 @@
-"""RichHF-Synth without end: finished batches drawn in worker processes, for runs without repetition or TensorFlow."""
+"""Draws endless batches of RichHF-Synth in worker processes, for training without repetition and without TensorFlow."""
 
 import collections
 import concurrent.futures
@@ -6,19 +6,18 @@ import functools
 import itertools
 import multiprocessing
 import os
-import signal
-import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 
+import cv2
 import numpy as np
 
 from richhf_data import keywords, schema
 from richhf_data.errors import UserError
 from richhf_data.synthetic import example
 from richhf_data.vocabulary import Vocabulary
+from richhf_data.workers import start_worker
 
-AHEAD = 2  # batches in the making for each worker
+AHEAD = 2  # batches per worker that are submitted
 
 
 def batches(
@@ -42,9 +41,9 @@ def batches(
     alone, whatever the number of workers.
 
     Args:
-      rows: which rows of each batch are drawn and yielded, in this order; all by default.
-      workers: processes that draw; None = one a core, 0 = draw in this process. They end with the generator (`close`),
-        with this process, and on a worker's error, which is raised here.
+      rows: the rows of each batch to draw and yield, in this order; all by default.
+      workers: number of processes that draw; None = one per core, 0 = this process. They end with the generator
+        (`close`), with this process, and on an error of a worker, which is raised here.
 
     Raises:
       UserError: a size, split or variant that `example.draw` or `make_batch` refuses.
@@ -70,7 +69,7 @@ def _drawn(draw, start, workers):
             yield draw(number)
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_drawing, initargs=(draw,)
+        workers, mp_context=context, initializer=_start_batches, initargs=(draw,)
     )
     try:
         pending = collections.deque(pool.submit(_draw, start + k) for k in range(AHEAD * workers))
@@ -81,22 +80,18 @@ def _drawn(draw, start, workers):
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def start_worker() -> None:
-    """For a worker process: leave Ctrl-C to the parent, and end when the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
+def start_drawing() -> None:
+    """The initializer of a worker process that draws: calls `start_worker` and sets one OpenCV thread.
 
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _start_drawing(draw) -> None:
-    global _draw_batch
+    A picture is too small for several threads, and the threads of all workers would compete for the cores.
+    """
     start_worker()
+    cv2.setNumThreads(1)
+
+
+def _start_batches(draw) -> None:
+    global _draw_batch
+    start_drawing()
     _draw_batch = draw
 
 
@@ -120,7 +115,7 @@ def make_batch(
     """Decoded examples (see `schema`), images and maps at their final sizes, as one batch.
 
     Raises:
-      UserError: a prompt or a labelled prompt takes more ids than its length.
+      UserError: a prompt or a labelled prompt has more ids than its length allows.
     """
 
     def encode(text, length, name):

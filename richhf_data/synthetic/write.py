@@ -1,4 +1,4 @@
-"""RichHF-Synth on disk, in the published formats: RichHF record files, and images in Pick-a-Pic-like parquet shards."""
+"""Writes RichHF-Synth in the published formats: RichHF record files, and images in Pick-a-Pic-like parquet shards."""
 
 import concurrent.futures
 import dataclasses
@@ -14,7 +14,7 @@ import pyarrow
 import pyarrow.parquet
 from tqdm.auto import tqdm
 
-from richhf_data import consolidate, schema
+from richhf_data import consolidate, paths, schema
 from richhf_data.errors import UserError
 from richhf_data.synthetic import ceiling, example, stream
 
@@ -24,7 +24,7 @@ SHARD_ROWS = 2000
 
 @dataclasses.dataclass(frozen=True)
 class _Written:
-    """What a worker makes of one example."""
+    """What a worker returns for one example."""
 
     record: dict
     row: dict
@@ -55,7 +55,7 @@ def _make(index: int, *, split: str, seed: int, size: int) -> _Written:
 
 
 def statistics(likert: np.ndarray, empty: np.ndarray) -> dict[str, float]:
-    """The dataset's own figures.
+    """Agreement of the annotators, score mean and deviation, and shares of empty maps.
 
     Args:
       likert: float[n, 3 annotators, 4 scores], 1 .. 5. empty: bool[n, 2], order schema.HEATMAPS.
@@ -73,10 +73,9 @@ def statistics(likert: np.ndarray, empty: np.ndarray) -> dict[str, float]:
 
 
 def write(output, counts: dict[str, int], size: int, seed: int, workers: int | None = None) -> dict[str, float]:
-    """Writes the dataset; returns its `statistics`. The same files for any number of workers.
+    """Writes the dataset and returns its `statistics`. The files are the same for any number of workers.
 
-    A folder that this command has finished with the same arguments is left as it is; one that was interrupted is begun
-    anew.
+    A finished folder of the same arguments is left as it is; an interrupted one is written again from the start.
 
     Args:
       counts: examples of each split; order grammar.SPLITS.
@@ -103,7 +102,7 @@ def write(output, counts: dict[str, int], size: int, seed: int, workers: int | N
     references, likert, empty = {}, [], []
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(
-        workers or os.cpu_count(), mp_context=context, initializer=stream.start_worker
+        workers or os.cpu_count(), mp_context=context, initializer=stream.start_drawing
     )
     with pool, tqdm(total=sum(counts.values()), desc="draw", unit="example") as bar:
         for split, count in counts.items():
@@ -133,12 +132,9 @@ def write(output, counts: dict[str, int], size: int, seed: int, workers: int | N
 
 
 def _write_parquet(path, rows):
-    partial = path.with_name(path.name + ".partial")
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), partial, row_group_size=100)
-    partial.replace(path)
+    with paths.writing(path) as partial:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), str(partial), row_group_size=100)
 
 
 def _write_json(path, value):
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-    partial.replace(path)
+    paths.replace(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())

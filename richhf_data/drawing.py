@@ -1,10 +1,10 @@
-"""How annotations and predictions look: heatmap colours, marked words, and what every HTML page here shares.
+"""Draws annotations and predictions: heatmap colours, marked words, and the parts that all HTML pages share.
 
-Heatmap colours mean the same in every picture: the square root of the value, from 0 (the grey image shows) to 1. The
-root is because most predictions are small: linear colours would hide 0.1, and a scale of each map's own would make an
-all but empty map look alarming.
+A colour stands for the same heatmap value in every picture: the colour scale runs over the square root of the value, from
+0 (the grey image shows) to 1. Most predictions are small, and a linear scale would hide a value of 0.1; a separate scale
+for each map would make a nearly empty map look alarming.
 
-A page is a template beside its Python file that extends `page.html.jinja`; it holds its pictures itself, as data URIs.
+A page is a template beside its Python file. It extends `page.html.jinja` and contains its pictures as data URIs.
 """
 
 import base64
@@ -22,13 +22,13 @@ from richhf_data.errors import UserError
 
 JPEG_QUALITY = 85
 
-# Without inferno's darkest quarter, which could not be told from a dark image.
+# Without inferno's darkest quarter, which looks like a dark image.
 COLORMAP = matplotlib.colors.ListedColormap(matplotlib.colormaps["inferno"](np.linspace(0.25, 1, 256)))
 _SCALE_TICKS = (0.0, 0.05, 0.25, 0.5, 1.0)
 
 
 def overlay(image: np.ndarray, heatmap: np.ndarray) -> np.ndarray:
-    """A heatmap's colours over the image in grey: uint8[H, W, 3], float[h, w] in [0, 1] -> uint8[H, W, 3].
+    """Paints a heatmap over the image in grey: uint8[H, W, 3], float[h, w] in [0, 1] -> uint8[H, W, 3].
 
     Colour and opacity follow the square root of the value (see the module's docstring).
 
@@ -63,7 +63,7 @@ def words(prompt: str, labels: Sequence[int | None]) -> list[tuple[str, str]]:
 
 
 def shrink(image: np.ndarray, side: int) -> np.ndarray:
-    """The image, its longer side at most `side` pixels."""
+    """The image, scaled down so that its longer side has at most `side` pixels."""
     scale = side / max(image.shape[:2])
     if scale >= 1:
         return image
@@ -79,12 +79,12 @@ def jpeg(image: np.ndarray, quality: int = JPEG_QUALITY) -> str:
 
 
 def data_uri(kind: str, data: bytes) -> str:
-    """A file inside a page."""
+    """A data URI, which embeds a file in a page."""
     return f"data:{kind};base64," + base64.b64encode(data).decode()
 
 
 def templates(folder: pathlib.Path) -> jinja2.Environment:
-    """The templates of a folder, and those shared by all pages; everything that they print is escaped."""
+    """The templates of a folder and those of all pages. They escape everything that they print."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([folder, pathlib.Path(__file__).parent]),
         autoescape=True,
@@ -98,14 +98,14 @@ def templates(folder: pathlib.Path) -> jinja2.Environment:
 
 
 def check_image(name: str, image: np.ndarray) -> None:
-    """Refuses what is not uint8[H, W, 3]."""
+    """Raises UserError unless the image is uint8[H, W, 3]."""
     if np.asarray(image).dtype != np.uint8 or np.ndim(image) != 3 or np.shape(image)[2] != 3 or not np.size(image):
         got = f"{np.asarray(image).dtype}{list(np.shape(image))}"
         raise UserError(f"{name}: got {got}, expected uint8[H, W, 3]")
 
 
 def check_heatmap(name: str, heatmap: np.ndarray) -> None:
-    """Refuses what is not [h, w] in [0, 1]."""
+    """Raises UserError unless the heatmap is [h, w] with values in [0, 1]."""
     if np.ndim(heatmap) != 2 or not np.size(heatmap):
         raise UserError(f"{name}: got shape {np.shape(heatmap)}, expected [h, w]")
     low, high = float(np.min(heatmap)), float(np.max(heatmap))

@@ -1,8 +1,8 @@
-"""What the pretended generator gets wrong: false facts, artifacts and poor style, sampled from a latent quality.
+"""Plans the errors of the simulated generator: false facts, artifacts and poor style.
 
-A picture draws three wished qualities (plausibility, alignment, aesthetics), correlated, each with nearly the
-distribution of the real plausibility labels. Errors are then chosen to come close to the wishes, and the latents that
-annotators turn into scores are computed back from the chosen errors alone: all that counts can be seen.
+For each picture three correlated target qualities (plausibility, alignment, aesthetics) are drawn, each with nearly the
+distribution of the real plausibility labels. Errors are chosen that come close to these targets. The latents, which the
+annotators turn into scores, are computed from the chosen errors alone, so that a score depends on visible errors only.
 """
 
 import dataclasses
@@ -16,10 +16,10 @@ from richhf_data.synthetic.grammar import Fact, pick
 
 # Plausibility of the 955 real test images: how many have a label of 1/12, 2/12, ... 12/12.
 REAL_HISTOGRAM = (7, 12, 26, 50, 87, 147, 143, 144, 113, 90, 66, 69)
-CORRELATION = 0.55  # between any two wished qualities, as normal scores
-SPREAD, SHIFT = 0.97, 0.0  # of the wishes about the real mean; calibrated, see tests/test_synthetic.py
+CORRELATION = 0.55  # between any two target qualities, as normal scores
+SPREAD, SHIFT = 0.97, 0.0  # of the targets about the real mean; calibrated, see tests/test_synthetic.py
 
-# How much alignment a wrong fact costs, and how readily the generator gets it wrong.
+# How much alignment a wrong fact costs, and how often the generator gets it wrong, relative to the others.
 FACT_COST = {
     "thing": 0.42,
     "colour": 0.32,
@@ -38,7 +38,7 @@ FACT_RATE = {
     "attribute": 0.5,
     "action": 0.5,
 }
-# Colours and backgrounds too near each other to count as an error.
+# Colours and backgrounds that look too similar to count as an error.
 _NEAR = [
     {"red", "orange"},
     {"orange", "yellow"},
@@ -59,14 +59,14 @@ ARTIFACTS = ("warp", "smear", "blur", "noise patch", "fragments", "nonsense text
 PART_ARTIFACTS = ("missing part", "extra part")
 ON_THINGS = ("warp", "smear", "blur")  # invisible on an empty background
 _SEVERITY = math.sqrt(math.pi)  # an artifact costs the square root of its nominal area
-_PART_SEVERITY = 1.5  # and a part more, for its size: it breaks the thing
+_PART_SEVERITY = 1.5  # a missing or extra part costs this times the square root of its area
 OVERALL = (0.4, 0.35, 0.25)  # plausibility, alignment, aesthetics
-OVERALL_SPREAD = 1.25  # a mean varies less than its parts: people use the whole scale for it
+OVERALL_SPREAD = 1.25  # spreads the mean, which varies less than its parts, over the whole scale
 
 
 @dataclasses.dataclass(frozen=True)
 class Artifact:
-    """kind: of `ARTIFACTS`; x, y, radius: fractions of the picture; target, part: which thing's part, or -1."""
+    """kind: of `ARTIFACTS`; x, y, radius: fractions of the picture; target, part: indices of a thing and its part, or -1."""
 
     kind: str
     x: float
@@ -80,7 +80,7 @@ class Artifact:
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """Bold flaws of the whole picture, 0 = none and 1 = as bad as it gets."""
+    """Flaws of the whole picture, each from 0 = none to 1 = the worst."""
 
     flatness: float  # washed out or under-exposed
     dullness: float  # grey, and with a sickly cast
@@ -90,7 +90,7 @@ class Style:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """Everything that the renderer needs, and the truth about it. latents: float64[4] in [0, 1], order schema.SCORES."""
+    """What the renderer draws, and the exact truth. latents: float64[4] in [0, 1], order schema.SCORES."""
 
     prompt: grammar.Prompt
     wrong: tuple[Fact, ...]
@@ -107,7 +107,7 @@ _REAL_MEAN = 0.633
 
 
 def _wishes(rng: np.random.Generator) -> np.ndarray:
-    """float64[3]: wished plausibility, alignment and aesthetics."""
+    """float64[3]: target plausibility, alignment and aesthetics."""
     common, own = rng.standard_normal(), rng.standard_normal(3)
     normal = math.sqrt(CORRELATION) * common + math.sqrt(1 - CORRELATION) * own
     uniform = [0.5 * (1 + math.erf(value / math.sqrt(2))) for value in normal]
@@ -120,13 +120,13 @@ def _far(name: str, other: str) -> bool:
 
 
 def _wrong_facts(rng: np.random.Generator, prompt: grammar.Prompt, burden: float) -> list[Fact]:
-    """Facts whose costs sum to about `burden`; of a missing thing nothing else is wrong."""
+    """Facts whose costs sum to about `burden`. A wrong thing has no other wrong facts."""
     open_facts = list(prompt.facts)
     wrong: list[Fact] = []
     while open_facts:
         rates = np.array([FACT_RATE[fact.kind] for fact in open_facts]).cumsum()
         fact = open_facts.pop(int(np.searchsorted(rates, rng.random() * rates[-1])))
-        if FACT_COST[fact.kind] / 2 > burden:  # closer without it
+        if FACT_COST[fact.kind] / 2 > burden:  # the sum is closer without it
             continue
         if fact.kind == "thing" and any(other.kind in ("thing", "relation") for other in wrong):
             continue
@@ -178,7 +178,7 @@ def _depict(rng, prompt: grammar.Prompt, wrong: list[Fact], split: str):
                 changes["action"] = pick(rng, [None, *(a for a in grammar.ACTIONS if a != group.action)])
         missing = "thing" in changes
         if missing and len(scene.groups) == 2 and rng.random() < 0.6:
-            continue  # left out altogether; otherwise another kind of thing stands in its place
+            continue  # the thing is left out; otherwise another kind of thing takes its place
         drawn.append((number, dataclasses.replace(group, **changes)))
     relation, background = scene.relation, scene.background
     if Fact("relation") in wrong:
@@ -194,7 +194,7 @@ _PART_AREA = {
         for part in parts
     ]
     for thing, parts in shapes.THINGS.items()
-}  # the square root of a loose part's area where the thing's radius is 1
+}  # the square root of the area of each loose part, for a thing of radius 1
 
 
 def _artifacts(rng: np.random.Generator, objects: tuple[layout.Placed, ...], burden: float) -> tuple[Artifact, ...]:
@@ -247,7 +247,7 @@ def _style(rng: np.random.Generator, burden: float) -> Style:
 
 
 def plan(rng: np.random.Generator, prompt: grammar.Prompt, split: str) -> Picture:
-    """Decides all errors of one picture of `prompt`. Pure in the generator's state and the arguments."""
+    """Plans one picture of `prompt` with all its errors; a function of the generator's state and the arguments."""
     wished = 1 - _wishes(rng)
     wrong = _wrong_facts(rng, prompt, wished[1])
     drawn, relation, background = _depict(rng, prompt, wrong, split)
