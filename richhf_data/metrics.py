@@ -21,7 +21,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-import scipy.stats
 from tabulate import tabulate
 
 from richhf_data import keywords
@@ -244,6 +243,8 @@ def _check(i, target, prediction):
 
 
 def _evaluate_scores(pairs):
+    import scipy.stats  # a second: every command would pay for it
+
     metrics = {}
     for k, name in enumerate(SCORES):
         kept = [(t["scores"][k], p["scores"][k]) for t, p in pairs if t["score_mask"][k]]
