@@ -160,7 +160,7 @@ def test_jsonl_and_parquet_of_bytes_structs_and_paths_read_alike(tmp_path):
         (lambda i, row: row | {"prompt": " "}, r"row 1: prompt: got ' ', expected a text"),
         (lambda i, row: row | {"image": f"{i}.jpg"}, r"row 1: image: no file .*0.jpg"),
         (lambda i, row: row | {"image": None}, r"image: got None, expected a path"),
-        (lambda i, row: '{"prompt"' if i == 1 else row, r"row 2: got '\{\"prompt\"', expected \{\"prompt\": text"),
+        (lambda i, row: '{"prompt"' if i == 1 else row, r"row 2: got '\{\"prompt\"', which is not JSON .*, expected"),
         (lambda i, row: {"prompt": "a"}, r"row 1: got .*, expected"),
         (lambda i, row: "", r"has no rows"),
     ],
