@@ -1,60 +1,43 @@
-"""Other people's weights in: a folder of ours from theirs.
+"""Readers of weights in the formats of other projects: each returns a `Pretrained` with our names, shapes and configuration.
 
-    python -m rahf.convert --source=vit-npz --input=ViT-B_16.npz --output=DIR
-    python -m rahf.convert --source=t5x     --input=gs://t5-data/.../checkpoint_1000000 --output=DIR
-
-writes DIR/weights.safetensors, in our parameter names, and DIR/config.json, what the weights are of. Training starts from
-such folders (pretrained.py) with `--config.init.vit=DIR` and `--config.init.t5=DIR`.
-
-A conversion is a table: each of our parameters, the tensor of theirs that it is, and how that is laid out. Shapes and
-names are checked before anything is written, and one tensor is in memory at a time.
+A reader takes the configuration from the files, then maps each of our parameters to one of their tensors with a table of
+names.py. Names and shapes are checked; values are read later, one tensor at a time.
 """
 
 import dataclasses
-import json
 import pathlib
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 
-import flax.traverse_util
 import jax
 import numpy as np
-from absl import flags
-from flax import linen as nn
 
-from rahf import checkpoints, names, predictor, pretrained, weights, workdirs
-from rahf.models.clip import CLIP, TOKENIZER_FILES, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from rahf import checkpoints, names, pretrained, weights, workdirs
+from rahf.models.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from rahf.models.heads import HeatmapHeadConfig, ScoreHeadConfig
 from rahf.models.rahf import RAHF, RAHFConfig, dummy_inputs
+from rahf.models.shapes import param_shapes
 from rahf.models.t5 import T5, T5Config
 from rahf.models.vit import ViT, ViTConfig
 from rahf.pretrained import Pretrained, matched
 from rahf.weights import Tensor, Tensors
-from richhf_data import command, json_files, paths, schema
-from richhf_data import vocabulary as vocabularies
+from richhf_data import json_files, schema
 from richhf_data.errors import UserError
 
-LENGTHS = {"text_length": 128, "keyword_length": 128}  # of a model that names none; the release reads and writes any
-
-
-def shapes(module: nn.Module, *inputs) -> dict[str, tuple[int, ...]]:
-    """The parameters of a module, by joined name, from the inputs' shapes alone."""
-    made = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), *inputs))["params"]
-    return {name: leaf.shape for name, leaf in flax.traverse_util.flatten_dict(made, sep="/").items()}
+LENGTHS = {"text_length": 128, "keyword_length": 128}  # for the release, which does not limit them
 
 
 # ---- ViT ------------------------------------------------------------------------------------------------------------
-SINCOS_SIZE = 224  # pixels, of the big_vision files that hold no position embeddings
+SINCOS_SIZE = 224  # pixels; image size of the big_vision files without position embeddings
 
 
 def vit_npz(path) -> Pretrained:
-    """A ViT of an AugReg or big_vision .npz, its layers one by one or scanned.
+    """A ViT from an AugReg or big_vision .npz file, with separate or scanned layers.
 
-    A file without position embeddings is of a ViT with fixed ones (`posemb="sincos2d"`), which are made for 224 px.
+    A file without position embeddings belongs to a ViT with fixed ones (`posemb="sincos2d"`); they are made for 224 px.
     """
     theirs = {name.removeprefix("params/"): tensor for name, tensor in weights.open_npz(path).items()}
-    theirs = unstacked(theirs, "Transformer/encoderblock", 0)
+    theirs = weights.unstacked(theirs, "Transformer/encoderblock", 0)
     theirs = {names.big_vision_name(name): tensor for name, tensor in theirs.items()}
     what = f"ViT {path}"
     query = "Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query/kernel"
@@ -74,13 +57,13 @@ def vit_npz(path) -> Pretrained:
         theirs["pos_embedding"] = Tensor(fixed.shape, lambda: fixed)
     length = theirs["pos_embedding"].shape[1]
     if config.class_token and round(length**0.5) ** 2 == length:
-        # big_vision adds positions to the patches before it puts the class token in front.
+        # big_vision adds positions to the patches only, then prepends the class token.
         patches = theirs["pos_embedding"].read
         theirs["pos_embedding"] = Tensor((1, length + 1, width), lambda: np.pad(patches(), ((0, 0), (1, 0), (0, 0))))
     ours = _vit_shapes(config, theirs["pos_embedding"].shape[1], what)
-    # The classifiers, and big_vision's attention pooling; AugReg's in21k files have a layer before the logits.
+    # Classifiers, big_vision's attention pooling, and the layer before the logits in AugReg's in21k files.
     unused = r"(head|pre_logits|MAPHead_0)/.*|(opt|chrono)/.*"
-    return _vit(config, matched(theirs, names.identity(ours), ours, unused, what))
+    return _vit(config, matched(theirs, names.same_names(ours), ours, unused, what))
 
 
 def sincos_positions(side: int, width: int) -> np.ndarray:
@@ -91,9 +74,9 @@ def sincos_positions(side: int, width: int) -> np.ndarray:
     return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1, dtype=np.float32)[None]
 
 
-def _vit_shapes(config: ViTConfig, positions: int, what: str) -> dict[str, tuple[int, ...]]:
+def _vit_shapes(config: ViTConfig, positions: int, what: str) -> dict[str, jax.ShapeDtypeStruct]:
     side = pretrained.grid_side(positions - config.class_token, what) * config.patch_size
-    return shapes(ViT(config), jax.ShapeDtypeStruct((1, side, side, 3), np.float32))
+    return param_shapes(ViT(config).init, jax.ShapeDtypeStruct((1, side, side, 3), np.float32))
 
 
 def _vit(config: ViTConfig, tensors: Tensors) -> Pretrained:
@@ -102,7 +85,7 @@ def _vit(config: ViTConfig, tensors: Tensors) -> Pretrained:
 
 
 def vit_hugging_face(path) -> Pretrained:
-    """A ViT of a Hugging Face folder (config.json and the weights): `ViTModel`, or the ViT of a `ViTFor...` model."""
+    """A ViT from a Hugging Face folder (config.json and weights): a `ViTModel`, or the ViT in a `ViTFor...` model."""
     theirs = {names.hugging_face_vit_name(name): tensor for name, tensor in weights.open_hugging_face(path).items()}
     config = vit_config_from_hugging_face(_hugging_face_config(path, "vit"))
     what = f"ViT {path}"
@@ -113,7 +96,7 @@ def vit_hugging_face(path) -> Pretrained:
 
 
 def vit_config_from_hugging_face(config: Mapping) -> ViTConfig:
-    """Our configuration of a ViT from Hugging Face's config.json (or one with its names)."""
+    """Hugging Face's config.json of a ViT as our configuration."""
     _require(config, ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"), "ViT")
     if config.get("hidden_act", "gelu") != "gelu":
         raise UserError(f"ViT: got the activation {config['hidden_act']!r}, expected 'gelu'")
@@ -131,14 +114,14 @@ def vit_config_from_hugging_face(config: Mapping) -> ViTConfig:
 
 # ---- T5 -------------------------------------------------------------------------------------------------------------
 def t5_t5x(path) -> Pretrained:
-    """A T5 of a T5X checkpoint: of `examples/t5`, or of `examples/scalable_t5` (UMT5), whose layers may be scanned."""
+    """A T5 from a T5X checkpoint of `examples/t5` or `examples/scalable_t5` (UMT5), with separate or scanned layers."""
     theirs, what = weights.open_t5x(path), f"T5 {path}"
     tables = {}
     for stack in ("encoder", "decoder"):
         for scanned in (f"{stack}/{stack}", f"{stack}/layers"):
-            theirs = unstacked(theirs, scanned, 1, f"{stack}/layers")
+            theirs = weights.unstacked(theirs, scanned, 1, f"{stack}/layers")
         tables[stack], theirs = _tables_of_layers(theirs, stack)
-    # Those of a model that shares them may be stored once a layer.
+    # A model whose layers share one table may still store a copy of it for each layer.
     per_layer = any((table != table[:1]).any() for table in tables.values() if table is not None)
     for stack, table in tables.items():
         if table is not None:
@@ -168,7 +151,7 @@ def t5_t5x(path) -> Pretrained:
 
 
 def _tables_of_layers(theirs: Tensors, stack: str) -> tuple[np.ndarray | None, Tensors]:
-    """The relative positions' tables [layers, A, buckets] of a stack whose layers have one each, and the other tensors."""
+    """Splits off a stack's relative position tables, [layers, A, buckets]; None if its layers share one."""
     pattern = rf"{stack}/layers_(\d+)/(relpos_bias|relative_posemb)/rel_embedding"
     found = {int(match[1]): name for name in theirs if (match := re.fullmatch(pattern, name))}
     if not found:
@@ -178,18 +161,18 @@ def _tables_of_layers(theirs: Tensors, stack: str) -> tuple[np.ndarray | None, T
 
 
 def t5_hugging_face(path) -> Pretrained:
-    """A T5 of a Hugging Face folder: `t5-*`, `t5-v1_1-*`, `flan-t5-*`."""
+    """A T5 from a Hugging Face folder: `t5-*`, `t5-v1_1-*`, `flan-t5-*`."""
     settings = _hugging_face_config(path, "t5")
     config = t5_config_from_hugging_face(settings)
     theirs, table = weights.open_hugging_face(path), names.t5_from_hugging_face(config)
-    # transformers 5 writes one matrix where logits and embedding are equal, also without T5 v1.0's scale.
+    # transformers 5 writes one matrix if logits and embedding are equal, even for models other than T5 v1.0.
     if not config.logits_via_embedding and "scale_decoder_outputs" in settings and "lm_head.weight" not in theirs:
         table["decoder/logits_dense/kernel"] = ("shared.weight", names.transposed)
     return _t5(config, matched(theirs, table, _t5_shapes(config), names.T5_UNUSED, f"T5 {path}"))
 
 
 def t5_config_from_hugging_face(config: Mapping) -> T5Config:
-    """Our configuration of a T5 from Hugging Face's config.json."""
+    """Hugging Face's config.json of a T5 as our configuration."""
     _require(config, ("vocab_size", "d_model", "num_heads", "d_kv", "num_layers", "d_ff"), "T5")
     if (epsilon := config.get("layer_norm_epsilon", 1e-6)) != 1e-6:
         raise UserError(f"T5: got layer_norm_epsilon {epsilon}, expected 1e-6, T5's own")
@@ -206,16 +189,16 @@ def t5_config_from_hugging_face(config: Mapping) -> T5Config:
         num_decoder_layers=config.get("num_decoder_layers") or config["num_layers"],
         mlp_dim=config["d_ff"],
         mlp_activations=activations[kind],
-        # transformers 5 writes `tie_word_embeddings` as True whatever it is, and this beside it.
+        # transformers 5 always writes `tie_word_embeddings` as True; `scale_decoder_outputs` holds the real value.
         logits_via_embedding=config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True)),
         num_buckets=config.get("relative_attention_num_buckets", 32),
         max_distance=config.get("relative_attention_max_distance", 128),
     )
 
 
-def _t5_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
+def _t5_shapes(config: T5Config) -> dict[str, jax.ShapeDtypeStruct]:
     ids = jax.ShapeDtypeStruct((1, 2), np.int32)
-    return shapes(T5(config), ids, ids)
+    return param_shapes(T5(config).init, ids, ids)
 
 
 def _t5(config: T5Config, tensors: Tensors) -> Pretrained:
@@ -224,24 +207,24 @@ def _t5(config: T5Config, tensors: Tensors) -> Pretrained:
 
 # ---- CLIP -----------------------------------------------------------------------------------------------------------
 def clip_hugging_face(path) -> Pretrained:
-    """Both towers of a Hugging Face `CLIPModel` folder."""
+    """A CLIP, both towers, from a Hugging Face `CLIPModel` folder."""
     config = clip_config_from_hugging_face(_hugging_face_config(path, "clip"))
-    image = jax.ShapeDtypeStruct((1, config.vision.image_size, config.vision.image_size, 3), np.float32)
-    ours = shapes(CLIP(config), image, jax.ShapeDtypeStruct((1, config.text.length), np.int32))
+    image = np.zeros((1, config.vision.image_size, config.vision.image_size, 3), np.float32)
+    ours = param_shapes(CLIP(config).init, image, np.zeros((1, config.text.length), np.int32))
     table = names.clip_from_hugging_face(config)
     tensors = matched(weights.open_hugging_face(path), table, ours, r".*\.position_ids", f"CLIP {path}")
     return Pretrained("clip", {"clip": dataclasses.asdict(config)}, tensors)
 
 
 def clip_config_from_hugging_face(config: Mapping) -> CLIPConfig:
-    """Our configuration of CLIP from Hugging Face's config.json; what the file leaves out is ViT-B/32's, as there."""
+    """Hugging Face's config.json of a CLIP as our configuration; a missing value is ViT-B/32's, as in their code."""
     text, vision = config.get("text_config") or {}, config.get("vision_config") or {}
     text_defaults, vision_defaults = CLIPTextConfig(), CLIPVisionConfig()
 
     for name, default in (("hidden_act", "quick_gelu"), ("layer_norm_eps", 1e-5)):
         if text.get(name, default) != vision.get(name, default):
             got = f"{text.get(name, default)!r} for text and {vision.get(name, default)!r} for images"
-            raise UserError(f"CLIP: got {name} {got}, expected one for both, as in OpenAI's")
+            raise UserError(f"CLIP: got {name} {got}, expected one for both, as OpenAI's models have")
 
     def sizes(values, defaults):
         theirs = {
@@ -263,7 +246,7 @@ def clip_config_from_hugging_face(config: Mapping) -> CLIPConfig:
         text=CLIPTextConfig(
             vocab_size=vocab_size,
             length=text.get("max_position_embeddings", text_defaults.length),
-            # 2 stands for the highest id of CLIP's own vocabulary.
+            # Old files say 2 and mean the highest id of CLIP's vocabulary.
             eos_id=min(text_defaults.eos_id, vocab_size - 1) if eos_id == 2 else eos_id,
             **sizes(text, text_defaults),
         ),
@@ -274,24 +257,28 @@ def clip_config_from_hugging_face(config: Mapping) -> CLIPConfig:
 
 
 # ---- The first author's PyTorch release -----------------------------------------------------------------------------
-HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # of ViT-Ti, S, B, L and H, by width
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # width -> number of heads of ViT-Ti, S, B, L and H
 
 
 def rahf_pytorch(path) -> Pretrained:
-    """The RAHF that the paper's first author released: `rahf_model.pt`, multi-head (github.com/youweiliang/RichHF).
+    """The multi-head RAHF that the paper's first author released, `rahf_model.pt` (github.com/youweiliang/RichHF).
 
-    Its weights are for non-commercial use. Beside it there may be a config.json with `vit.num_heads`; else it has a
-    width that tells (`HEADS`).
+    Its weights are for non-commercial use. The file does not say how many heads the ViT has: a config.json beside it with
+    `vit.num_heads` does, otherwise the ViT's width decides (`HEADS`).
     """
     path = pathlib.Path(path)
     path = path / "rahf_model.pt" if path.is_dir() else path
     config_file = path.with_name("config.json")
-    known = json_files.read(config_file).get("vit", {}) if config_file.is_file() else {}
-    return rahf_from_release(weights.open_torch(path), known.get("num_heads"), f"RAHF {path}")
+    vit = json_files.read(config_file).get("vit", {}) if config_file.is_file() else {}
+    return rahf_from_release(weights.open_torch(path), vit.get("num_heads"), f"RAHF {path}")
 
 
 def rahf_from_release(theirs: Tensors, num_heads: int | None, what: str) -> Pretrained:
-    """`rahf_pytorch` of tensors at hand; num_heads: of the ViT."""
+    """The RAHF of the release's tensors.
+
+    Args:
+      num_heads: of the ViT; None = by its width. what: names the source in errors.
+    """
     theirs = {
         "vit." + names.hugging_face_vit_name(name) if name.startswith("vit.") else name: tensor
         for name, tensor in theirs.items()
@@ -308,26 +295,26 @@ def rahf_from_release(theirs: Tensors, num_heads: int | None, what: str) -> Pret
     for name in schema.HEATMAPS:
         table |= names.heatmap_head_from_release(config, f"heatmap_head_{name}", f"heatmap_predictor.{name}")
     unused = rf"vit\.pooler\..*|t5\.({names.T5_UNUSED})"
-    tensors = matched(theirs, table, shapes(RAHF(config), *dummy_inputs(config)), unused, what)
+    tensors = matched(theirs, table, param_shapes(RAHF(config).init, *dummy_inputs(config)), unused, what)
     return Pretrained("rahf", {"model": dataclasses.asdict(config), "data": LENGTHS}, tensors)
 
 
 def _release_config(theirs: Tensors, num_heads: int | None, what: str) -> RAHFConfig:
-    """The release's configuration, read off its tensors."""
+    """The release's configuration, from the names and shapes of its tensors."""
 
     def shape(name):
         _require(theirs, (name,), what)
         return theirs[name].shape
 
-    def widths(pattern):  # of the convolutions whose names match, in order
+    def shapes(pattern):  # of the layers whose names match, in order
         found = {int(match[1]): tensor for name, tensor in theirs.items() if (match := re.fullmatch(pattern, name))}
         return [found[i].shape for i in sorted(found)]
 
     width, _, patch, _ = shape("vit.embeddings.patch_embeddings.projection.weight")
     if not num_heads and width not in HEADS:
         raise UserError(
-            f"{what}: got a ViT of width {width}, whose heads the file does not tell; expected a width of {list(HEADS)}, or "
-            'beside it a config.json such as {"vit": {"num_heads": 16}}'
+            f"{what}: got a ViT of width {width}, whose number of heads is unknown; expected a width of {list(HEADS)}, or "
+            'a config.json beside the file such as {"vit": {"num_heads": 16}}'
         )
     vit = ViTConfig(
         patch_size=patch,
@@ -354,53 +341,29 @@ def _release_config(theirs: Tensors, num_heads: int | None, what: str) -> RAHFCo
     )
     score, heatmap = f"score_predictor.{schema.SCORES[0]}", f"heatmap_predictor.{schema.HEATMAPS[0]}"
     patches = shape("vit.embeddings.position_embeddings")[1] - 1
-    dense = widths(rf"{score}\.linear_layers\.(\d+)\.weight")
+    dense = shapes(rf"{score}\.linear_layers\.(\d+)\.weight")
     return RAHFConfig(
         image_size=pretrained.grid_side(patches, what) * patch,
         decoder_attends="text",
         vit=vit,
         t5=t5,
         score_head=ScoreHeadConfig(
-            filters=tuple(shape[0] for shape in widths(rf"{score}\.conv_layers\.(\d+)\.weight")),
+            filters=tuple(shape[0] for shape in shapes(rf"{score}\.conv_layers\.(\d+)\.weight")),
             kernel_size=3,
             padding="SAME",
             dense=tuple(shape[0] for shape in dense[:-1]),
             style="pytorch",
         ),
         heatmap_head=HeatmapHeadConfig(
-            filters=tuple(shape[0] for shape in widths(rf"{heatmap}\.conv_layers\.(\d+)\.weight")),
-            deconv_filters=tuple(shape[1] for shape in widths(rf"{heatmap}\.deconv_layers\.(\d+)\.0\.weight")),
+            filters=tuple(shape[0] for shape in shapes(rf"{heatmap}\.conv_layers\.(\d+)\.weight")),
+            deconv_filters=tuple(shape[1] for shape in shapes(rf"{heatmap}\.deconv_layers\.(\d+)\.0\.weight")),
             output_hidden=shape(f"{heatmap}.last_conv1.weight")[0],
             style="pytorch",
         ),
     )
 
 
-# ---- What the tables need -------------------------------------------------------------------------------------------
-def unstacked(theirs: Tensors, prefix: str, axis: int, layers: str = "") -> Tensors:
-    """Scanned layers one by one: `prefix/x` becomes `layers_0/x`, `layers_1/x`, ... along `axis` (`layers`: or `prefix`).
-
-    Each stack is read once where its layers are asked for one after the other, and one stack at a time is in memory.
-    """
-    latest, out = {}, {}
-
-    def layer(read, i):
-        if read not in latest:
-            latest.clear()
-            latest[read] = read()
-        return np.take(latest[read], i, axis)
-
-    for name, tensor in theirs.items():
-        if not name.startswith(prefix + "/"):
-            out[name] = tensor
-            continue
-        shape = tensor.shape[:axis] + tensor.shape[axis + 1 :]
-        for i in range(tensor.shape[axis]):
-            one = f"{layers or prefix}_{i}/{name.removeprefix(prefix + '/')}"
-            out[one] = Tensor(shape, lambda read=tensor.read, i=i: layer(read, i))
-    return out
-
-
+# ---- Checks of their files ------------------------------------------------------------------------------------------
 def _require(theirs: Mapping, needed: Iterable[str], what: str) -> None:
     if missing := [name for name in needed if name not in theirs]:
         raise UserError(f"{what}: lacks {missing}, has {sorted(theirs)[: pretrained.MAX_NAMED]} ...; is it another format?")
@@ -423,40 +386,16 @@ def _hugging_face_config(path, expected: str) -> dict:
 
 # ---- Workdirs -------------------------------------------------------------------------------------------------------
 def rahf_workdir(path) -> Pretrained:
-    """The best checkpoint of a training run."""
+    """The best checkpoint of a training run's workdir."""
     path = pathlib.Path(path)
     config = workdirs.read_config(path)
     model_config = RAHFConfig.from_dict(config.model.to_dict())
-    ours = shapes(RAHF(model_config), *dummy_inputs(model_config))
+    ours = param_shapes(RAHF(model_config).init, *dummy_inputs(model_config))
     with checkpoints.manager(path, "best") as best:
         theirs = weights.open_orbax(best.directory / str(checkpoints.best_step(best)) / "state")
-    tensors = matched(theirs, names.identity(ours), ours, "", f"workdir {path}")
+    tensors = matched(theirs, names.same_names(ours), ours, "", f"workdir {path}")
     lengths = {name: config.data[name] for name in LENGTHS}
     return Pretrained("rahf", {"model": dataclasses.asdict(model_config), "data": lengths}, tensors)
-
-
-def export_stablehlo(converted: Pretrained, path: pathlib.Path) -> None:
-    """Writes a RAHF's predict function as StableHLO for CPU, GPU and TPU and any batch, without its weights.
-
-    `jax.export.deserialize(bytes).call(weights, image, text_ids)` gives scores, heatmaps and keyword_ids without our code:
-    `weights` is the dictionary that safetensors reads, image uint8[B, H, W, 3], text_ids int32[B, L], or int32[B, 7, L] in
-    the augmented-prompt variant.
-    """
-    model_config = RAHFConfig.from_dict(converted.config["model"])
-    module, lengths = RAHF(model_config), converted.config["data"]
-    inputs = dummy_inputs(model_config, lengths["text_length"])
-
-    def predict_function(params, image, text_ids):
-        params = flax.traverse_util.unflatten_dict(params, sep="/")
-        return module.apply({"params": params}, image, text_ids, lengths["keyword_length"], method=module.predict)
-
-    (batch,) = jax.export.symbolic_shape("B")
-    arguments = (
-        {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes(module, *inputs).items()},
-        *(jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in inputs[:2]),
-    )
-    exported = jax.export.export(jax.jit(predict_function), platforms=("cpu", "cuda", "tpu"))(*arguments)
-    paths.replace(path, exported.serialize())
 
 
 READERS = {
@@ -468,54 +407,3 @@ READERS = {
     "rahf-pytorch": rahf_pytorch,
     "workdir": rahf_workdir,
 }
-
-
-def convert(source: str, path, output, vocabulary=None) -> Pretrained:
-    """What the command does; a RAHF comes with its vocabulary and as StableHLO, a CLIP with its tokenizer's files.
-
-    Raises:
-      UserError: an input that `source` does not describe; a RAHF without a vocabulary, or with too large a one.
-    """
-    converted, output = READERS[source](path), pathlib.Path(output)
-    held = output / "config.json"
-    if output.absolute() == pathlib.Path(path).absolute() or (
-        held.is_file() and "kind" not in json_files.read(held)
-    ):
-        raise UserError(f"output: {output} holds a config.json that rahf.convert did not write; choose another folder")
-    if converted.kind == "rahf":
-        if source == "workdir":
-            vocabulary = pathlib.Path(path) / "vocabulary.model"
-        elif not vocabulary:
-            raise UserError(f"vocabulary: got none, {path} needs the SentencePiece model of its T5; pass --vocabulary=PATH")
-        vocabulary = vocabularies.Vocabulary(vocabulary)
-        predictor.check_vocabulary(RAHFConfig.from_dict(converted.config["model"]), vocabulary)
-    for name in ("config.json", "weights.safetensors", "predict.stablehlo", "vocabulary.model", *TOKENIZER_FILES):
-        (output / name).unlink(missing_ok=True)
-    output.mkdir(parents=True, exist_ok=True)
-    if converted.kind == "rahf":
-        vocabulary.copy(output / "vocabulary.model")
-        export_stablehlo(converted, output / "predict.stablehlo")
-    if converted.kind == "clip":
-        folder = pathlib.Path(path) if pathlib.Path(path).is_dir() else pathlib.Path(path).parent
-        for name in TOKENIZER_FILES:
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, output / name)
-    pretrained.write(converted, output)
-    return converted
-
-
-def main():
-    """The command."""
-    args = flags.FLAGS
-    converted = convert(args.source, args.input, args.output, args.vocabulary)
-    parameters = sum(int(np.prod(tensor.shape)) for tensor in converted.tensors.values())
-    print(f"{args.output}: {converted.kind}, {parameters:,} parameters\n{json.dumps(converted.config, indent=2)}")
-
-
-if __name__ == "__main__":
-    flags.DEFINE_enum("source", None, list(READERS), "Whose format the input is in.")
-    flags.DEFINE_string("input", None, "A file, a folder, or a gs:// address of a T5X checkpoint.")
-    flags.DEFINE_string("output", None, "The folder to write.")
-    flags.DEFINE_string("vocabulary", None, "rahf-pytorch: T5's SentencePiece model, or a tokenizer folder that has it.")
-    flags.mark_flags_as_required(["source", "input", "output"])
-    command.run(main)

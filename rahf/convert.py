@@ -1,0 +1,85 @@
+"""Converts weights in the formats of other projects to a folder that RAHF reads.
+
+    python -m rahf.convert --source=vit-npz --input=ViT-B_16.npz --output=DIR
+    python -m rahf.convert --source=t5x     --input=gs://t5-data/.../checkpoint_1000000 --output=DIR
+
+writes DIR/weights.safetensors, with our parameter names, and DIR/config.json, the model's configuration. Training starts
+from such folders (pretrained.py) with `--config.init.vit=DIR` and `--config.init.t5=DIR`. A RAHF's folder also holds its
+vocabulary and predict.stablehlo (export.py), a CLIP's the files of its tokenizer.
+
+Names and shapes are checked before anything is written. One tensor is in memory at a time.
+"""
+
+import json
+import pathlib
+import shutil
+
+import numpy as np
+from absl import flags
+
+from rahf import export, predictor, pretrained
+from rahf.models.clip import TOKENIZER_FILES
+from rahf.models.rahf import RAHFConfig
+from rahf.pretrained import Pretrained
+from rahf.readers import READERS
+from richhf_data import command, json_files
+from richhf_data import vocabulary as vocabularies
+from richhf_data.errors import UserError
+
+FILES = ("config.json", "weights.safetensors", "predict.stablehlo", "vocabulary.model", *TOKENIZER_FILES)
+
+
+def convert(source: str, path, output, vocabulary=None) -> Pretrained:
+    """Reads weights and writes the folder `output`.
+
+    Args:
+      source: a key of `READERS`. path: the file or folder to read.
+      vocabulary: T5's SentencePiece model, for `source="rahf-pytorch"`.
+
+    Raises:
+      UserError: an input that is not of the format `source`; a RAHF without a vocabulary, or with too large a one; an output
+        folder with a config.json of something else.
+    """
+    converted, output = READERS[source](path), pathlib.Path(output)
+    config_file = output / "config.json"
+    if output.absolute() == pathlib.Path(path).absolute() or (
+        config_file.is_file() and "kind" not in json_files.read(config_file)
+    ):
+        raise UserError(f"output: {output} holds a config.json that rahf.convert did not write; choose another folder")
+    if converted.kind == "rahf":
+        if source == "workdir":
+            vocabulary = pathlib.Path(path) / "vocabulary.model"
+        elif not vocabulary:
+            raise UserError(f"vocabulary: got none, {path} needs the SentencePiece model of its T5; pass --vocabulary=PATH")
+        vocabulary = vocabularies.Vocabulary(vocabulary)
+        predictor.check_vocabulary(RAHFConfig.from_dict(converted.config["model"]), vocabulary)
+    for name in FILES:
+        (output / name).unlink(missing_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
+    if converted.kind == "rahf":
+        vocabulary.copy(output / "vocabulary.model")
+        export.export_stablehlo(converted, output / "predict.stablehlo")
+    if converted.kind == "clip":
+        folder = pathlib.Path(path) if pathlib.Path(path).is_dir() else pathlib.Path(path).parent
+        for name in TOKENIZER_FILES:
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, output / name)
+    pretrained.write(converted, output)
+    return converted
+
+
+def main():
+    """The command."""
+    args = flags.FLAGS
+    converted = convert(args.source, args.input, args.output, args.vocabulary)
+    parameters = sum(int(np.prod(tensor.shape)) for tensor in converted.tensors.values())
+    print(f"{args.output}: {converted.kind}, {parameters:,} parameters\n{json.dumps(converted.config, indent=2)}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_enum("source", None, list(READERS), "The format of the input.")
+    flags.DEFINE_string("input", None, "A file, a folder, or a gs:// address of a T5X checkpoint.")
+    flags.DEFINE_string("output", None, "The folder to write.")
+    flags.DEFINE_string("vocabulary", None, "rahf-pytorch: T5's SentencePiece model, or a tokenizer folder that has it.")
+    flags.mark_flags_as_required(["source", "input", "output"])
+    command.run(main)
