@@ -417,7 +417,7 @@ def test_a_killed_run_goes_on_and_draws_nothing_twice(tiny, tmp_path, monkeypatc
 
     for name, text, message in (
         ("none.txt", None, r"prompts: no file .*none.txt"),
-        ("empty.txt", "\n", r"prompts: .*empty.txt has none, expected one a line"),
+        ("empty.txt", "\n", r"prompts: .*empty.txt has none, expected one per line"),
         ("a.jsonl", '{"prompt": "cat"}\n{"text": "cat"}\n', r'a.jsonl line 2: got .*, expected {"prompt": text}'),
         ("long.txt", "cat\n" + "1 2 " * 40, "takes 82 ids"),
     ):
