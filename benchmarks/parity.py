@@ -17,7 +17,7 @@ import torch
 import transformers
 from absl import flags
 
-from rahf import convert, predictor, sources, weights
+from rahf import predictor, readers, sources, weights
 from rahf.models import clip, t5
 from rahf.models.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from rahf.models.rahf import RAHF, RAHFConfig, dummy_inputs
@@ -64,7 +64,7 @@ def row(name, output, ours, theirs):
 
 def vit_rows():
     theirs = transformers.ViTModel(transformers.ViTConfig()).eval()
-    config, params = converted(theirs, convert.vit_hugging_face)
+    config, params = converted(theirs, readers.vit_hugging_face)
     image = np.random.default_rng(0).uniform(-1, 1, (1, 224, 224, 3)).astype(np.float32)
     with torch.no_grad():
         expected = theirs(torch.from_numpy(image.transpose(0, 3, 1, 2).copy())).last_hidden_state.numpy()
@@ -73,7 +73,7 @@ def vit_rows():
 
 def t5_rows(name, options):
     theirs = transformers.T5ForConditionalGeneration(transformers.T5Config(dropout_rate=0.0, **options)).eval()
-    config, params = converted(theirs, convert.t5_hugging_face)
+    config, params = converted(theirs, readers.t5_hugging_face)
     config["t5"]["mlp_activations"] = tuple(config["t5"]["mlp_activations"])
     module, rng = t5.T5(t5.T5Config(**config["t5"])), np.random.default_rng(0)
     ids, targets = rng.integers(2, 32000, (2, 20)).astype(np.int32), rng.integers(2, 32000, (2, 12)).astype(np.int32)
@@ -93,7 +93,7 @@ def t5_rows(name, options):
 
 def clip_rows():
     theirs = transformers.CLIPModel(transformers.CLIPConfig(**CLIP_L14)).eval()
-    config, params = converted(theirs, convert.clip_hugging_face)
+    config, params = converted(theirs, readers.clip_hugging_face)
     sizes = config["clip"] | {"vision": CLIPVisionConfig(**config["clip"]["vision"])}
     module = CLIP(CLIPConfig(**sizes | {"text": CLIPTextConfig(**config["clip"]["text"])}))
     image = np.random.default_rng(0).uniform(-1, 1, (1, 224, 224, 3)).astype(np.float32)

@@ -1,7 +1,7 @@
-"""What other people call our parameters, and how they lay them out.
+"""Names and layouts of our parameters in the files of other projects.
 
-A table maps each of our names, joined by "/", to the name of their tensor and its layout: the function that makes ours
-of it by views alone (transposing, reshaping, indexing), so that it tells a shape without the values.
+A `TensorMap` maps each of our names (joined by "/") to the name of their tensor and a layout: a function from their array
+to ours. A layout only makes views (transposes, reshapes, indexes), so a broadcast scalar suffices to compute its shape.
 """
 
 import re
@@ -15,45 +15,45 @@ from rahf.models.t5 import T5Config
 from rahf.models.vit import ViTConfig
 
 Layout = Callable[[np.ndarray], np.ndarray]
-Table = dict[str, tuple[str, Layout]]
+TensorMap = dict[str, tuple[str, Layout]]
 
 
 def same(x):
-    """The layout of a tensor that is ours as it stands."""
+    """Layout of a tensor that needs no change."""
     return x
 
 
 def transposed(x):
-    """The layout of torch's `Linear`, which holds [out, in]."""
+    """Layout of torch's `Linear`: theirs is [out, in], ours [in, out]."""
     return x.T
 
 
 def leading(x):
-    """The layout of a tensor that lacks our first axis, of size 1."""
+    """Layout of a tensor to which we add a first axis of size 1."""
     return x[None]
 
 
 def convolution(x):
-    """The layout of torch's `Conv2d`, which holds [out, in, h, w]."""
+    """Layout of torch's `Conv2d`: theirs is [out, in, h, w], ours [h, w, in, out]."""
     return x.transpose(2, 3, 1, 0)
 
 
-def identity(ours: Iterable[str]) -> Table:
-    """Tensors that have our names and layouts."""
+def same_names(ours: Iterable[str]) -> TensorMap:
+    """For files with our names and layouts."""
     return {name: (name, same) for name in ours}
 
 
-def _norm(ours: str, theirs: str) -> Table:
+def _norm(ours: str, theirs: str) -> TensorMap:
     return {f"{ours}/scale": (f"{theirs}.weight", same), f"{ours}/bias": (f"{theirs}.bias", same)}
 
 
-def dense(ours: str, theirs: str) -> Table:
-    """A dense layer -> torch's `Linear`."""
+def dense(ours: str, theirs: str) -> TensorMap:
+    """Our dense layer from torch's `Linear`."""
     return {f"{ours}/kernel": (f"{theirs}.weight", transposed), f"{ours}/bias": (f"{theirs}.bias", same)}
 
 
 def big_vision_name(name: str) -> str:
-    """The name in today's big_vision of a parameter of an AugReg or older big_vision file."""
+    """Translates a parameter name of AugReg or of an older big_vision file to the current big_vision name."""
     for old, new in (
         ("MultiHeadDotProductAttention_1", "MultiHeadDotProductAttention_0"),
         ("LayerNorm_2", "LayerNorm_1"),
@@ -66,7 +66,7 @@ def big_vision_name(name: str) -> str:
 
 
 def hugging_face_vit_name(name: str) -> str:
-    """The name in today's transformers of a ViT's tensor that an older version wrote."""
+    """Translates the name of a ViT's tensor in files of older transformers versions to the current name."""
     name = name.removeprefix("vit.")
     for old, new in (
         (r"^encoder\.layer\.", "layers."),
@@ -79,8 +79,8 @@ def hugging_face_vit_name(name: str) -> str:
     return name
 
 
-def vit_from_hugging_face(config: ViTConfig, prefix: str = "") -> Table:
-    """Our parameters of a ViT -> Hugging Face's tensors, in the names of `hugging_face_vit_name`."""
+def vit_from_hugging_face(config: ViTConfig, prefix: str = "") -> TensorMap:
+    """For a ViT of Hugging Face, with names as `hugging_face_vit_name` returns them."""
     heads, head_dim = config.num_heads, config.width // config.num_heads
     table = {
         "cls": ("embeddings.cls_token", same),
@@ -107,9 +107,9 @@ def vit_from_hugging_face(config: ViTConfig, prefix: str = "") -> Table:
     return {name: (prefix + theirs, layout) for name, (theirs, layout) in table.items()}
 
 
-def t5_from_t5x(ours: Iterable[str]) -> Table:
-    """Our parameters of a T5 -> T5X's; its scanned layers keep the heads' axis: [D, A, K], and [A, K, D] of `out`."""
-    table = identity(ours)
+def t5_from_t5x(ours: Iterable[str]) -> TensorMap:
+    """For a T5 of T5X. In its scanned layers, kernels keep the axis of the heads: [D, A, K], and [A, K, D] for `out`."""
+    table = same_names(ours)
     for name in table:
         if name.endswith(("query/kernel", "key/kernel", "value/kernel")):
             table[name] = (name, lambda x: x.reshape(len(x), -1))
@@ -118,12 +118,12 @@ def t5_from_t5x(ours: Iterable[str]) -> Table:
     return table
 
 
-# Copies of the shared embedding, and a table that the first T5 files have and no model reads.
+# Copies of the shared embedding, and a table in the first T5 files that no model reads.
 T5_UNUSED = r"(encoder|decoder)\.embed_tokens\.weight|lm_head\.weight|.*\.EncDecAttention\.relative_attention_bias\.weight"
 
 
-def t5_from_hugging_face(config: T5Config, prefix: str = "") -> Table:
-    """Our parameters of a T5 -> Hugging Face's tensors."""
+def t5_from_hugging_face(config: T5Config, prefix: str = "") -> TensorMap:
+    """For a T5 of Hugging Face."""
     table = {"token_embedder/embedding": ("shared.weight", same)}
     if not config.logits_via_embedding:
         table["decoder/logits_dense/kernel"] = ("lm_head.weight", transposed)
@@ -157,8 +157,8 @@ def t5_from_hugging_face(config: T5Config, prefix: str = "") -> Table:
     return {name: (prefix + theirs, layout) for name, (theirs, layout) in table.items()}
 
 
-def clip_from_hugging_face(config: CLIPConfig) -> Table:
-    """Our parameters of CLIP -> the tensors of Hugging Face's `CLIPModel`."""
+def clip_from_hugging_face(config: CLIPConfig) -> TensorMap:
+    """For a `CLIPModel` of Hugging Face."""
 
     def patches(x):  # [D, 3, patch, patch] -> [patch * patch * 3, D]
         return x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0])
@@ -186,8 +186,8 @@ def clip_from_hugging_face(config: CLIPConfig) -> Table:
     return table
 
 
-def _conv(ours: str, theirs: str, norm: str = "") -> Table:
-    """A convolution, and its RMS norm if `norm` names one, in which case ours is a `ConvNorm`."""
+def _conv(ours: str, theirs: str, norm: str = "") -> TensorMap:
+    """A convolution; with `norm`, the name of its RMS norm, ours is a `ConvNorm`."""
     conv = f"{ours}/conv" if norm else ours
     table = {
         f"{conv}/kernel": (f"{theirs}.weight", convolution),
@@ -196,8 +196,8 @@ def _conv(ours: str, theirs: str, norm: str = "") -> Table:
     return table | ({f"{ours}/norm/scale": (f"{norm}.scale", lambda x: x[:, 0, 0])} if norm else {})
 
 
-def score_head_from_release(config: RAHFConfig, ours: str, theirs: str) -> Table:
-    """A score head -> that of the first author's PyTorch release, a `ScorePredictor`."""
+def score_head_from_release(config: RAHFConfig, ours: str, theirs: str) -> TensorMap:
+    """Our score head from the `ScorePredictor` of the first author's PyTorch release."""
     grid, channels, table = config.grid, config.score_head.filters[-1], {}
     for i in range(len(config.score_head.filters)):
         table |= _conv(f"{ours}/conv_{i}", f"{theirs}.conv_layers.{3 * i}", f"{theirs}.conv_layers.{3 * i + 1}")
@@ -212,8 +212,8 @@ def score_head_from_release(config: RAHFConfig, ours: str, theirs: str) -> Table
     return table
 
 
-def heatmap_head_from_release(config: RAHFConfig, ours: str, theirs: str) -> Table:
-    """A heatmap head -> that of the first author's PyTorch release, a `HeatmapPredictor`."""
+def heatmap_head_from_release(config: RAHFConfig, ours: str, theirs: str) -> TensorMap:
+    """Our heatmap head from the `HeatmapPredictor` of the first author's PyTorch release."""
     table = _conv(f"{ours}/output_0", f"{theirs}.last_conv1") | _conv(f"{ours}/output_1", f"{theirs}.last_conv2")
     for i in range(len(config.heatmap_head.filters)):
         table |= _conv(f"{ours}/conv_{i}", f"{theirs}.conv_layers.{3 * i}", f"{theirs}.conv_layers.{3 * i + 2}")
@@ -222,7 +222,7 @@ def heatmap_head_from_release(config: RAHFConfig, ours: str, theirs: str) -> Tab
         table |= _conv(f"{up}/deconv", f"{deconv}.0", f"{deconv}.1")
         table |= _conv(f"{up}/readout_0", f"{readout}.0", f"{readout}.1")
         table |= _conv(f"{up}/readout_1", f"{readout}.3", f"{readout}.4")
-        # ConvTranspose2d holds [in, out, h, w], and scatters where we gather.
+        # ConvTranspose2d holds [in, out, h, w]; it scatters while we gather, so the kernel is flipped.
         table[f"{up}/deconv/conv/kernel"] = (
             f"{deconv}.0.weight",
             lambda x: x.transpose(2, 3, 0, 1)[::-1, ::-1],

@@ -199,11 +199,8 @@ def load(workdir, config=None) -> Model:
 
 def _read_params(file, targets):
     """Parameters of a safetensors file with our names, placed as `targets` says, one tensor at a time."""
-    tensors, targets = weights.open_safetensors(file), flax.traverse_util.flatten_dict(targets, sep="/")
-    shapes = ({name: tuple(value.shape) for name, value in side.items()} for side in (tensors, targets))
-    checkpoints.check_shapes(*shapes, file)
-    params = {name: partitioning.place(array, targets[name].sharding) for name, array in weights.read_all(tensors)}
-    return flax.traverse_util.unflatten_dict(params, sep="/")
+    targets = flax.traverse_util.flatten_dict(targets, sep="/")
+    return weights.read_params(file, targets, lambda array, target: partitioning.place(array, target.sharding))
 
 
 def check_vocabulary(model_config: rahf_model.RAHFConfig, vocabulary: vocabularies.Vocabulary) -> None:

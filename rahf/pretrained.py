@@ -1,6 +1,6 @@
-"""Folders of weights that rahf.convert wrote: what they hold, and how training starts from them.
+"""Reads and writes the folders of rahf.convert, and starts training from them.
 
-    weights.safetensors    float32 tensors in our parameter names
+    weights.safetensors    float32 tensors with our parameter names
     config.json            `kind` ("vit", "t5", "clip" or "rahf") and the model's configuration; written last
 """
 
@@ -22,17 +22,17 @@ from rahf.weights import Tensor, Tensors
 from richhf_data import json_files
 from richhf_data.errors import UserError
 
-MAX_NAMED = 5  # mismatches in a message
+MAX_NAMED = 5  # mismatches that a message lists
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A model's part in our names.
+    """Weights of a model or of a part of it, with our names.
 
     Attributes:
       kind: "vit", "t5", "clip" or "rahf".
-      config: its configuration, as JSON.
-      tensors: by the name of our parameter, joined by "/".
+      config: the configuration, as JSON.
+      tensors: our parameter name, joined by "/" -> tensor.
     """
 
     kind: str
@@ -41,7 +41,7 @@ class Pretrained:
 
 
 def write(pretrained: Pretrained, folder) -> None:
-    """Writes weights.safetensors, then config.json; a folder without the latter is not finished."""
+    """Writes weights.safetensors, then config.json: a folder without config.json is incomplete."""
     folder = pathlib.Path(folder)
     progress = functools.partial(tqdm, desc="convert", unit="tensor")
     weights.write_safetensors(folder / "weights.safetensors", pretrained.tensors, progress)
@@ -49,10 +49,10 @@ def write(pretrained: Pretrained, folder) -> None:
 
 
 def read(folder, kind: str) -> Pretrained:
-    """A folder that `write` made.
+    """Opens a folder that `write` made.
 
     Raises:
-      UserError: no such folder, or one of another kind.
+      UserError: there is no such folder, or it is of another kind.
     """
     file = pathlib.Path(folder) / "config.json"
     config = json_files.read(file) if file.is_file() else {}
@@ -63,20 +63,21 @@ def read(folder, kind: str) -> Pretrained:
 
 
 def matched(
-    theirs: Tensors, table: names.Table, ours: Mapping[str, tuple[int, ...]], unused: str, what: str
+    theirs: Tensors, table: names.TensorMap, ours: Mapping[str, jax.ShapeDtypeStruct], unused: str, what: str
 ) -> Tensors:
-    """Our tensors in the order of theirs, each read when asked for.
+    """Maps their tensors to ours and checks all names and shapes. The result is in the order of `theirs`, for fast reads.
 
     Args:
-      table: our name -> (their name, layout). ours: our name -> the shape that our module makes.
-      unused: a regular expression of their tensors that our model has no use for.
+      ours: our parameters (models/shapes.py), all of them in `table`.
+      unused: a regular expression; their tensors with such names are ignored.
+      what: names the source in errors.
 
     Raises:
       UserError: missing, extra or wrongly shaped tensors; names the first ones with both shapes.
     """
     problems, out, used = [], {}, set()
-    for name, shape in ours.items():
-        their_name, layout = table[name]
+    for name, leaf in ours.items():
+        shape, (their_name, layout) = tuple(leaf.shape), table[name]
         used.add(their_name)
         if (tensor := theirs.get(their_name)) is None:
             problems.append(f"{name} {shape}: missing, expected the tensor {their_name}")
@@ -94,22 +95,22 @@ def matched(
     if problems:
         more = f"\n  and {len(problems) - MAX_NAMED} more" if len(problems) > MAX_NAMED else ""
         raise UserError(f"{what}: tensors do not match:\n  " + "\n  ".join(sorted(problems)[:MAX_NAMED]) + more)
-    order = {name: i for i, name in enumerate(theirs)}  # what lies together is read together
+    order = {name: i for i, name in enumerate(theirs)}
     return {name: out[name] for name in sorted(out, key=lambda name: order[table[name][0]])}
 
 
-# ---- Training starts from them --------------------------------------------------------------------------------------
+# ---- Start of a training --------------------------------------------------------------------------------------------
 def starting_tensors(init: Mapping[str, str], ours: Mapping, config: RAHFConfig) -> Tensors:
-    """The parameters that `init` names folders of, `rahf`, then `vit` and `t5`, checked and not yet read.
+    """Opens the folders of a config's `init` section and checks them against the model; reads no values.
 
-    Position embeddings are resampled to the config's image size, and a class token's parameters are left out where
-    the model has none.
+    `vit` and `t5` take precedence over `rahf`. Position embeddings are resampled to the config's image size. A class token
+    is dropped if the model has none.
 
     Args:
-      ours: the model's parameters as shapes.
+      init: "rahf", "vit", "t5" -> a folder, or "". ours: the model's parameters, with shapes.
 
     Raises:
-      UserError: a folder of another kind or size, or made for another function than the config's (such as the GELU).
+      UserError: a folder of another kind or size, or of a model that computes something else (another GELU, for example).
     """
     ours, out = flax.traverse_util.flatten_dict(ours, sep="/"), {}
     for kind in ("rahf", "vit", "t5"):
@@ -122,14 +123,14 @@ def starting_tensors(init: Mapping[str, str], ours: Mapping, config: RAHFConfig)
 
 
 def initialise(params, tensors: Tensors):
-    """The parameters with those replaced that `starting_tensors` gave; each stays where it was placed."""
+    """Replaces the parameters that `starting_tensors` found. Each keeps its sharding."""
     flat = flax.traverse_util.flatten_dict(params, sep="/")
     for name, array in weights.read_all(tensors):
         flat[name] = partitioning.place(array, flat[name].sharding)
     return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
-# What a configuration may choose whatever the weights are of; for a ViT alone also its class token.
+# Options that may differ from those the weights were made with; for a ViT alone, `class_token` may as well.
 FREE = {"image_size", "dtype", "dropout", "remat", "scan", "strips", "mask_padding"}
 
 
@@ -149,20 +150,23 @@ def _check_same_function(pretrained: Pretrained, config: RAHFConfig, what: str) 
 
 
 def _fitted(tensors: Tensors, ours: Mapping, prefix: str, what: str) -> Tensors:
-    """The tensors at our shapes: position embeddings resampled, a class token dropped where ours has none."""
-    wanted = {name: leaf.shape for name, leaf in ours.items() if name.startswith(prefix)}
-    table = names.identity(wanted)
+    """Gives the tensors our shapes: resamples position embeddings and drops a class token that our model lacks."""
+    wanted = {name: leaf for name, leaf in ours.items() if name.startswith(prefix)}
+    table = names.same_names(wanted)
     had, has = "vit/cls" in tensors, "vit/cls" in wanted
     if (name := "vit/pos_embedding") in wanted:
-        table[name] = (name, lambda x: resample_positions(x[:, max(had - has, 0) :], wanted[name][1] - has, has))
+        table[name] = (name, lambda x: resample_positions(x[:, max(had - has, 0) :], wanted[name].shape[1] - has, has))
     return matched(tensors, table, wanted, "" if has else "vit/cls", what)
 
 
 def resample_positions(positions: np.ndarray, patches: int, class_token: bool) -> np.ndarray:
-    """Position embeddings for another number of patches: antialiased bilinear over the grid, the class token's kept.
+    """Position embeddings for another grid of patches, by antialiased bilinear interpolation; the class token's is kept.
 
     Args:
-      positions: float32[1, P (+ 1), D], the class token's first if there is one. patches: the new P, a square.
+      positions: float32[1, P (+ 1), D], with a class token's first. patches: the new P, a square number.
+
+    Returns:
+      float32[1, patches (+ 1), D].
     """
     first, grid = positions[:, : int(class_token)], positions[:, int(class_token) :]
     old, new, width = grid_side(grid.shape[1]), grid_side(patches), grid.shape[-1]
@@ -172,7 +176,7 @@ def resample_positions(positions: np.ndarray, patches: int, class_token: bool) -
 
 
 def grid_side(patches: int, what: str = "ViT") -> int:
-    """h = w of so many patches."""
+    """The side h = w of a square grid of patches. Raises UserError for a number that is not a square."""
     side = round(patches**0.5)
     if side * side != patches:
         raise UserError(f"{what}: got {patches} position embeddings besides a class token's, expected a square number")

@@ -1,7 +1,8 @@
-"""Named tensors in other people's files, read one at a time, and our own safetensors files, written one at a time.
+"""Reads named tensors from files of several formats and writes safetensors files, one tensor at a time.
 
-Nothing here runs code from a file: npz without pickles, safetensors, torch files with `weights_only`, T5X's tensorstore
-layout. `open_*` read shapes alone; `Tensor.read` loads one tensor, so that a conversion needs the memory of the largest.
+Reading runs no code from a file: npz without pickles, safetensors, torch files with `weights_only`, T5X's tensorstore
+layout. `open_*` read names and shapes only and `Tensor.read` loads one tensor, so a conversion needs as much memory as the
+largest tensor.
 """
 
 import contextlib
@@ -14,10 +15,12 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 
-import ml_dtypes  # also makes numpy's bfloat16 known, in which safetensors gives such tensors
+import flax.traverse_util
+import ml_dtypes  # also registers bfloat16 with numpy, which safetensors needs
 import numpy as np
 import safetensors
 
+from rahf import checkpoints
 from richhf_data import json_files, paths
 from richhf_data.errors import UserError
 
@@ -27,7 +30,7 @@ INDEX = ".index.json"
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """shape; read() -> np.ndarray of that shape, in the file's dtype."""
+    """A tensor of a file: its shape, and `read()`, which loads it as an np.ndarray in the file's dtype."""
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
@@ -37,7 +40,7 @@ Tensors = dict[str, Tensor]
 
 
 def unreadable(path, error) -> UserError:
-    """What to raise for a file that its own format's reader gave up on."""
+    """The error for a file that the reader of its format cannot read."""
     return UserError(f"weights: {path} cannot be read, it is damaged or of another format ({error}); fetch it again")
 
 
@@ -62,25 +65,25 @@ def open_npz(path) -> Tensors:
 def _read_npz(path, member) -> np.ndarray:
     with _damage_named(path), zipfile.ZipFile(path) as archive, archive.open(member) as file:
         array = np.lib.format.read_array(file, allow_pickle=False)
-    return array.view(ml_dtypes.bfloat16) if array.dtype == "V2" else array  # numpy's file has no such name
+    return array.view(ml_dtypes.bfloat16) if array.dtype == "V2" else array  # npz cannot name bfloat16
 
 
 @contextlib.contextmanager
 def _damage_named(path):
-    """What readers of npz files raise over damage, as one ValueError."""
+    """Turns every exception that a damaged npz file can cause into a UserError with its path."""
     try:
         yield
-    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, OSError) as error:
+    except UserError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, OSError, ValueError) as error:
         raise unreadable(path, error) from error
-    except ValueError as error:
-        raise error if str(error).startswith("weights: ") else unreadable(path, error) from error
 
 
 def open_hugging_face(path) -> Tensors:
-    """The tensors of a folder, or of one of its files: safetensors or torch, in one file or in the parts of an index.
+    """The tensors of a Hugging Face folder or of one of its files: safetensors or torch, one file or an index and its parts.
 
     Raises:
-      UserError: no such file, a truncated one, or a part that the index names and that is missing.
+      UserError: a file or a part of the index that is missing or truncated.
     """
     path = pathlib.Path(path)
     path = _weights_file(path) if path.is_dir() else path
@@ -90,7 +93,7 @@ def open_hugging_face(path) -> Tensors:
     if not isinstance(parts, dict):
         raise UserError(f"weights: {path} has no weight_map, expected an index as Hugging Face writes it")
     tensors = {}
-    # Some indexes name tensors that no part has; what is needed and missing is found when it is matched.
+    # Some indexes name tensors that no part has: `pretrained.matched` finds those that are needed.
     for part in dict.fromkeys(parts.values()):
         if pathlib.PurePath(part).name != part:
             raise UserError(f"weights: {path} names the part {part!r}, expected a file name without a folder")
@@ -99,7 +102,7 @@ def open_hugging_face(path) -> Tensors:
 
 
 def _weights_file(folder: pathlib.Path) -> pathlib.Path:
-    """The weights of a Hugging Face folder: under the usual names, or the only file of their kind."""
+    """The weights file of a Hugging Face folder: one with a usual name, or the only one with its ending."""
     for ending in (f".safetensors{INDEX}", ".safetensors", f".bin{INDEX}", ".bin"):
         for usual in ("model", "pytorch_model"):
             if (folder / f"{usual}{ending}").is_file():
@@ -135,7 +138,7 @@ def open_safetensors(path) -> Tensors:
 
 
 def open_torch(path) -> Tensors:
-    """The tensors of a torch file (a `state_dict`, perhaps under the key `state_dict` or `model`), mapped into memory.
+    """The tensors of a torch file, memory-mapped: a `state_dict`, or a dictionary with one as `state_dict` or `model`.
 
     Raises:
       UserError: no such file, torch is not installed, a damaged file, or one that holds more than plain tensors.
@@ -171,13 +174,12 @@ def open_torch(path) -> Tensors:
 
 
 def open_t5x(path) -> Tensors:
-    """The `target` tree of a T5X checkpoint, local or gs://, its names joined by "/"; the optimiser's state is not read.
+    """The parameters of a T5X checkpoint, local or gs://, with names joined by "/". The optimiser's state is not read.
 
     Raises:
-      UserError: the folder holds no T5X checkpoint, or its index names an array that is not there.
+      UserError: the folder holds no T5X checkpoint, or lacks an array that its index names.
     """
     import flax.serialization
-    import flax.traverse_util
     import tensorstore
 
     folder = str(path).rstrip("/")
@@ -193,14 +195,14 @@ def open_t5x(path) -> Tensors:
         raise unreadable(folder, error) from error
     tensors = {}
     for name, leaf in target.items():
-        if isinstance(leaf, np.ndarray):  # small ones lie in the index
+        if isinstance(leaf, np.ndarray):  # the index holds small arrays itself
             tensors[name] = Tensor(leaf.shape, lambda leaf=leaf: leaf)
             continue
         array = f"target.{name.replace('/', '.')}"
         header = store.read(f"{array}/.zarray").result()
         if header.state != "value":
             raise UserError(f"weights: {folder} lacks the array {array}, which its index names; fetch it again")
-        # A chunk that an interrupted download left out would read as zeros.
+        # By default, a chunk that is missing after an interrupted download reads as zeros.
         spec = {"driver": "zarr", "kvstore": f"{url}/{array}/", "fill_missing_data_reads": False}
         try:
             shape = tuple(json.loads(header.value)["shape"])
@@ -215,28 +217,57 @@ def _is_t5x_leaf(path, value) -> bool:
 
 
 def open_orbax(folder) -> Tensors:
-    """The arrays of an Orbax checkpoint's item, its names joined by "/"."""
-    import flax.traverse_util
+    """The arrays of one item of an Orbax checkpoint, with names joined by "/"."""
     import jax
     import orbax.checkpoint as ocp
 
     checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-    tree = flax.traverse_util.flatten_dict(checkpointer.metadata(folder).item_metadata.tree)
+    tree = flax.traverse_util.flatten_dict(checkpointer.metadata(folder).item_metadata.tree, sep="/")
 
-    def read(path):
-        item = flax.traverse_util.unflatten_dict({path: jax.ShapeDtypeStruct(tree[path].shape, tree[path].dtype)})
-        kinds = flax.traverse_util.unflatten_dict({path: ocp.RestoreArgs(restore_type=np.ndarray)})
+    def read(name):
+        leaf = jax.ShapeDtypeStruct(tree[name].shape, tree[name].dtype)
+        item, kinds = (
+            flax.traverse_util.unflatten_dict({name: value}, sep="/")
+            for value in (leaf, ocp.RestoreArgs(restore_type=np.ndarray))
+        )
         args = ocp.args.PyTreeRestore(item=item, restore_args=kinds, partial_restore=True)
-        return flax.traverse_util.flatten_dict(checkpointer.restore(folder, args=args))[path]
+        return flax.traverse_util.flatten_dict(checkpointer.restore(folder, args=args), sep="/")[name]
 
-    return {"/".join(path): Tensor(tuple(leaf.shape), functools.partial(read, path)) for path, leaf in tree.items()}
+    return {name: Tensor(tuple(leaf.shape), functools.partial(read, name)) for name, leaf in tree.items()}
+
+
+def unstacked(theirs: Tensors, prefix: str, axis: int, layers: str = "") -> Tensors:
+    """Splits scanned layers: `prefix/x` becomes `{layers}_0/x`, `{layers}_1/x`, ..., its slices along `axis`.
+
+    One stack is in memory at a time. Reading its layers in order reads it once.
+
+    Args:
+      layers: the new prefix; `prefix` itself by default.
+    """
+    latest, out = {}, {}
+
+    def layer(read, i):
+        if read not in latest:
+            latest.clear()
+            latest[read] = read()
+        return np.take(latest[read], i, axis)
+
+    for name, tensor in theirs.items():
+        if not name.startswith(prefix + "/"):
+            out[name] = tensor
+            continue
+        shape = tensor.shape[:axis] + tensor.shape[axis + 1 :]
+        for i in range(tensor.shape[axis]):
+            one = f"{layers or prefix}_{i}/{name.removeprefix(prefix + '/')}"
+            out[one] = Tensor(shape, lambda read=tensor.read, i=i: layer(read, i))
+    return out
 
 
 def write_safetensors(path, tensors: Mapping[str, Tensor], progress: Callable = iter) -> None:
-    """Writes float32 tensors whole or not at all, reading one after the other.
+    """Writes tensors as float32, reading one at a time. The file appears when it is complete.
 
     Args:
-      progress: wraps the iterator over the names, `tqdm` for instance.
+      progress: wraps the iterator over the names, for example `tqdm`.
     """
     header, offset = {"__metadata__": {"format": "pt"}}, 0  # transformers 4 refuses files without it
     for name, tensor in tensors.items():
@@ -255,9 +286,26 @@ def write_safetensors(path, tensors: Mapping[str, Tensor], progress: Callable = 
 
 
 def read_all(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, float32 array) of each tensor."""
+    """Reads the tensors one by one: (name, float32 array)."""
     for name, tensor in tensors.items():
         yield name, np.asarray(tensor.read(), np.float32)
+
+
+def read_params(path, shapes: Mapping, place: Callable = lambda array, leaf: array) -> dict:
+    """The parameters of a safetensors file with our names, as nested dictionaries of float32 arrays.
+
+    Args:
+      shapes: name -> anything with the `shape` that the module's parameter has (models/shapes.py).
+      place: called with each array as it is read and its entry in `shapes`; returns what to keep, for example on a device.
+
+    Raises:
+      UserError: no such file, or tensors with other names or shapes.
+    """
+    tensors = open_safetensors(path)
+    found, wanted = ({name: tuple(leaf.shape) for name, leaf in side.items()} for side in (tensors, shapes))
+    checkpoints.check_shapes(found, wanted, path)
+    params = {name: place(array, shapes[name]) for name, array in read_all(tensors)}
+    return flax.traverse_util.unflatten_dict(params, sep="/")
 
 
 def _existing(path) -> pathlib.Path:
@@ -267,7 +315,7 @@ def _existing(path) -> pathlib.Path:
     with path.open("rb") as file:
         start = file.read(64)
     if start.startswith(b"version https://git-lfs"):
-        raise UserError(f"weights: {path} is a Git LFS pointer, not the file; run `git lfs pull` where it came from")
+        raise UserError(f"weights: {path} is a Git LFS pointer, not the file; run `git lfs pull` in its repository")
     if start.lstrip().startswith(b"<"):
         raise UserError(f"weights: {path} is a web page, not weights; open it to see why the download failed")
     return path

@@ -16,7 +16,7 @@ import safetensors.numpy
 import tensorstore
 import tiny_model
 
-from rahf import convert, experiments, losses, names, predictor, pretrained, weights
+from rahf import convert, experiments, losses, names, predictor, pretrained, readers, weights
 from rahf.models import t5
 from rahf.models.rahf import RAHF, RAHFConfig
 from rahf.models.vit import ViT, ViTConfig
@@ -42,7 +42,7 @@ def release(data_dir):
 
 def test_the_pytorch_release_is_reproduced_with_its_quirks(release):
     theirs, golden = release
-    converted = convert.rahf_from_release(theirs, num_heads=4, what="release")
+    converted = readers.rahf_from_release(theirs, num_heads=4, what="release")
     config = RAHFConfig.from_dict(converted.config["model"])
     assert config.mask_padding  # ours by default; the release attends to padding
     model, params = RAHF(dataclasses.replace(config, mask_padding=False)), {"params": tree(converted)}
@@ -110,7 +110,7 @@ def test_the_release_at_its_real_size_is_the_config_for_it(torch):
                 shapes |= conv(f"{readout}.{j}", outputs, outputs) | norm(f"{readout}.{j + 1}", outputs)
         shapes |= conv(f"{head}.last_conv1", 192, 192) | conv(f"{head}.last_conv2", 1, 192)
 
-    converted = convert.rahf_from_release({name: Tensor(shape, None) for name, shape in shapes.items()}, None, "release")
+    converted = readers.rahf_from_release({name: Tensor(shape, None) for name, shape in shapes.items()}, None, "release")
     config = RAHFConfig.from_dict(experiments.load("rahf_pytorch").model.to_dict())
     found = RAHFConfig.from_dict(converted.config["model"])
     assert found == dataclasses.replace(config, dtype=found.dtype)
@@ -151,7 +151,7 @@ def scanned(arrays, num_heads):
 
 
 def test_scanned_t5x_layers_are_taken_apart(unpacked, tmp_path):
-    plain = convert.t5_t5x(unpacked("t5x_v1_1_tiny") / "checkpoint_0")
+    plain = readers.t5_t5x(unpacked("t5x_v1_1_tiny") / "checkpoint_0")
     stacked = scanned(dict(weights.read_all(plain.tensors)), plain.config["t5"]["num_heads"])
     assert stacked["encoder/encoder/attention/query/kernel"].ndim == 4
     write_t5x(tmp_path / "now", stacked)
@@ -161,7 +161,7 @@ def test_scanned_t5x_layers_are_taken_apart(unpacked, tmp_path):
         stacked = {name.replace(new, old): array for name, array in stacked.items()}
     write_t5x(tmp_path / "older", stacked)
     for folder in ("now", "older"):
-        again = convert.t5_t5x(tmp_path / folder)
+        again = readers.t5_t5x(tmp_path / folder)
         assert again.config == plain.config
         jax.tree.map(np.testing.assert_array_equal, tree(again), tree(plain))
 
@@ -175,7 +175,7 @@ def test_scanned_t5x_layers_with_tables_of_their_own_equal_umt5(torch, tmp_path)
     theirs.lm_head.weight = torch.nn.Parameter(torch.randn_like(theirs.lm_head.weight))
     randomise(theirs, torch)
     state = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
-    shape = convert.t5_config_from_hugging_face(transformers.T5Config(**options).to_dict())
+    shape = readers.t5_config_from_hugging_face(transformers.T5Config(**options).to_dict())
     table = names.t5_from_hugging_face(shape)
     arrays = {name: layout(state[their_name]) for name, (their_name, layout) in table.items()}
     for stack, depth in (("encoder", 2), ("decoder", 3)):
@@ -183,31 +183,31 @@ def test_scanned_t5x_layers_with_tables_of_their_own_equal_umt5(torch, tmp_path)
         arrays[f"{stack}/relpos_bias/rel_embedding"] = np.stack([state[bias % i].T for i in range(depth)])
     write_t5x(tmp_path, scanned(arrays, shape.num_heads))
 
-    converted = convert.t5_t5x(tmp_path)
+    converted = readers.t5_t5x(tmp_path)
     assert converted.config["t5"]["relpos_bias_per_layer"]
     check_t5(converted, theirs, torch, length=64)
 
 
 def test_a_t5x_folder_without_an_array_of_its_index_is_refused(unpacked, tmp_path):
-    arrays = dict(weights.read_all(convert.t5_t5x(unpacked("t5x_v1_1_tiny") / "checkpoint_0").tensors))
+    arrays = dict(weights.read_all(readers.t5_t5x(unpacked("t5x_v1_1_tiny") / "checkpoint_0").tensors))
     write_t5x(tmp_path, arrays)
     (tmp_path / "target.token_embedder.embedding" / ".zarray").unlink()
     with pytest.raises(ValueError, match=r"lacks the array target.token_embedder.embedding"):
-        convert.t5_t5x(tmp_path)
+        readers.t5_t5x(tmp_path)
     with pytest.raises(ValueError, match="no file `checkpoint`, expected a T5X folder"):
-        convert.t5_t5x(tmp_path / "nothing")
+        readers.t5_t5x(tmp_path / "nothing")
 
 
 def test_a_t5x_index_that_is_damaged_is_refused(unpacked, tmp_path):
-    arrays = dict(weights.read_all(convert.t5_t5x(unpacked("t5x_v1_1_tiny") / "checkpoint_0").tensors))
+    arrays = dict(weights.read_all(readers.t5_t5x(unpacked("t5x_v1_1_tiny") / "checkpoint_0").tensors))
     write_t5x(tmp_path, arrays)
     (tmp_path / "target.token_embedder.embedding" / ".zarray").write_text("{")
     with pytest.raises(ValueError, match=r"target.token_embedder.embedding/.zarray cannot be read, it is damaged"):
-        convert.t5_t5x(tmp_path)
+        readers.t5_t5x(tmp_path)
     for index in ({"optimizer": {"target": 3}}, {"params": {}}):
         (tmp_path / "checkpoint").write_bytes(flax.serialization.msgpack_serialize(index))
         with pytest.raises(ValueError, match="cannot be read, it is damaged or of another format"):
-            convert.t5_t5x(tmp_path)
+            readers.t5_t5x(tmp_path)
 
 
 # ---- big_vision's varieties -----------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def big_vision(unpacked, tmp_path, change):
     arrays = dict(np.load(source))
     change(arrays)
     np.savez(tmp_path / "vit.npz", **arrays)
-    return convert.vit_npz(tmp_path / "vit.npz"), convert.vit_npz(source)
+    return readers.vit_npz(tmp_path / "vit.npz"), readers.vit_npz(source)
 
 
 def test_a_class_token_without_a_position_gets_zeros(unpacked, tmp_path):
@@ -265,7 +265,7 @@ def test_vit_equals_hugging_face(options, torch, tmp_path):
     theirs = transformers.ViTModel(transformers.ViTConfig(image_size=32, **options)).eval()
     randomise(theirs, torch)
     theirs.save_pretrained(tmp_path)
-    converted = convert.vit_hugging_face(tmp_path)
+    converted = readers.vit_hugging_face(tmp_path)
     image = np.random.default_rng(0).uniform(-1, 1, (2, 32, 32, 3)).astype(np.float32)
     with torch.no_grad():
         expected = theirs(torch.from_numpy(image.transpose(0, 3, 1, 2).copy())).last_hidden_state.numpy()
@@ -302,7 +302,7 @@ def test_vit_names_of_older_transformers_are_read(torch, tmp_path):
     (tmp_path / "old").mkdir()
     safetensors.numpy.save_file(old, tmp_path / "old" / "model.safetensors")
     (tmp_path / "old" / "config.json").write_bytes((tmp_path / "config.json").read_bytes())
-    again, now = convert.vit_hugging_face(tmp_path / "old"), convert.vit_hugging_face(tmp_path)
+    again, now = readers.vit_hugging_face(tmp_path / "old"), readers.vit_hugging_face(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, tree(again), tree(now))
 
 
@@ -329,7 +329,7 @@ def test_t5_equals_hugging_face_and_its_greedy_generation(options, untied, torch
     randomise(theirs, torch)
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
     assert list(tmp_path.glob("*.safetensors.index.json"))
-    check_t5(convert.t5_hugging_face(tmp_path), theirs, torch, length=64)
+    check_t5(readers.t5_hugging_face(tmp_path), theirs, torch, length=64)
 
 
 def check_t5(converted, theirs, torch, length):
@@ -362,7 +362,7 @@ def test_half_precision_sources_become_float32(dtype, torch, tmp_path):
 
     theirs = transformers.ViTModel(transformers.ViTConfig(image_size=32, **VITS[0])).to(getattr(torch, dtype))
     theirs.save_pretrained(tmp_path)
-    pretrained.write(convert.vit_hugging_face(tmp_path), tmp_path / "out")
+    pretrained.write(readers.vit_hugging_face(tmp_path), tmp_path / "out")
     held = pretrained.read(tmp_path / "out", "vit").tensors["cls"].read()
     assert held.dtype == np.float32
     np.testing.assert_array_equal(held, theirs.embeddings.cls_token.detach().float().numpy())
@@ -487,18 +487,18 @@ def test_a_config_of_hugging_face_that_says_too_little_is_refused(settings, mess
 
 def test_towers_of_clip_that_differ_in_kind_are_refused():
     with pytest.raises(ValueError, match="CLIP: got hidden_act 'gelu' for text and 'quick_gelu' for images"):
-        convert.clip_config_from_hugging_face({"text_config": {"hidden_act": "gelu"}})
+        readers.clip_config_from_hugging_face({"text_config": {"hidden_act": "gelu"}})
 
 
 def test_t5_with_another_epsilon_is_refused():
     settings = {"vocab_size": 60, "d_model": 8, "num_heads": 2, "d_kv": 4, "num_layers": 1, "d_ff": 8}
     with pytest.raises(ValueError, match="T5: got layer_norm_epsilon 1e-05, expected 1e-6"):
-        convert.t5_config_from_hugging_face(settings | {"layer_norm_epsilon": 1e-5})
+        readers.t5_config_from_hugging_face(settings | {"layer_norm_epsilon": 1e-5})
 
 
 def test_a_release_of_unknown_width_needs_its_heads(release):
-    with pytest.raises(ValueError, match=r'a ViT of width \d+, whose heads the file does not tell; .*"num_heads": 16'):
-        convert.rahf_from_release(release[0], num_heads=None, what="release")
+    with pytest.raises(ValueError, match=r'a ViT of width \d+, whose number of heads is unknown; .*"num_heads": 16'):
+        readers.rahf_from_release(release[0], num_heads=None, what="release")
 
 
 def test_the_command_converts_and_refuses(tmp_path):
@@ -513,7 +513,7 @@ def test_the_command_converts_and_refuses(tmp_path):
 
 
 def test_a_release_without_its_vocabulary_is_refused(release, tmp_path, monkeypatch):
-    converted = convert.rahf_from_release(release[0], num_heads=4, what="release")
-    monkeypatch.setitem(convert.READERS, "rahf-pytorch", lambda path: converted)
+    converted = readers.rahf_from_release(release[0], num_heads=4, what="release")
+    monkeypatch.setitem(readers.READERS, "rahf-pytorch", lambda path: converted)
     with pytest.raises(ValueError, match=r"vocabulary: got none, .* pass --vocabulary=PATH"):
         convert.convert("rahf-pytorch", "rahf_model.pt", tmp_path / "out")

@@ -379,7 +379,7 @@ def test_the_command_writes_pictures_that_predict_reads(tiny, tmp_path):
     for (path, _), pixels in zip(inputs, sample.to_uint8(expected), strict=True):
         assert np.abs(predict.read_image(path).astype(int) - pixels).max() <= 1
     status, _, err = command(tmp_path, *arguments, "--prompt=cat")
-    assert status == 1 and err.splitlines()[-1].startswith("error: output: ") and "Traceback" not in err
+    assert status == 2 and err.splitlines()[-1].startswith("error: output: ") and "Traceback" not in err
 
 
 def test_a_killed_run_goes_on_and_draws_nothing_twice(tiny, tmp_path, monkeypatch):
@@ -407,7 +407,7 @@ def test_a_killed_run_goes_on_and_draws_nothing_twice(tiny, tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         run("out", prompts=tmp_path / "prompts.txt")
     assert not (tmp_path / "out" / "images.jsonl").exists()
-    with pytest.raises(ValueError, match=r"output: .*out holds pictures of another seed and guidance_scale; choose"):
+    with pytest.raises(ValueError, match=r"output: .*out holds images of another seed and guidance_scale; choose"):
         run("out", prompts=tmp_path / "prompts.txt", seed=2, guidance_scale=1.0)
     assert run("out", prompts=tmp_path / "prompts.txt") == expected
     assert calls == [0, 3, 3]
@@ -417,7 +417,7 @@ def test_a_killed_run_goes_on_and_draws_nothing_twice(tiny, tmp_path, monkeypatc
 
     for name, text, message in (
         ("none.txt", None, r"prompts: no file .*none.txt"),
-        ("empty.txt", "\n", r"prompts: .*empty.txt has none, expected one a line"),
+        ("empty.txt", "\n", r"prompts: .*empty.txt has none, expected one per line"),
         ("a.jsonl", '{"prompt": "cat"}\n{"text": "cat"}\n', r'a.jsonl line 2: got .*, expected {"prompt": text}'),
         ("long.txt", "cat\n" + "1 2 " * 40, "takes 82 ids"),
     ):

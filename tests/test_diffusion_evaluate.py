@@ -15,9 +15,9 @@ import tiny_clip
 from html_page import Page
 
 from rahf import experiments
-from rahf.diffusion import evaluate
+from rahf.diffusion import comparison_page, evaluate, generator_metrics
 from rahf.reward import embed, prompts
-from rahf.reward.feedback import Pictures
+from rahf.reward.image_table import ImageTable
 
 ROOT = pathlib.Path(__file__).parent.parent
 WORDS = prompts.words_of(experiments.load("reward_clip").prompts)
@@ -59,8 +59,8 @@ def test_frechet_distance_is_the_textbook_formula():
         rng = np.random.default_rng(seed)
         a = rng.normal(size=(200, 12)) @ rng.normal(size=(12, 12))
         b = rng.normal(size=(90, 12)) @ rng.normal(size=(12, 12)) + rng.normal(size=12)
-        assert evaluate.frechet_distance(a, b) == pytest.approx(textbook(a, b), rel=1e-9)
-        assert evaluate.frechet_distance(b, a) == pytest.approx(textbook(a, b), rel=1e-9)
+        assert generator_metrics.frechet_distance(a, b) == pytest.approx(textbook(a, b), rel=1e-9)
+        assert generator_metrics.frechet_distance(b, a) == pytest.approx(textbook(a, b), rel=1e-9)
 
 
 def test_frechet_distance_is_the_closed_form_of_diagonal_gaussians():
@@ -72,7 +72,7 @@ def test_frechet_distance_is_the_closed_form_of_diagonal_gaussians():
         x = (x - x.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(x, rowvar=False))).T
         sets.append(x * deviations + mean)
     expected = (1 + 4 + 0.25) + (1 - 3) ** 2 + 0 + 0.5**2
-    assert evaluate.frechet_distance(*sets) == pytest.approx(expected, rel=1e-10)
+    assert generator_metrics.frechet_distance(*sets) == pytest.approx(expected, rel=1e-10)
 
 
 def test_frechet_distance_of_fewer_rows_than_columns_needs_no_correction():
@@ -80,20 +80,20 @@ def test_frechet_distance_of_fewer_rows_than_columns_needs_no_correction():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(9, 5)), rng.normal(size=(7, 5)) * 2 + 1
     into, _ = np.linalg.qr(rng.normal(size=(40, 5)))
-    assert evaluate.frechet_distance(a @ into.T, b @ into.T) == pytest.approx(textbook(a, b), rel=1e-9)
-    assert evaluate.frechet_distance(a @ into.T, a @ into.T) == pytest.approx(0, abs=1e-9)
+    assert generator_metrics.frechet_distance(a @ into.T, b @ into.T) == pytest.approx(textbook(a, b), rel=1e-9)
+    assert generator_metrics.frechet_distance(a @ into.T, a @ into.T) == pytest.approx(0, abs=1e-9)
     few, other = rng.normal(size=(2, 40)), rng.normal(size=(3, 40))
     covariances = [np.cov(x, rowvar=False) for x in (few, other)]  # rank 1 and 2
     product = np.linalg.eigvals(covariances[0] @ covariances[1]).real
     expected = np.sum((few.mean(0) - other.mean(0)) ** 2) + np.trace(sum(covariances)) - 2 * np.sqrt(product.max())
-    assert evaluate.frechet_distance(few, other) == pytest.approx(expected, rel=1e-9)
+    assert generator_metrics.frechet_distance(few, other) == pytest.approx(expected, rel=1e-9)
 
 
 def test_frechet_distance_keeps_its_digits_far_from_zero():
     """float32 features with a large mean are computed in float64."""
     rng = np.random.default_rng(0)
     a, b = (rng.normal(size=(400, 4)).astype(np.float32) for _ in range(2))
-    far = evaluate.frechet_distance(a + np.float32(4096), b + np.float32(4096))
+    far = generator_metrics.frechet_distance(a + np.float32(4096), b + np.float32(4096))
     assert far == pytest.approx(textbook(a.astype(float), b.astype(float)), abs=1e-4)
 
 
@@ -108,7 +108,7 @@ def test_frechet_distance_keeps_its_digits_far_from_zero():
 )
 def test_frechet_distance_names_what_is_wrong(a, b, message):
     with pytest.raises(ValueError, match=message):
-        evaluate.frechet_distance(a, b)
+        generator_metrics.frechet_distance(a, b)
 
 
 # ---- Diversity, means -----------------------------------------------------------------------------------------------
@@ -116,21 +116,22 @@ def test_diversity_is_the_mean_cosine_distance_of_a_prompts_pairs():
     features = np.array([[1, 0], [0, 3], [2, 2], [1, 0], [-5, 0], [7, 7]], np.float32)
     texts = ["a", "a", "a", "b", "b", "c"]
     half = math.sqrt(0.5)
-    assert evaluate.diversity(features, texts) == pytest.approx(((1 + 2 * (1 - half)) / 3 + 2) / 2)
-    assert evaluate.diversity(features[:1].repeat(3, 0), "aaa") == pytest.approx(0)
-    assert math.isnan(evaluate.diversity(features, "abcdef"))
+    assert generator_metrics.diversity(features, texts) == pytest.approx(((1 + 2 * (1 - half)) / 3 + 2) / 2)
+    assert generator_metrics.diversity(features[:1].repeat(3, 0), "aaa") == pytest.approx(0)
+    assert math.isnan(generator_metrics.diversity(features, "abcdef"))
     with pytest.raises(ValueError, match="features: row 2 is all zeros"):
-        evaluate.diversity(features * [[1], [1], [0], [1], [1], [1]], texts)
+        generator_metrics.diversity(features * [[1], [1], [0], [1], [1], [1]], texts)
     with pytest.raises(ValueError, match="features: got 6 rows for 5 prompts"):
-        evaluate.diversity(features, texts[1:])
+        generator_metrics.diversity(features, texts[1:])
 
 
 def test_a_means_error_is_the_usual_one_where_each_image_has_its_prompt():
     values = np.random.default_rng(0).normal(size=30)
-    mean = evaluate.mean_of([*values, np.nan], range(31))
+    mean = generator_metrics.mean_of([*values, np.nan], range(31))
     assert (mean.value, mean.count) == (pytest.approx(values.mean()), 30)
     assert mean.error == pytest.approx(values.std(ddof=1) / np.sqrt(30))
-    assert math.isnan(evaluate.mean_of(values, "a" * 30).error) and math.isnan(evaluate.mean_of([np.nan], "a").value)
+    assert math.isnan(generator_metrics.mean_of(values, "a" * 30).error)
+    assert math.isnan(generator_metrics.mean_of([np.nan], "a").value)
 
 
 def test_a_means_error_is_right_for_images_that_share_prompts():
@@ -139,7 +140,7 @@ def test_a_means_error_is_right_for_images_that_share_prompts():
     found, differences = [], []
     for _ in range(400):
         of_prompt = rng.normal(size=40)[texts]  # both generators find the same prompts easy
-        a, b = (evaluate.mean_of(of_prompt + 0.5 * rng.normal(size=160), texts) for _ in range(2))
+        a, b = (generator_metrics.mean_of(of_prompt + 0.5 * rng.normal(size=160), texts) for _ in range(2))
         found.append((a.value, a.error))
         differences.append(((b - a).value, (b - a).error))
     for pairs in (found, differences):
@@ -174,7 +175,7 @@ def test_evaluate_tells_all_of_it(clip):
     assert results["reward/all"] == pytest.approx(rewards.mean(), rel=1e-5)
     assert results["reward/count, background"] == pytest.approx(rewards[3::5].mean(), rel=1e-5)
     assert results["reward/other"] == pytest.approx(rewards[4::5].mean(), rel=1e-5) and results["reward/other/n"] == 9
-    assert results["diversity"] == pytest.approx(evaluate.diversity(colours(images), texts), rel=1e-4)
+    assert results["diversity"] == pytest.approx(generator_metrics.diversity(colours(images), texts), rel=1e-4)
     cosines = np.sum(clip.images(images) * clip.texts(texts), axis=1)
     assert results["clip_score/all"] == pytest.approx(cosines.mean(), abs=1e-6)
     assert results["clip_score/thing"] == pytest.approx(cosines[2::5].mean(), abs=1e-6)
@@ -187,7 +188,7 @@ def test_evaluate_tells_what_it_is_given(clip):
     results = evaluate.evaluate(images, ["a cat"] * 4, clip=clip)
     means = ("clip_score/all", "diversity")
     assert set(results) == {"num_images"} | {key + end for key in means for end in ("", "/se", "/n")}
-    assert results["diversity"] == pytest.approx(evaluate.diversity(clip.images(images), ["a cat"] * 4), abs=1e-6)
+    assert results["diversity"] == pytest.approx(generator_metrics.diversity(clip.images(images), ["a cat"] * 4), abs=1e-6)
     assert evaluate.evaluate(images, ["a cat"] * 4) == {"num_images": 4.0}
 
 
@@ -277,7 +278,7 @@ def test_the_command_prints_its_error(tmp_path):
     before = write_set(tmp_path / "before", 80, PROMPTS)
     (before / "1.png").unlink()
     status, _, err = command(f"--images={before}", f"--output={tmp_path / 'out'}", "--reward=python:math:pi")
-    assert status == 1 and "Traceback" not in err and not (tmp_path / "out").exists()
+    assert status == 2 and "Traceback" not in err and not (tmp_path / "out").exists()
     assert err.startswith(f"error: pictures: {before / 'images.jsonl'}:\n  row 2: image: no file")
 
 
@@ -317,7 +318,7 @@ def test_run_names_what_is_wrong(tmp_path):
 
 def test_compare_shows_a_judges_verdicts(tmp_path):
     texts = ["a cat"] * 3 + ["a dog"]
-    tables = {name: Pictures(write_set(tmp_path / name, level, texts)) for name, level in (("a", 60), ("b", 190))}
+    tables = {name: ImageTable(write_set(tmp_path / name, level, texts)) for name, level in (("a", 60), ("b", 190))}
 
     def judge(images, part):
         right = brightness(images, part) > 0.5
@@ -333,8 +334,8 @@ def test_compare_shows_a_judges_verdicts(tmp_path):
 
 def test_the_report_shows_prompts_spread_over_all_of_them():
     texts = [f"{i}" for i in range(100) for _ in range(6)]
-    chosen, (first, second) = evaluate.shown_rows([texts, ["99", "50", *texts[:10], "other"]])
+    chosen, (first, second) = comparison_page.shown_rows([texts, ["99", "50", *texts[:10], "other"]])
     assert chosen == ["0", "1", "50", "99"] and second == [2, 3, 4, 5, 8, 9, 10, 11, 1, 0]
     assert first == [0, 1, 2, 3, 6, 7, 8, 9, 300, 301, 302, 303, 594, 595, 596, 597]
-    chosen, (rows,) = evaluate.shown_rows([texts])
-    assert len(chosen) == evaluate.SHOWN and len(rows) == 4 * evaluate.SHOWN and chosen[:3] == ["0", "2", "5"]
+    chosen, (rows,) = comparison_page.shown_rows([texts])
+    assert len(chosen) == comparison_page.SHOWN and len(rows) == 4 * comparison_page.SHOWN and chosen[:3] == ["0", "2", "5"]

@@ -14,7 +14,7 @@ from flax import linen as nn
 from rahf import experiments, partitioning
 from rahf import program as programs
 from rahf.diffusion import finetuning, folder, inputs, sample, train
-from rahf.reward.feedback import Pictures
+from rahf.reward.image_table import ImageTable
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax promotes freely
 PROMPTS = ["red cat", "a cat", "a red cat"]
@@ -221,19 +221,47 @@ def test_kept_arrays_that_are_not_whole_are_made_anew(tmp_path, damage):
     np.testing.assert_array_equal(inputs.kept(place, rows.shape, lambda done: iter(rows[done:, None])), rows)
 
 
-def test_other_pictures_and_other_rewards_are_told_from_those_that_are_kept(model_folder, tmp_path):
-    """Tables that read the same hold other pictures; a function of the same name gives other rewards."""
+class Identified:
+    """Brightness for the first images, another number from image `first` on."""
+
+    def __init__(self, identity, first=1000):
+        self.identity, self.first, self.calls, self._seen = identity, first, 0, 0
+
+    def __call__(self, images, prompts):
+        numbers = self._seen + np.arange(len(images))
+        self.calls, self._seen = self.calls + 1, self._seen + len(images)
+        return np.where(numbers < self.first, brightness(images, prompts), 0.25)
+
+
+def test_other_images_do_not_share_a_cache(model_folder, tmp_path):
+    """Tables of the same text hold other images."""
     held, mesh, found = folder.read(model_folder), partitioning.make_mesh(), []
-    for seed, reward in ((10, brightness), (11, brightness), (11, lambda images, prompts: 1 - brightness(images, prompts))):
-        place = tmp_path / f"images_{seed}"
-        path = str(place) if place.exists() else table(place, 10, seed)
+    for seed in (10, 11):
+        path = table(tmp_path / f"images_{seed}", 10, seed)
         data = inputs.Inputs.of(config_of(model_folder, tmp_path, **{"data.images": path}), held)
-        moments, rewards = data.moments("images", tmp_path / "cache", mesh), data.rewards(reward, tmp_path / "cache")
-        found.append((np.asarray(moments), rewards))
+        moments = data.moments("images", tmp_path / "cache", mesh)
+        found.append((np.asarray(moments), data.rewards(Identified("brightness"), tmp_path / "cache")))
     assert (tmp_path / "images_10/images.jsonl").read_text() == (tmp_path / "images_11/images.jsonl").read_text()
     assert not np.allclose(found[0][0], found[1][0]) and not np.allclose(found[0][1], found[1][1])
-    np.testing.assert_array_equal(found[1][0], found[2][0])
-    np.testing.assert_allclose(found[1][1], 1 - found[2][1], rtol=1e-5)
+
+
+def test_rewards_are_cached_by_their_identity(model_folder, tmp_path, capfd):
+    """Rewards that differ only after the first batch do not share a cache, and those without an identity have none."""
+    count, cache = inputs.REWARDED_AT_ONCE + 6, tmp_path / "cache"
+    config = config_of(model_folder, tmp_path, **{"data.images": table(tmp_path / "many", count, 0)})
+    data = inputs.Inputs.of(config, folder.read(model_folder))
+    one, again = (Identified("one") for _ in range(2))
+    other = Identified("other", first=inputs.REWARDED_AT_ONCE)
+    found = [data.rewards(reward, cache) for reward in (one, other, again)]
+    np.testing.assert_array_equal(found[0][: inputs.REWARDED_AT_ONCE], found[1][: inputs.REWARDED_AT_ONCE])
+    assert (found[0] != found[1])[inputs.REWARDED_AT_ONCE :].all()
+    np.testing.assert_array_equal(found[0], found[2])
+    assert (one.calls, other.calls, again.calls) == (2, 2, 0)
+
+    files = sorted(cache.iterdir())
+    capfd.readouterr()
+    np.testing.assert_array_equal(data.rewards(brightness, cache), found[0])
+    assert sorted(cache.iterdir()) == files and "rewards: 100%" in capfd.readouterr().err
 
 
 # ---- Runs -----------------------------------------------------------------------------------------------------------
@@ -316,6 +344,6 @@ def test_pictures_and_captions_that_do_not_fit_are_named(model_folder, tmp_path)
     config.data.images = table(tmp_path / "large", 2, 0, size=24)
     with pytest.raises(ValueError, match=r"row 1: image: got 24 x 24 pixels, expected 16 x 16.*--config.data.resize=True"):
         train.train(config, tmp_path / "run", brightness)
-    assert next(inputs.decoded(Pictures(config.data.images), 16, resize=True)).shape == (16, 16, 3)
+    assert next(inputs.decoded(ImageTable(config.data.images), 16, resize=True)).shape == (16, 16, 3)
     with pytest.raises(ValueError, match="inpainting model"):
         finetuning.model_config(config, folder.Config(unet=folder.UNetConfig(in_channels=9)))

@@ -10,7 +10,7 @@ import tiny_model
 
 import rahf
 from rahf import convert, experiments, predict, predictor, train, workdirs
-from rahf.reward import sources
+from rahf.reward import specs
 from richhf_data import schema
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -49,20 +49,26 @@ def test_predict_gives_every_kind_of_feedback(workdir, images):
 
 
 def test_a_score_and_a_weighted_sum_of_scores_are_rewards(workdir, images):
-    scores = rahf.load(workdir).predict(images, PROMPTS).scores
+    scores, identities = rahf.load(workdir).predict(images, PROMPTS).scores, set()
     for spec, expected in (
         ("", scores["overall"]),
         (":plausibility", scores["plausibility"]),
         (":alignment=0.7,aesthetics=-3", 0.7 * scores["alignment"] - 3 * scores["aesthetics"]),
     ):
-        rewards = sources.checked(sources.reward_of(f"rahf:{workdir}{spec}"), images, PROMPTS)
-        np.testing.assert_allclose(rewards, expected, atol=1e-6)
+        reward = specs.reward_of(f"rahf:{workdir}{spec}")
+        np.testing.assert_allclose(specs.checked(reward, images, PROMPTS), expected, atol=1e-6)
+        identities.add(specs.identity_of(reward))
+    model = rahf.load(workdir)
+    model.params["vit"]["pos_embedding"] += 1e-6
+    identities.add(specs.ScoreReward(model, {"overall": 1.0}).identity)
+    assert len(identities) == 4
 
 
 def test_a_converted_workdir_is_read_anywhere(workdir, tmp_path):
     convert.convert("workdir", workdir, tmp_path)
     assert not (tmp_path / "best").exists()
     jax.tree.map(np.testing.assert_array_equal, rahf.load(workdir).params, rahf.load(tmp_path).params)
+    assert specs.reward_of(f"rahf:{workdir}").identity == specs.reward_of(f"rahf:{tmp_path}").identity
     tiny_model.check_stablehlo(tmp_path)
 
 

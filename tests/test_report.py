@@ -1,7 +1,9 @@
 """The page is self-contained, escaped and complete; the overlay's colours are where the heatmap is."""
 
 import base64
+import pathlib
 import re
+import runpy
 import subprocess
 import sys
 
@@ -13,6 +15,9 @@ from html_page import Page
 from rahf import report
 from richhf_data import metrics
 from richhf_data.schema import HEATMAPS, SCORES
+
+ROOT = pathlib.Path(__file__).parent.parent
+draw_predictions = runpy.run_path(str(ROOT / "docs/figures.py"))["predictions"]
 
 
 @pytest.fixture
@@ -117,7 +122,7 @@ def test_write_that_fails_leaves_the_old_page(item, tmp_path):
 def test_figure_draws_a_row_per_item(item, truth, tmp_path):
     heights = []
     for n in (1, 3):
-        report.figure([{**item, "truth": truth}] + [item] * (n - 1), tmp_path / "figure.png")
+        draw_predictions([{**item, "truth": truth}] + [item] * (n - 1), tmp_path / "figure.png")
         drawn = cv2.imread(str(tmp_path / "figure.png"))
         heights.append(len(drawn))
         assert np.ptp(drawn) > 200
@@ -126,7 +131,7 @@ def test_figure_draws_a_row_per_item(item, truth, tmp_path):
 
 
 def test_figure_takes_any_prompt(item, tmp_path):
-    report.figure([{**item, "prompt": r"$\frac{1}$ " + "many words " * 40}], tmp_path / "figure.png")
+    draw_predictions([{**item, "prompt": r"$\frac{1}$ " + "many words " * 40}], tmp_path / "figure.png")
     assert cv2.imread(str(tmp_path / "figure.png")) is not None
 
 
@@ -149,7 +154,7 @@ def test_figure_takes_any_prompt(item, tmp_path):
     ],
 )
 def test_write_and_figure_name_what_is_wrong(item, tmp_path, change, message):
-    for draw in (lambda items: report.write(tmp_path / "r", items, title=""), lambda items: report.figure(items, "r")):
+    for draw in (lambda items: report.write(tmp_path / "r", items, title=""), lambda items: draw_predictions(items, "r")):
         with pytest.raises(ValueError, match=message):
             draw([{**item, **change}])
     assert not list(tmp_path.iterdir())
@@ -157,7 +162,7 @@ def test_write_and_figure_name_what_is_wrong(item, tmp_path, change, message):
 
 def test_figure_without_items_is_refused(tmp_path):
     with pytest.raises(ValueError, match="items: got none, expected at least one"):
-        report.figure([], tmp_path / "figure.png")
+        draw_predictions([], tmp_path / "figure.png")
 
 
 def test_report_imports_without_tensorflow_and_jax():

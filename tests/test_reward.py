@@ -21,8 +21,8 @@ import tiny_clip
 
 from rahf import experiments, reward
 from rahf.models.clip import CLIP
-from rahf.reward import embed, metrics, model, predict, prompts, sources, train
-from rahf.reward.feedback import Feedback, Pictures
+from rahf.reward import embed, model, predict, prompts, specs, train
+from rahf.reward.image_table import ImageTable, LabelledImages
 from richhf_data import json_files
 from richhf_data.images import decode
 
@@ -144,7 +144,7 @@ def test_jsonl_and_parquet_of_bytes_structs_and_paths_read_alike(tmp_path):
     sources.append(tmp_path / "lines.jsonl")
     sources[-1].write_text("\n".join(lines))
     for source in sources:
-        feedback = Feedback(source)
+        feedback = LabelledImages(source)
         assert feedback.prompts == ["two cats", "a red cat", "one mouse"]
         assert feedback.labels == [1, 0, 1]
         assert [image for _, image in feedback.images()] == encoded
@@ -167,47 +167,47 @@ def test_jsonl_and_parquet_of_bytes_structs_and_paths_read_alike(tmp_path):
 )
 def test_feedback_names_file_row_got_and_expected(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
-        Feedback(write_rows(tmp_path, change=change))
+        LabelledImages(write_rows(tmp_path, change=change))
 
 
 def test_feedback_refuses_other_files(tmp_path):
     with pytest.raises(ValueError, match=r"feedback: no file .*nothing.jsonl"):
-        Feedback(tmp_path / "nothing.jsonl")
+        LabelledImages(tmp_path / "nothing.jsonl")
     (tmp_path / "a.csv").write_text("x")
     with pytest.raises(ValueError, match=r"ends in '.csv', expected one of \['.jsonl', '.parquet'\]"):
-        Feedback(tmp_path / "a.csv")
+        LabelledImages(tmp_path / "a.csv")
     (tmp_path / "a.parquet").write_text("x")
     with pytest.raises(ValueError, match=r"feedback: .*a.parquet is not a readable parquet file"):
-        Feedback(tmp_path / "a.parquet")
+        LabelledImages(tmp_path / "a.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"], "picture": [b"x"]}), tmp_path / "b.parquet")
     with pytest.raises(ValueError, match=r"has no column image, label; it has prompt \(string\), picture \(binary\)"):
-        Feedback(tmp_path / "b.parquet")
+        LabelledImages(tmp_path / "b.parquet")
     with pytest.raises(ValueError, match=r"row 2: label: got None, expected 0 or 1"):
-        Feedback(write_parquet(tmp_path / "c.parquet", [png(0)] * 3, (1, None, 0)))
+        LabelledImages(write_parquet(tmp_path / "c.parquet", [png(0)] * 3, (1, None, 0)))
     with pytest.raises(ValueError, match=r"row 2: image: got no bytes, expected a path or an image's bytes"):
-        list(Feedback(write_parquet(tmp_path / "d.parquet", [png(0), b"", png(1)])).images())
+        list(LabelledImages(write_parquet(tmp_path / "d.parquet", [png(0), b"", png(1)])).images())
 
 
 def test_pictures_need_no_label_and_read_the_folder_that_sample_writes(tmp_path):
     file = write_rows(tmp_path, 3, lambda i, row: {"prompt": row["prompt"], "image": row["image"], "seed": 0, "number": i})
     file.rename(tmp_path / "images.jsonl")
-    for pictures in (Pictures(tmp_path), Pictures(str(tmp_path / "images.jsonl"))):
+    for pictures in (ImageTable(tmp_path), ImageTable(str(tmp_path / "images.jsonl"))):
         assert len(pictures.prompts) == len(pictures) == 3
         assert [image for _, image in pictures.images()] == [png(i) for i in range(3)]
         assert next(pictures.images())[0] == f"pictures: {tmp_path / 'images.jsonl'}: row 1"
     with pytest.raises(ValueError, match=r"feedback: .*images.jsonl:\n  row 1: got .*, expected .*0 or 1"):
-        Feedback(tmp_path)
+        LabelledImages(tmp_path)
     with pytest.raises(ValueError, match=r"pictures: no file .*none.images.jsonl"):
         (tmp_path / "none").mkdir()
-        Pictures(tmp_path / "none")
+        ImageTable(tmp_path / "none")
     (tmp_path / "images" / "1.png").unlink()
     with pytest.raises(ValueError, match=r"row 2: image: no file .*1.png"):
-        Pictures(tmp_path)
+        ImageTable(tmp_path)
     write_parquet(tmp_path / "a.parquet", [png(0)] * 3)
-    assert Pictures(tmp_path / "a.parquet").prompts == ["two cats", "a red cat", "one mouse"]
+    assert ImageTable(tmp_path / "a.parquet").prompts == ["two cats", "a red cat", "one mouse"]
     pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"], "picture": [b"x"]}), tmp_path / "b.parquet")
     with pytest.raises(ValueError, match=r"pictures: .* has no column image; it has prompt"):
-        Pictures(tmp_path / "b.parquet")
+        ImageTable(tmp_path / "b.parquet")
 
 
 # ---- Embeddings -----------------------------------------------------------------------------------------------------
@@ -380,7 +380,7 @@ def test_fit_learns_is_deterministic_and_keeps_the_best(standard_promotion):
     again, _ = model.fit(features, rows[:400], rows[400:], config)
     jax.tree.map(np.testing.assert_array_equal, params, again)
     values = model.predict(model.RewardMLP((32, 32)), params, features.image[400:], features.text[features.prompt[400:]])
-    assert metrics.auc(values, features.label[400:]) > 0.95
+    assert train.auc(values, features.label[400:]) > 0.95
     np.testing.assert_allclose(np.mean((values - features.label[400:]) ** 2), best["validation_mse"], rtol=1e-5)
 
 
@@ -429,24 +429,24 @@ def test_features_of_wrong_shapes_or_values_are_named():
 
 
 # ---- Metrics --------------------------------------------------------------------------------------------------------
-def test_metrics_are_sklearns():
-    import sklearn.metrics
-
+def test_metrics_are_their_definitions():
     for seed in range(20):
         rng = np.random.default_rng(seed)
         labels, values = rng.integers(0, 2, 40), rng.integers(0, 9, 40) / 8  # with ties
         predicted = values >= 0.5
+        differences = values[labels == 1][:, None] - values[labels == 0]
         expected = {
-            "accuracy": sklearn.metrics.accuracy_score(labels, predicted),
-            "f1": sklearn.metrics.f1_score(labels, predicted),
-            "auc": sklearn.metrics.roc_auc_score(labels, values),
+            "accuracy": np.mean(predicted == labels),
+            "f1": 2 * np.sum(predicted & (labels == 1)) / (predicted.sum() + labels.sum()),
+            "auc": np.mean((differences > 0) + 0.5 * (differences == 0)),
         }
-        assert metrics.all_of(values, labels, 0.5) == pytest.approx(expected, abs=1e-12)
-        threshold = metrics.best_threshold(values, labels)
+        assert train.binary_metrics(values, labels, 0.5) == pytest.approx(expected, abs=1e-12)
         candidates = [-1.0, *(np.arange(9) / 8 + 1 / 16)]
-        assert metrics.accuracy(values, labels, threshold) == max(metrics.accuracy(values, labels, x) for x in candidates)
-    assert np.isnan(metrics.auc(np.arange(3), np.ones(3)))
-    assert np.isnan(metrics.f1(np.zeros(3), np.zeros(3), 0.5))
+        accuracies = [np.mean((values >= threshold) == labels) for threshold in candidates]
+        assert np.mean((values >= train.best_threshold(values, labels)) == labels) == max(accuracies)
+    assert np.isnan(train.auc(np.arange(3), np.ones(3)))
+    undefined = train.binary_metrics(np.zeros(3), np.zeros(3), 0.5)
+    assert undefined == pytest.approx({"accuracy": 1.0, "f1": np.nan, "auc": np.nan}, nan_ok=True)
 
 
 # ---- Rewards and features by name -----------------------------------------------------------------------------------
@@ -454,8 +454,9 @@ def test_python_specs_give_the_users_own_functions(tmp_path, monkeypatch):
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "rewards.py").write_text("class Of:\n    red = staticmethod(lambda images, prompts: images)\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert sources.reward_of("python:own.rewards:Of.red")(3, "") == 3
-    assert sources.features_of("python:numpy:asarray") is np.asarray
+    assert specs.reward_of("python:own.rewards:Of.red")(3, "") == 3
+    assert specs.features_of("python:numpy:asarray") is np.asarray
+    assert specs.identity_of(specs.reward_of("python:builtins:max")) is None  # no source file
     (tmp_path / "own" / "faulty.py").write_text("import no_such_package\n")
     for spec, message in (
         ("python:own.nothing:red", r"reward: python:own.nothing:red: No module named 'own.nothing'; is its folder on"),
@@ -466,7 +467,34 @@ def test_python_specs_give_the_users_own_functions(tmp_path, monkeypatch):
         ("python::x", r"expected python:package.module:name"),
     ):
         with pytest.raises(ValueError, match=message):
-            sources.reward_of(spec)
+            specs.reward_of(spec)
+
+
+def test_python_rewards_are_identified_by_their_source(tmp_path, monkeypatch):
+    """By the file of the module that is named, and of the one that defines the function."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # two versions of a file may have one time and size
+
+    def identity(named, defining, spec="python:rewards_named:red"):
+        (tmp_path / "rewards_named.py").write_text(named)
+        (tmp_path / "rewards_defining.py").write_text(defining)
+        for module in ("rewards_named", "rewards_defining"):
+            sys.modules.pop(module, None)
+        return specs.identity_of(specs.reward_of(spec))
+
+    named = "from rewards_defining import red\nblue = red\n"
+    defining = "def red(images, prompts): return {}\n"
+    found = [
+        identity(named, defining.format(1)),
+        identity(named + "# other\n", defining.format(1)),
+        identity(named, defining.format(2)),
+        identity(named, defining.format(1), "python:rewards_named:blue"),
+    ]
+    assert len(set(found)) == 4 and all(found)
+    assert identity(named, defining.format(1)) == found[0]
+    assert identity(named, defining.format(1) + "red.identity = 'version 2'\n") == "version 2"
+    with pytest.raises(ValueError, match="reward: got the identity 3, expected a text"):
+        identity(named, defining.format(1) + "red.identity = 3\n")
 
 
 @pytest.mark.parametrize(
@@ -485,19 +513,19 @@ def test_python_specs_give_the_users_own_functions(tmp_path, monkeypatch):
 )
 def test_reward_specs_name_what_is_wrong(spec, message):
     with pytest.raises(ValueError, match=message):
-        sources.reward_of(spec)
+        specs.reward_of(spec)
 
 
 def test_clip_features_are_its_image_embeddings(clip_folder, clip):
     images = [decode(png(i), "") for i in range(3)]
-    np.testing.assert_array_equal(sources.features_of(f"clip:{clip_folder}")(images), clip.images(images))
+    np.testing.assert_array_equal(specs.features_of(f"clip:{clip_folder}")(images), clip.images(images))
     with pytest.raises(ValueError, match=r"features: got 'reward:a', expected clip:... or python:..."):
-        sources.features_of("reward:a")
+        specs.features_of("reward:a")
 
 
 @pytest.mark.parametrize("given", [[1, 2], (True, False), np.float64([0.1, -3]), jax.numpy.bfloat16([1, 2])])
 def test_checked_takes_any_finite_numbers(given):
-    rewards = sources.checked(lambda *_: given, [0, 0], ["a", "b"])
+    rewards = specs.checked(lambda *_: given, [0, 0], ["a", "b"])
     np.testing.assert_array_equal(rewards, np.asarray(given, np.float32))
     assert rewards.dtype == np.float32
 
@@ -519,9 +547,9 @@ def test_checked_takes_any_finite_numbers(given):
 @pytest.mark.filterwarnings("ignore:overflow")
 def test_checked_names_what_is_wrong(given, message):
     with pytest.raises(ValueError, match=message):
-        sources.checked(lambda *_: given, [0, 0], ["a", "b"])
+        specs.checked(lambda *_: given, [0, 0], ["a", "b"])
     with pytest.raises(ValueError, match="reward: got 1 images and 2 prompts"):
-        sources.checked(lambda *_: given, [0], ["a", "b"])
+        specs.checked(lambda *_: given, [0], ["a", "b"])
 
 
 # ---- The command, the function --------------------------------------------------------------------------------------
@@ -535,16 +563,26 @@ def test_train_writes_a_folder_that_load_reads_and_resumes(standard_promotion, c
     assert "CLIP score auc" in train.table(results)
 
     images = [decode(png(i), "") for i in range(30)]
-    texts = Feedback(file).prompts
+    texts = LabelledImages(file).prompts
     loaded = reward.load(workdir)
     rewards = loaded(images, texts)
     assert rewards.shape == (30,) and rewards.dtype == np.float32 and np.ptp(rewards) > 1e-4
     keys = [embed.key(png(i)) for i in range(30)]
     _, validation = train.split(keys, 0.3)
-    mse = np.mean((rewards[validation] - np.array(Feedback(file).labels)[validation]) ** 2)
+    mse = np.mean((rewards[validation] - np.array(LabelledImages(file).labels)[validation]) ** 2)
     np.testing.assert_allclose(mse, results[1]["validation_mse"], rtol=1e-4)
-    for function in (loaded, sources.reward_of(f"reward:{workdir}"), sources.reward_of(f"reward:{workdir}:{clip_folder}")):
+    for function in (loaded, specs.reward_of(f"reward:{workdir}"), specs.reward_of(f"reward:{workdir}:{clip_folder}")):
         np.testing.assert_allclose(function(np.stack(images[:3]), texts[:3]), rewards[:3], atol=1e-6)
+
+    # Other weights, layers or CLIP: another identity.
+    changed = jax.tree.map(lambda leaf: leaf + 1e-6, loaded.params)
+    others = [predict.Reward(loaded.clip, loaded.model, changed)]
+    others.append(predict.Reward(loaded.clip, model.RewardMLP((3,)), loaded.params))
+    with monkeypatch.context() as patched:
+        patched.setattr(loaded.clip, "digest", "another")
+        others.append(predict.Reward(loaded.clip, loaded.model, loaded.params))
+        identities = {specs.identity_of(other) for other in others}
+    assert len({loaded.identity, *identities}) == 4 and reward.load(workdir).identity == loaded.identity
 
     # Killed before the last training: it is repeated, the others are not, and the result is the same.
     whole = (workdir / "weights.safetensors").read_bytes()

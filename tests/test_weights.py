@@ -3,12 +3,13 @@
 import json
 import zipfile
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from rahf import convert, names, pretrained, weights
+from rahf import names, pretrained, weights
 from rahf.weights import Tensor
 
 
@@ -141,10 +142,10 @@ def test_one_tensor_at_a_time_is_in_memory_and_scanned_ones_are_read_once(tmp_pa
 
         return Tensor((4, 100, 50), read)
 
-    theirs = convert.unstacked({f"block/{i}": stack(i) for i in range(5)}, "block", 0)
+    theirs = weights.unstacked({f"block/{i}": stack(i) for i in range(5)}, "block", 0)
     # Layer by layer, as our names come; `matched` puts what lies together together.
-    ours = {f"block_{layer}/{i}": (100, 50) for layer in range(4) for i in range(5)}
-    tensors = pretrained.matched(theirs, names.identity(ours), ours, "", "test")
+    ours = {f"block_{layer}/{i}": jax.ShapeDtypeStruct((100, 50), np.float32) for layer in range(4) for i in range(5)}
+    tensors = pretrained.matched(theirs, names.same_names(ours), ours, "", "test")
     weights.write_safetensors(tmp_path / "w.safetensors", tensors)
     assert reads == [0, 1, 2, 3, 4]
     assert Counted.most <= 3  # a stack, its layer, and a view of one

@@ -36,9 +36,10 @@ from rahf import experiments, workdirs
 from rahf import reward as rahf_reward
 from rahf.diffusion import evaluate, folder, inputs, sample
 from rahf.diffusion import train as diffusion_train
-from rahf.reward import embed, metrics, predict, prompts
+from rahf.diffusion.comparison_page import Evaluated
+from rahf.reward import embed, predict, prompts
 from rahf.reward import train as reward_train
-from rahf.reward.feedback import Pictures
+from rahf.reward.image_table import ImageTable
 from richhf_data import command, json_files, paths
 from richhf_data.errors import UserError
 
@@ -159,7 +160,7 @@ def tune(config, root: pathlib.Path, name: str) -> None:
 
 
 # ---- Verdicts -------------------------------------------------------------------------------------------------------
-def judged(config, root: pathlib.Path, raters) -> list[evaluate.Evaluated]:
+def judged(config, root: pathlib.Path, raters) -> list[Evaluated]:
     """Compares all generators on held-out prompts, from the same noise; writes results.json and report.html."""
     place, strong = root / "verdicts", config.sampling.to_dict() | {"guidance_scale": config.eval.strong_guidance}
     held_out = [prompts.text(prompt) for prompt in drawings.split_prompts()[1]]
@@ -188,12 +189,12 @@ def judged(config, root: pathlib.Path, raters) -> list[evaluate.Evaluated]:
     for number, (label, images) in enumerate(sets.items()):
         file = place / f"{number}.parquet"
         write_table(file, images, texts)
-        tables[label] = Pictures(file)
+        tables[label] = ImageTable(file)
     return evaluate.compare(
         tables,
         root,
         features=raters.features,
-        reference=Pictures(root / "pictures/clean.parquet"),
+        reference=ImageTable(root / "pictures/clean.parquet"),
         reward=reward,
         clip=embed.Clip(root / "clip"),
         judge=raters,
@@ -201,18 +202,18 @@ def judged(config, root: pathlib.Path, raters) -> list[evaluate.Evaluated]:
     )
 
 
-def predictors(found: list[evaluate.Evaluated]) -> list[dict[str, float]]:
+def predictors(found: list[Evaluated]) -> list[dict[str, float]]:
     """AUC of reward and CLIP score as predictors of which of the base's pictures the judge finds right."""
     (base,) = (one for one in found if one.name == BASE)
-    right, kinds = base.values["alignment/all"], np.array(evaluate.kinds_of(base.prompts, drawings.WORDS))
+    right, kinds = base.values["alignment/all"], np.array(drawings.WORDS.kinds(base.prompts))
     return [
         {"held-out prompts": kind, "pictures": int(rows.sum())}
-        | {label: metrics.auc(base.values[name][rows], right[rows]) for name, label in PREDICTORS.items()}
+        | {label: reward_train.auc(base.values[name][rows], right[rows]) for name, label in PREDICTORS.items()}
         for kind, rows in [("all", kinds == kinds), *((kind, kinds == kind) for kind in sorted(set(kinds)))]
     ]
 
 
-def table(found: list[evaluate.Evaluated], rewards) -> str:
+def table(found: list[Evaluated], rewards) -> str:
     """All tables, as Markdown."""
     shown = {"alignment/all": "all right", **{f"alignment/{name}": name for name in prompts.CATEGORIES}}
     lines = []
@@ -235,7 +236,7 @@ def table(found: list[evaluate.Evaluated], rewards) -> str:
     return "\n\n".join((verdicts, on_held_out, markdown(lines))) + "\n"
 
 
-def figure(found: list[evaluate.Evaluated], root: pathlib.Path, columns: int = 12) -> bytes:
+def figure(found: list[Evaluated], root: pathlib.Path, columns: int = 12) -> bytes:
     """A PNG: one picture for each of the first prompts, by the base and the fine-tuned; frames show the judge's verdict."""
     from matplotlib.figure import Figure
 

@@ -9,7 +9,6 @@ import pathlib
 from collections.abc import Sequence
 
 import flax.linen as nn
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,9 +16,10 @@ import optax
 
 from benchmarks.alignment import drawings
 from benchmarks.alignment.optimise import optimise
-from rahf import checkpoints, weights
+from rahf import weights
 from rahf.diffusion.unet import Conv, GroupNorm, ResnetBlock
 from rahf.models.rahf import normalize_image
+from rahf.models.shapes import param_shapes
 from rahf.reward import embed, predict, prompts
 from richhf_data import json_files
 from richhf_data.errors import UserError
@@ -198,9 +198,5 @@ def load(folder) -> Judge:
         raise UserError(f"judge: got {folder}, expected a folder that judge.fit wrote")
     words, size = prompts.words_of(config["words"]), config["size"]
     network = _network(words, config["widths"])
-    wanted = jax.eval_shape(network.init, jax.random.key(0), np.zeros((1, size, size, 3), np.uint8))
-    wanted = flax.traverse_util.flatten_dict(nn.unbox(wanted)["params"], sep="/")
-    tensors = weights.open_safetensors(folder / "weights.safetensors")
-    found = {name: tensor.shape for name, tensor in tensors.items()}
-    checkpoints.check_shapes(found, {name: leaf.shape for name, leaf in wanted.items()}, folder)
-    return Judge(words, size, network, flax.traverse_util.unflatten_dict(dict(weights.read_all(tensors)), sep="/"))
+    shapes = param_shapes(network.init, np.zeros((1, size, size, 3), np.uint8))
+    return Judge(words, size, network, weights.read_params(folder / "weights.safetensors", shapes))

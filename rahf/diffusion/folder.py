@@ -1,13 +1,14 @@
-"""A Stable Diffusion, and the folder of diffusers that it is read from and written to.
+"""Reads and writes a Stable Diffusion as a folder of diffusers.
 
-    model_index.json                                       which parts there are; written last
+    model_index.json                                       the list of parts; written last
     unet/, vae/         config.json, diffusion_pytorch_model.safetensors
     text_encoder/       config.json, model.safetensors
     tokenizer/          CLIP's vocabulary
     scheduler/          scheduler_config.json
 
-Stable Diffusion 1.x (the inpainting model too) and what has its parts in other sizes, such as 2.x. Of safety_checker/ and
-feature_extractor/, nothing is read or written. Names and shapes of all tensors are checked before any is read.
+Supported are Stable Diffusion 1.x, its inpainting model, and models of the same parts in other sizes, such as 2.x.
+safety_checker/ and feature_extractor/ are ignored and not written. Names and shapes of all tensors are checked before any is
+read.
 """
 
 import dataclasses
@@ -23,18 +24,19 @@ import numpy as np
 from flax import linen as nn
 from tqdm.auto import tqdm
 
-from rahf import checkpoints, convert, names, weights
+from rahf import checkpoints, names, readers, weights
 from rahf.diffusion.schedule import Schedule
 from rahf.diffusion.unet import UNet, UNetConfig
 from rahf.diffusion.vae import VAE, VAEConfig
 from rahf.models.clip import CLIP, TOKENIZER_FILES, VIT_L14, CLIPConfig, Tokenizer
+from rahf.models.shapes import param_shapes
 from rahf.pretrained import matched
 from rahf.weights import Tensor, Tensors
 from richhf_data import json_files
 from richhf_data.errors import UserError
 
 INDEX = "model_index.json"
-FORMAT = "0.42.1"  # of diffusers, as which we write
+FORMAT = "0.42.1"  # the version of diffusers whose format we write
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
 WEIGHTS = [f"{name}{end}" for name in ("diffusion_pytorch_model", "model") for end in (".safetensors", ".fp16.safetensors")]
 WEIGHTS += ["diffusion_pytorch_model.bin", "pytorch_model.bin"]  # in order of preference
@@ -43,11 +45,11 @@ VOCABULARY = (*TOKENIZER_FILES, "special_tokens_map.json", "tokenizer_config.jso
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The parts; the defaults are those of Stable Diffusion 1.4 and 1.5."""
+    """Configurations of the parts; the defaults are those of Stable Diffusion 1.4 and 1.5."""
 
     unet: UNetConfig = dataclasses.field(default_factory=UNetConfig)
     vae: VAEConfig = dataclasses.field(default_factory=VAEConfig)
-    text: CLIPConfig = VIT_L14  # of which the text tower is used
+    text: CLIPConfig = VIT_L14  # only the text tower is used
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
 
     def __post_init__(self):
@@ -64,20 +66,20 @@ class Config:
 
     @property
     def inpaints(self) -> bool:
-        """Whether the UNet reads a mask and the masked image as well."""
+        """Whether the UNet also reads a mask and the masked image."""
         return self.unet.in_channels != self.unet.out_channels
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """The networks, named as the parameters' parts. Of the text encoder, the method is `text_tokens`."""
+        """The networks, by part. The text encoder's method is `text_tokens`."""
         return {"unet": UNet(self.unet), "vae": VAE(self.vae), "text_encoder": CLIP(self.text, text_only=True)}
 
 
 def init(config: Config, key: jax.Array) -> dict:
-    """New parameters of the three parts, with their logical axes (`nn.unbox` takes these off); traceable."""
+    """New parameters of the three parts, boxed with their logical axes. Can be traced by JAX."""
     unet, vae, text = config.modules.values()
     keys, size = jax.random.split(key, 3), config.vae.factor
-    latents = np.zeros((1, size, size, config.unet.in_channels), np.float32)  # small, but divisible throughout
+    latents = np.zeros((1, size, size, config.unet.in_channels), np.float32)  # the smallest size that every level can halve
     context = np.zeros((1, 1, config.unet.cross_attention_dim), np.float32)
     image = np.zeros((1, size, size, config.vae.in_channels), np.float32)
     return {
@@ -89,11 +91,11 @@ def init(config: Config, key: jax.Array) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class StableDiffusion:
-    """What `read` gives and `write` takes.
+    """A Stable Diffusion in memory.
 
     Attributes:
       params: {"unet", "vae", "text_encoder"} -> nested dictionaries of float32 arrays.
-      vocabulary: the folder of the tokeniser's files.
+      vocabulary: the folder with the tokenizer's files.
     """
 
     config: Config
@@ -105,10 +107,13 @@ class StableDiffusion:
         return Tokenizer(self.vocabulary)
 
     def text_ids(self, prompts, truncate: bool = False) -> np.ndarray:
-        """int32[B, 77], or as many as the text encoder has positions.
+        """Tokenizes prompts: int32[B, L], L = the text encoder's positions (77).
+
+        Args:
+          truncate: drop the end of a prompt that is too long.
 
         Raises:
-          UserError: a prompt is longer and `truncate`, which drops its end, is not set.
+          UserError: a prompt is too long, without `truncate`.
         """
         length = self.config.text.text.length
         for prompt in prompts:
@@ -121,7 +126,7 @@ class StableDiffusion:
 
 
 # ---- Configurations -------------------------------------------------------------------------------------------------
-# What the networks compute whatever the configuration. A file that says otherwise is of another network.
+# Options that our networks do not have, with the values that they implement. A file with other values is refused.
 UNET_FIXED = {
     "center_input_sample": False,
     "flip_sin_to_cos": True,
@@ -162,11 +167,11 @@ VAE_FIXED = {
     "mid_block_add_attention": True,
 }
 SCHEDULE_FIXED = {"trained_betas": None, "thresholding": False, "rescale_betas_zero_snr": False}
-OURS = {"dtype", "remat"}  # fields of configurations that diffusers does not have
+OURS = {"dtype", "remat"}  # fields of our configurations that diffusers does not have
 
 
 def _config(cls, file: pathlib.Path, fixed: Mapping):
-    """A configuration of ours from a file of diffusers; what the file leaves out has its default, as there."""
+    """Reads a config file of diffusers as our `cls`. A missing value is the default, which is also theirs."""
     values = _read_json(file)
     for name, expected in fixed.items():
         if values.get(name, expected) != expected:
@@ -212,30 +217,30 @@ def read_config(folder) -> Config:
     unet = _config(UNetConfig, folder / "unet/config.json", UNET_FIXED)
     vae = _config(VAEConfig, folder / "vae/config.json", VAE_FIXED)
     text = _read_json(folder / "text_encoder/config.json")
-    both = {name: text[name] for name in ("hidden_act", "layer_norm_eps") if name in text}  # images' are not used
-    text = convert.clip_config_from_hugging_face({"text_config": text, "vision_config": both})
+    both = {name: text[name] for name in ("hidden_act", "layer_norm_eps") if name in text}  # must equal in both towers
+    text = readers.clip_config_from_hugging_face({"text_config": text, "vision_config": both})
     schedule = _config(Schedule, folder / "scheduler/scheduler_config.json", SCHEDULE_FIXED)
-    # Some files lack the offset; diffusers' pipelines then set it to 1.
+    # Some files lack the offset; diffusers' pipelines set it to 1.
     return Config(unet, vae, text, dataclasses.replace(schedule, steps_offset=1))
 
 
 # ---- Tensors --------------------------------------------------------------------------------------------------------
 def linear(x):
-    """The layout of torch's `Linear`, or of a `Conv2d` of one pixel, as old VAE files have it."""
+    """Layout of torch's `Linear`, or of a 1 x 1 `Conv2d`, which old VAE files have instead."""
     return x.reshape(x.shape[:2]).T
 
 
 def gated(x):
-    """The layout of diffusers' `GEGLU`, the two halves one after the other."""
+    """Layout of the kernel of diffusers' `GEGLU`: theirs is [2 * out, in], ours [in, 2, out]."""
     return x.reshape(2, -1, x.shape[1]).transpose(2, 0, 1)
 
 
 def gated_bias(x):
-    """The layout of `GEGLU`'s bias, the two halves likewise."""
+    """Layout of the bias of `GEGLU`: theirs is [2 * out], ours [2, out]."""
     return x.reshape(2, -1)
 
 
-BACK = {  # what undoes a layout
+BACK = {  # layout -> its inverse
     names.same: names.same,
     names.transposed: np.transpose,
     names.leading: lambda x: x[0],
@@ -244,7 +249,7 @@ BACK = {  # what undoes a layout
     gated: lambda x: x.transpose(1, 2, 0).reshape(-1, x.shape[0]),
     gated_bias: lambda x: x.reshape(-1),
 }
-THEIRS = (  # (a part of our names, diffusers')
+THEIRS = (  # our names -> diffusers', as regular expressions to apply in order
     (r"(blocks|resnets|attentions)_(\d+)", r"\1.\2"),
     (r"(down|up)sampler/", r"\1samplers.0.conv/"),
     (r"to_out/", "to_out.0/"),
@@ -253,25 +258,29 @@ THEIRS = (  # (a part of our names, diffusers')
     (r"(kernel|scale)$", "weight"),
     (r"/", "."),
 )
-OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # in the VAE of SD 1.4 and 1.5
+# Names in the VAE files of SD 1.4 and 1.5 -> current ones.
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def table(part: str, config: Config, ours: Mapping[str, tuple[int, ...]]) -> names.Table:
-    """Our parameters of a part -> diffusers' (transformers', of the text encoder) tensors."""
+def tensor_map(part: str, config: Config, ours: Mapping[str, jax.ShapeDtypeStruct]) -> names.TensorMap:
+    """Our parameters of a part -> the tensors of diffusers (of transformers for the text encoder)."""
     if part == "text_encoder":
         return {name: entry for name, entry in names.clip_from_hugging_face(config.text).items() if name in ours}
     found = {}
-    for name, shape in ours.items():
+    for name, leaf in ours.items():
         theirs = functools.reduce(lambda name, rule: re.sub(*rule, name), THEIRS, name)
         layouts = {"kernel": {2: linear, 3: gated, 4: names.convolution}, "bias": {2: gated_bias}}
-        found[name] = (theirs, layouts.get(name.rpartition("/")[2], {}).get(len(shape), names.same))
+        found[name] = (theirs, layouts.get(name.rpartition("/")[2], {}).get(len(leaf.shape), names.same))
     return found
 
 
-def _shapes(config: Config) -> dict[str, dict[str, tuple[int, ...]]]:
-    made = nn.unbox(jax.eval_shape(functools.partial(init, config), jax.random.key(0)))
-    flat = {part: flax.traverse_util.flatten_dict(params, sep="/") for part, params in made.items()}
-    return {part: {name: leaf.shape for name, leaf in params.items()} for part, params in flat.items()}
+def _shapes(config: Config) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+    """Part -> its parameters by name."""
+    shapes = {part: {} for part in config.modules}
+    for path, leaf in param_shapes(lambda key: {"params": init(config, key)}).items():
+        part, _, name = path.partition("/")
+        shapes[part][name] = leaf
+    return shapes
 
 
 def _open_part(folder: pathlib.Path, part: str) -> Tensors:
@@ -279,16 +288,16 @@ def _open_part(folder: pathlib.Path, part: str) -> Tensors:
     if not found:
         raise UserError(f"model: {folder / part} has no weights, expected one of {WEIGHTS}; fetch the folder again")
 
-    def name(theirs):  # in today's words
+    def current(theirs):  # their name in current versions
         if part == "vae":
             return re.sub(r"(attentions\.\d+)\.(\w+)", lambda m: f"{m[1]}.{OLD_ATTENTION.get(m[2], m[2])}", theirs)
         return f"text_model.{theirs.removeprefix('text_model.')}" if part == "text_encoder" else theirs
 
-    return {name(theirs): tensor for theirs, tensor in weights.open_hugging_face(found[0]).items()}
+    return {current(theirs): tensor for theirs, tensor in weights.open_hugging_face(found[0]).items()}
 
 
 def read(folder) -> StableDiffusion:
-    """The Stable Diffusion of a diffusers folder, its parameters as float32 on the default device.
+    """Reads a diffusers folder. Parameters are float32, on the default device.
 
     Raises:
       UserError: as `read_config`; missing, extra or wrongly shaped tensors, with the first of their names.
@@ -299,29 +308,30 @@ def read(folder) -> StableDiffusion:
     for part, ours in _shapes(config).items():
         unused = r".*\.position_ids" if part == "text_encoder" else ""
         theirs = _open_part(folder, part)
-        found = matched(theirs, table(part, config, ours), ours, unused, f"{part} of {folder}")
-        tensors |= {(part, *name.split("/")): tensor for name, tensor in found.items()}
-    for path, array in tqdm(weights.read_all(tensors), desc="read", unit="tensor", total=len(tensors)):
-        params[path] = jax.device_put(array)
+        found = matched(theirs, tensor_map(part, config, ours), ours, unused, f"{part} of {folder}")
+        tensors |= {f"{part}/{name}": tensor for name, tensor in found.items()}
+    for name, array in tqdm(weights.read_all(tensors), desc="read", unit="tensor", total=len(tensors)):
+        params[name] = jax.device_put(array)
     vocabulary = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
-    return StableDiffusion(config, flax.traverse_util.unflatten_dict(params), vocabulary)
+    return StableDiffusion(config, flax.traverse_util.unflatten_dict(params, sep="/"), vocabulary)
 
 
 def write(model: StableDiffusion, folder) -> None:
-    """Writes a folder that diffusers' `StableDiffusionPipeline.from_pretrained` loads, or the inpainting one's.
+    """Writes a folder for diffusers' `StableDiffusionPipeline.from_pretrained`, or for that of the inpainting pipeline.
 
-    The weights are float32; there is no safety checker. Without model_index.json, the folder is not finished.
+    The weights are float32. There is no safety checker. model_index.json is written last: a folder without it is incomplete.
 
     Raises:
-      UserError: the folder holds a finished pipeline already.
+      UserError: the folder already holds a complete pipeline.
     """
     folder, config, shapes = pathlib.Path(folder), model.config, _shapes(model.config)
     if (folder / INDEX).exists():
         raise UserError(f"output: {folder} holds a pipeline already; choose another folder")
     for part, file in (("unet", WEIGHTS[0]), ("vae", WEIGHTS[0]), ("text_encoder", "model.safetensors")):
         params, tensors = flax.traverse_util.flatten_dict(model.params[part], sep="/"), {}
-        checkpoints.check_shapes({name: leaf.shape for name, leaf in params.items()}, shapes[part], part)
-        for name, (theirs, layout) in table(part, config, shapes[part]).items():
+        found, wanted = ({name: leaf.shape for name, leaf in side.items()} for side in (params, shapes[part]))
+        checkpoints.check_shapes(found, wanted, part)
+        for name, (theirs, layout) in tensor_map(part, config, shapes[part]).items():
             back, leaf = BACK[layout], params[name]
             shape = back(np.broadcast_to(np.float32(0), leaf.shape)).shape
             tensors[theirs] = Tensor(shape, lambda back=back, leaf=leaf: back(np.asarray(leaf)))

@@ -1,10 +1,10 @@
-"""What the frozen parts of a Stable Diffusion make of tables of pictures, kept on disk, and the batches drawn from it.
+"""The inputs of diffusion training: outputs of the frozen parts for tables of images, cached on disk, and batches of them.
 
-    cache/latents-*.npy    the VAE's posterior of each image, float32: 128 KiB for one of 512 pixels
-    cache/texts-*.npy      the text encoder's output for each different prompt, float32: 231 KiB for Stable Diffusion's
+    cache/latents-*.npy    the VAE's posterior of each image, float32: 128 KiB for an image of 512 pixels
+    cache/texts-*.npy      the text encoder's output for each different prompt, float32: 231 KiB in Stable Diffusion
     cache/rewards-*.npy    the reward of each of the model's own images
 
-A file's name is a digest of all that it depends on.
+The name of a file is a digest of everything that its content depends on.
 """
 
 import dataclasses
@@ -12,7 +12,6 @@ import fcntl
 import functools
 import hashlib
 import itertools
-import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator
@@ -25,23 +24,25 @@ from tqdm.auto import tqdm
 
 from rahf import checkpoints, partitioning
 from rahf.diffusion import folder
-from rahf.reward import embed, sources
-from rahf.reward.feedback import Pictures
+from rahf.fingerprint import fingerprint
+from rahf.reward import embed, specs
+from rahf.reward.image_table import ImageTable
 from richhf_data import images, json_files, schema
 from richhf_data.errors import UserError
 
-AT_ONCE = 16  # images or texts per device that the frozen parts read
-REWARDED_AT_ONCE = 64  # images that a reward is given
-SAVE_EVERY = 8  # batches of them between two saves of the cache
+AT_ONCE = 16  # images or texts per device in a batch for a frozen part
+REWARDED_AT_ONCE = 64  # images in a batch for a reward
+SAVE_EVERY = 8  # batches between two saves of the cache
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rows:
-    """Images and prompts as the UNet sees them.
+    """Images and prompts as the UNet reads them.
 
     Attributes:
-      moments: float32[n, h, w, 2Z], on disk. text: int32[n], rows of the texts' embeddings.
-      weight: float32[n] at least 0; the rows with 0 are never drawn.
+      moments: float32[n, h, w, 2Z], mean and log variance of the VAE, on disk.
+      text: int32[n], rows of the texts' embeddings.
+      weight: float32[n], 0 or more; rows with 0 are never drawn.
     """
 
     moments: np.ndarray
@@ -49,28 +50,28 @@ class Rows:
     weight: np.ndarray
 
     def drawn(self, seed: int, purpose: int, first: int, count: int) -> np.ndarray:
-        """int64[count]: rows of the endless order from place `first` on; each comes once before any comes again."""
+        """Places `first` to `first + count` of an endless order of rows, int64[count]. Each epoch has every row once."""
         places = np.arange(first, first + count)
         size = np.count_nonzero(self.weight)
         return np.array([self._order(seed, purpose, place // size)[place % size] for place in places], np.int64)
 
-    @functools.lru_cache(maxsize=4)  # noqa: B019  (two epochs of two tables, which live as long as the run)
+    @functools.lru_cache(maxsize=4)  # noqa: B019  (two epochs of two tables, needed until the run ends)
     def _order(self, seed: int, purpose: int, epoch: int) -> np.ndarray:
         return np.random.default_rng((seed, purpose, epoch)).permutation(np.flatnonzero(self.weight))
 
 
 def pretraining_rows(config) -> int:
-    """How many rows of a batch are pre-training pairs, where there are both kinds."""
+    """The number of pre-training pairs in a batch, if a run has both kinds of rows."""
     return round(config.train.pretraining_share * config.train.batch_size)
 
 
 def batches(
     own: Rows | None, pretraining: Rows | None, contexts: np.ndarray, config, rows: np.ndarray, start: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Endless batches from step `start` on, as `make_loss` reads them; a step's is a function of the seed and the step.
+    """Endless batches for `make_loss`, from step `start` on. A batch depends only on the seed and its step.
 
     Args:
-      contexts: float32[texts, L, D], the last of them the empty prompt's. rows: those of the global batch to give.
+      contexts: float32[texts, L, D], with the empty prompt's last. rows: which rows of the global batch to return.
     """
     size = config.train.batch_size
     of_pretraining = size if own is None else 0 if pretraining is None else pretraining_rows(config)
@@ -93,7 +94,7 @@ def batches(
 
 
 def batch_shapes(model: folder.Config, size: int) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of a batch, float32."""
+    """name -> shape of each array of a batch; all are float32."""
     grid, text = model.unet.sample_size, model.text.text
     return {
         "moments": (size, grid, grid, 2 * model.vae.latent_channels),
@@ -106,13 +107,13 @@ def batch_shapes(model: folder.Config, size: int) -> dict[str, tuple[int, ...]]:
 def kept(
     place: pathlib.Path, shape: tuple[int, ...], parts: Callable[[int], Iterator[np.ndarray]], dtype=np.float32
 ) -> np.ndarray:
-    """An array on disk, dtype[*shape], computed part by part; goes on where a killed run left it.
+    """An array on disk, dtype[*shape], computed part by part. Continues where a killed run stopped.
 
-    A run that wants what another computes at this moment waits for it. Several hosts compute the same parts, each for its
-    own disk, from where the one begins that has the fewest.
+    Two runs that need the same array: one computes it, the other waits. Several hosts compute the same parts, each for its
+    own disk, and start at the smallest number of rows that any of them has.
 
     Args:
-      parts: the number of rows that are there -> arrays of the rows from there on.
+      place: the .npy file. parts: called with the number of rows on disk, yields arrays with the following rows.
     """
     done_file, done = place.with_suffix(".json"), 0
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +123,7 @@ def kept(
             found = np.load(place, mmap_mode="r")
             if found.shape == shape and found.dtype == dtype:
                 done = json_files.read(done_file)["rows"]
-        except (OSError, ValueError, KeyError):  # not there, cut short, or not told how far it is: anew
+        except (OSError, ValueError, KeyError):  # missing or damaged: compute it again
             done = 0
         if jax.process_count() > 1:
             done = int(np.min(multihost_utils.process_allgather(np.int64(done))))
@@ -132,7 +133,7 @@ def kept(
             done_file.unlink(missing_ok=True)
         array = np.lib.format.open_memmap(place, "r+" if done else "w+", dtype, shape)
         with place.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)  # a full disk is told now
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)  # a full disk fails here, not after hours
         for i, part in enumerate(parts(done), 1):
             array[done : done + len(part)] = part
             done += len(part)
@@ -142,24 +143,24 @@ def kept(
     return np.load(place, mmap_mode="r")
 
 
-def decoded(pictures: Pictures, size: int, resize: bool, start: int = 0) -> Iterator[np.ndarray]:
-    """uint8[size, size, 3] of each picture of a table.
+def decoded(table: ImageTable, size: int, resize: bool, start: int = 0) -> Iterator[np.ndarray]:
+    """The images of a table from row `start` on, uint8[size, size, 3].
 
     Raises:
-      UserError: one of another size, unless `resize`; names the row.
+      UserError: an image of another size, unless `resize`; names the row.
     """
-    for where, encoded in itertools.islice(pictures.images(), start, None):
+    for where, encoded in itertools.islice(table.images(), start, None):
         image = images.decode(encoded, where)
         if image.shape[:2] != (size, size) and not resize:
             raise UserError(
-                f"{where}: image: got {image.shape[1]} x {image.shape[0]} pixels, expected {size} x {size}, what the UNet "
-                "was trained on; --config.data.resize=True scales and crops"
+                f"{where}: image: got {image.shape[1]} x {image.shape[0]} pixels, expected {size} x {size}, the size of "
+                "the UNet's training; --config.data.resize=True scales and crops"
             )
         yield embed.prepare(image, size)
 
 
 def frozen(model: folder.StableDiffusion, part: str, method: str, mesh) -> tuple[Callable[[np.ndarray], np.ndarray], int]:
-    """A method of a frozen part, as a function of numpy arrays, and how many rows it reads at most: `AT_ONCE` a device."""
+    """A method of a frozen part as a function of numpy arrays, and its maximal batch size, `AT_ONCE` per device."""
     module, rows = model.config.modules[part], AT_ONCE * partitioning.sizes(mesh)["data"]
 
     def apply(params, x):
@@ -176,69 +177,57 @@ def frozen(model: folder.StableDiffusion, part: str, method: str, mesh) -> tuple
 
 
 def parts_of(items: Iterator, size: int, desc: str, total: int, done: int = 0) -> Iterator[list]:
-    """Lists of `size` items, the last one shorter; with a progress bar over the items."""
+    """Yields lists of `size` items, the last one maybe shorter, and shows a progress bar over the items."""
     with tqdm(desc=desc, total=total, initial=done, dynamic_ncols=True, disable=jax.process_index() > 0) as bar:
         while part := list(itertools.islice(items, size)):
             yield part
             bar.update(len(part))
 
 
-def identity(*parts) -> str:
-    """A name for what numbers, texts, files and dataclasses hold."""
-    digest = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, pathlib.Path):
-            with part.open("rb") as file:
-                part = hashlib.file_digest(file, "sha256").hexdigest()
-        elif dataclasses.is_dataclass(part):
-            part = dataclasses.asdict(part)
-        digest.update(json.dumps(part, sort_keys=True).encode())
-    return digest.hexdigest()[:16]
-
-
-def identity_of_pictures(table: Pictures, desc: str) -> str:
-    """Of all that a table holds; reads every image."""
+def fingerprint_of_table(table: ImageTable, desc: str) -> str:
+    """The fingerprint of a table's prompts and images; reads every image."""
     parts = parts_of(table.images(), REWARDED_AT_ONCE, desc, len(table))
-    return identity(table.prompts, [hashlib.sha256(encoded).hexdigest() for part in parts for _, encoded in part])
+    return fingerprint(table.prompts, [hashlib.sha256(encoded).hexdigest() for part in parts for _, encoded in part])
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """The tables of a config, checked, and what the frozen parts make of them when asked to.
+    """The tables of a config, and the outputs of the frozen parts for them.
 
     Attributes:
-      tables: {"images", "pretraining"} -> Pictures, those that the config names. texts: the different prompts, then "".
-      identities: of the tables, and of the whole "model".
+      tables: "images", "pretraining" -> ImageTable, for those that the config names.
+      texts: the different prompts, then "".
+      identities: fingerprints of the tables and of the "model".
     """
 
     config: object
     model: folder.StableDiffusion
-    tables: dict[str, Pictures]
+    tables: dict[str, ImageTable]
     texts: list[str]
     identities: dict[str, str]
 
     @classmethod
     def of(cls, config, model: folder.StableDiffusion):
-        """Raises UserError: no table, one that cannot be read, or a prompt that is too long; names the row."""
+        """Opens and checks the tables. Raises UserError: no table, a faulty table, or a prompt that is too long."""
         if not config.data.images and not config.data.pretraining:
             raise UserError("data: got neither images nor pretraining, expected a table: --config.data.images=FILE")
-        tables = {name: Pictures(config.data[name]) for name in ("images", "pretraining") if config.data[name]}
+        tables = {name: ImageTable(config.data[name]) for name in ("images", "pretraining") if config.data[name]}
         for name, table in tables.items():
             for prompt, place in dict(zip(reversed(table.prompts), reversed(table.places), strict=True)).items():
                 try:
                     model.text_ids([prompt], config.data.truncate_long_prompts)
                 except UserError as error:
-                    hint = "--config.data.truncate_long_prompts=True drops ends"
+                    hint = "--config.data.truncate_long_prompts=True drops the ends of long prompts"
                     raise UserError(f"data.{name}: {table.path}: {place}: {error}; {hint}") from error
         prompts = dict.fromkeys(prompt for table in tables.values() for prompt in table.prompts if prompt)
-        identities = {name: identity_of_pictures(table, f"{name}: digest") for name, table in tables.items()}
+        identities = {name: fingerprint_of_table(table, f"{name}: digest") for name, table in tables.items()}
         vocabulary = [path for name in folder.VOCABULARY if (path := model.vocabulary / name).is_file()]
         sizes = dataclasses.replace(model.config, unet=dataclasses.replace(model.config.unet, remat=False))
-        identities["model"] = identity(sorted(checkpoints.digests(model.params).items()), sizes, *vocabulary)
+        identities["model"] = fingerprint(sorted(checkpoints.digests(model.params).items()), sizes, *vocabulary)
         return cls(config, model, tables, [*prompts, ""], identities)
 
     def contexts(self, cache: pathlib.Path, mesh) -> np.ndarray:
-        """float32[texts, L, D]."""
+        """The text encoder's output for each of `texts`, float32[texts, L, D]."""
         encode, rows = frozen(self.model, "text_encoder", "text_tokens", mesh)
         tower, truncate = self.model.config.text.text, self.config.data.truncate_long_prompts
         ids = self.model.text_ids(self.texts, truncate)
@@ -246,11 +235,11 @@ class Inputs:
         def parts(done):
             return map(encode, map(np.stack, parts_of(iter(ids[done:]), rows, "texts", len(ids), done)))
 
-        key = identity(ids.tolist(), self.model.config.text, self._digests("text_encoder"))
+        key = fingerprint(ids.tolist(), self.model.config.text, self._digests("text_encoder"))
         return kept(cache / f"texts-{key}.npy", (len(ids), tower.length, tower.width), parts)
 
     def moments(self, name: str, cache: pathlib.Path, mesh) -> np.ndarray:
-        """Of a table: float32[n, h, w, 2Z]."""
+        """The VAE's posterior (mean, log variance) of each image of a table, float32[n, h, w, 2Z]."""
         encode, rows = frozen(self.model, "vae", "encode", mesh)
         table, unet, vae = self.tables[name], self.model.config.unet, self.model.config.vae
         size = unet.sample_size * vae.factor
@@ -260,36 +249,34 @@ class Inputs:
             return map(encode, map(np.stack, parts_of(resized, rows, f"{name}: latents", len(table), done)))
 
         shape = len(table), unet.sample_size, unet.sample_size, 2 * vae.latent_channels
-        key = identity(self.identities[name], size, self.config.data.resize, vae, self._digests("vae"))
+        key = fingerprint(self.identities[name], size, self.config.data.resize, vae, self._digests("vae"))
         return kept(cache / f"latents-{key}.npy", shape, parts)
 
     def rewards(self, reward: Callable, cache: pathlib.Path) -> np.ndarray:
-        """Of the model's own images: float32[n]. What the reward says of the first of them tells it from others.
+        """The rewards of the model's own images, float32[n]. Cached only if the reward has an identity (reward/specs.py).
 
         Raises:
-          UserError: what the reward gives is no finite number for each image.
+          UserError: the reward does not return one finite number per image.
         """
-        table = self.tables["images"]
-
-        def rewarded(part, done):
-            part = np.stack(part) if len({image.shape for image in part}) == 1 else part
-            return sources.checked(reward, part, table.prompts[done : done + len(part)])
-
-        def images_from(done):
-            return (images.decode(encoded, where) for where, encoded in itertools.islice(table.images(), done, None))
+        table, identity = self.tables["images"], specs.identity_of(reward)
 
         def parts(done):
-            for part in parts_of(images_from(done), REWARDED_AT_ONCE, "rewards", len(table), done):
-                yield rewarded(part, done)
+            rows = itertools.islice(table.images(), done, None)
+            decoded_rows = (images.decode(encoded, where) for where, encoded in rows)
+            for part in parts_of(decoded_rows, REWARDED_AT_ONCE, "rewards", len(table), done):
+                batch = np.stack(part) if len({image.shape for image in part}) == 1 else part
+                yield specs.checked(reward, batch, table.prompts[done : done + len(part)])
                 done += len(part)
 
-        first = rewarded(list(itertools.islice(images_from(0), REWARDED_AT_ONCE)), 0)
-        key = identity(self.identities["images"], first.tolist())
-        rewards = np.asarray(kept(cache / f"rewards-{key}.npy", (len(table),), parts))
+        if identity is None:
+            rewards = np.concatenate(list(parts(0)))
+        else:
+            key = fingerprint(self.identities["images"], identity)
+            rewards = np.asarray(kept(cache / f"rewards-{key}.npy", (len(table),), parts))
         return multihost_utils.broadcast_one_to_all(rewards) if jax.process_count() > 1 else rewards
 
     def rows(self, name: str, moments: np.ndarray, weight: np.ndarray) -> Rows:
-        """A table's rows, their moments and weights given."""
+        """The rows of a table with their moments and weights."""
         numbers = {text: i for i, text in enumerate(self.texts)}
         return Rows(moments, np.array([numbers[prompt] for prompt in self.tables[name].prompts], np.int32), weight)
 

@@ -1,17 +1,17 @@
-"""Samples a Stable Diffusion: text to image, image to image, inpainting.
+"""Samples images from a Stable Diffusion: text to image, image to image, inpainting.
 
     python -m rahf.diffusion.sample --model=DIR --prompt='a yellow cat' --output=DIR [--num_images=4 --sampler=dpm++]
     python -m rahf.diffusion.sample --model=DIR --prompt='a yellow cat' --output=DIR --image=photo.png [--mask=mask.png]
-    python -m rahf.diffusion.sample --model=DIR --prompts=FILE --output=DIR     a prompt a line; .jsonl: {"prompt": text}
+    python -m rahf.diffusion.sample --model=DIR --prompts=FILE --output=DIR   one prompt per line; .jsonl: {"prompt": text}
 
-writes 00000.png, ... and last images.jsonl, which `rahf.predict` and `rahf.diffusion.evaluate` read as --images. A run that
-was killed goes on when the same command is given again. In Python:
+writes 00000.png, ..., then images.jsonl, which `rahf.predict` and `rahf.diffusion.evaluate` read as --images. Give the same
+command again to continue a killed run. In Python:
 
     model = folder.read(DIR)
     images = generate(model, ["a yellow cat"], seed=0)
 
-A call is one compiled program: text encoder, denoising loop, decoder. What an image is drawn from depends on the seed and
-its number alone, not on the batch that it is computed in.
+A call runs one compiled program: text encoder, denoising loop, decoder. An image's noise depends only on the seed and on the
+image's number, not on its batch.
 """
 
 import dataclasses
@@ -38,16 +38,16 @@ from richhf_data import command, images, json_files, jsonl, paths, schema
 from richhf_data.errors import UserError
 
 Array = jax.Array
-INITIAL, IMAGE, MASKED, STEPS = range(4)  # what noise is drawn for
+INITIAL, IMAGE, MASKED, STEPS = range(4)  # uses of noise
 
 
 def noise(keys: Array, purpose: int, shape: tuple[int, ...]) -> Array:
-    """Standard normal float32[B, *shape], row b from keys[b] alone."""
+    """Standard normal float32[B, *shape]. Row b depends on keys[b] only."""
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, purpose), shape))(keys)
 
 
 def step_noise(keys: Array, step: int | Array, shape: tuple[int, ...]) -> Array:
-    """What a sampler adds in its step number `step`, counted from the first that it takes: as `noise`."""
+    """The noise of a sampler's step number `step`, float32[B, *shape]; the first step taken has number 0."""
 
     def draw(key):
         return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, STEPS), step), shape)
@@ -56,13 +56,13 @@ def step_noise(keys: Array, step: int | Array, shape: tuple[int, ...]) -> Array:
 
 
 def seed_data(seed: int) -> np.ndarray:
-    """uint32[2]: a seed as an input of compiled programs."""
+    """A seed as an input of compiled programs, uint32[2]."""
     with jax.ensure_compile_time_eval():
         return np.asarray(jax.random.key_data(jax.random.key(seed)))
 
 
 def image_keys(seed: np.ndarray, numbers: Array) -> Array:
-    """The keys of a seed's images by their numbers, int32[B]; seed: of `seed_data`."""
+    """The keys of images, B of them, by their numbers, int32[B]. seed: from `seed_data`."""
     return jax.vmap(functools.partial(jax.random.fold_in, jax.random.wrap_key_data(seed)))(numbers)
 
 
@@ -80,10 +80,10 @@ def denoise(
 
     Args:
       predict_noise: (latents float32[B, h, w, Z], timestep int32[]) -> the network's prediction of the same shape.
-      latents: at the noise level of the first step. keys: B of them, for samplers that add noise.
-      blend: (latents, alpha float32[]) -> latents, after each step; alpha is the noise level that they are at.
+      latents: at the noise level of the first step. keys: B keys, for samplers that add noise.
+      blend: (latents, alpha float32[]) -> latents, applied after each step; alpha is the latents' noise level.
       on_step: called on the host after each step.
-      keep: whether to give the latents after every step.
+      keep: return the latents after every step.
 
     Returns:
       float32[B, h, w, Z], or float32[n, B, h, w, Z].
@@ -107,7 +107,7 @@ def denoise(
 
 
 def guided(unet: Callable, context: Array, negative: Array | None, scale: Array) -> Callable[[Array, Array], Array]:
-    """A network's prediction with classifier-free guidance (arXiv 2207.12598), or without where `negative` is None.
+    """A network's prediction with classifier-free guidance (arXiv 2207.12598); without it if `negative` is None.
 
     Args:
       unet: (latents, timesteps, context) -> prediction.
@@ -126,7 +126,7 @@ def guided(unet: Callable, context: Array, negative: Array | None, scale: Array)
 
 @functools.partial(jax.jit, static_argnames=("config", "grid", "partial", "on_step"))
 def _generate(config, params, rows, seed, steps, scale, *, grid, partial, on_step):
-    """The compiled program of `generate`; absent rows are None. partial: start from the image, not from noise alone."""
+    """The compiled program of `generate`. Absent rows are None. partial: start from the noised image."""
     ids, negative_ids, image, mask = (rows[name] for name in ("ids", "negative_ids", "image", "mask"))
     modules, keys = config.modules, image_keys(seed, rows["number"])
 
@@ -166,7 +166,7 @@ def _generate(config, params, rows, seed, steps, scale, *, grid, partial, on_ste
     predict_noise = guided(unet, context, negative, scale)
     latents = denoise(predict_noise, schedule, steps, latents, keys, blend, on_step)
     images = jnp.clip(apply("vae", latents, method="decode_latents"), -1, 1)
-    return nn.with_logical_constraint(images, (None,) * 4)  # whole on every device of a mesh
+    return nn.with_logical_constraint(images, (None,) * 4)  # replicated over the mesh
 
 
 def generate(
@@ -188,34 +188,34 @@ def generate(
     on_step: Callable[[], None] | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> np.ndarray:
-    """Images of prompts, B of them.
+    """Generates one image for each of B prompts.
 
     Args:
       seed, first: row b is image number `first` + b of the seed.
-      steps: on the whole way from noise. sampler: of `schedule.SAMPLERS`.
-      guidance_scale: 1 or less = no guidance; the negative prompt is then not read.
-      height, width: in pixels, without an image; by default what the UNet was trained on.
-      image: uint8[H, W, 3], or float in [-1, 1], or B of them: where to start, or what to paint into.
-      mask: bool[H, W], or B of them: True = paint anew. An inpainting model reads the image outside of it; with any other,
-        what is outside is put back after each step.
-      strength: the part of the steps to take, of the noise to add to the image; 0.8 by default, and 1 with a mask, which
-        then starts from noise alone.
+      steps: the number of steps from pure noise to an image. sampler: one of `schedule.SAMPLERS`.
+      guidance_scale: 1 or less = no guidance; the negative prompt is ignored.
+      height, width: in pixels, if there is no image; by default the size of the UNet's training images.
+      image: uint8[H, W, 3], or float in [-1, 1], or B of them: the image to start from or to inpaint.
+      mask: bool[H, W], or B of them: True = inpaint here. An inpainting model reads the image outside of the mask; for any
+        other model, the image outside is restored after each step.
+      strength: share of the steps to take, and of the noise to add to the image; by default 0.8, or 1 with a mask. 1 with a
+        mask starts from pure noise.
       truncate: drop the end of prompts that are too long.
       on_step: called after each step.
-      mesh: of `rahf.partitioning`, over which the images are divided; the parameters live on it. On several hosts each
-        gives the same arguments, and gets all images.
+      mesh: of `rahf.partitioning`; the images are sharded over it, and the parameters must be on it. On several hosts, each
+        passes the same arguments and gets all images.
 
     Returns:
       float32[B, H, W, 3] in [-1, 1].
 
     Raises:
-      UserError: a size that the VAE's factor does not divide, a prompt too long, inputs that do not go together.
+      UserError: a size that the VAE's factor does not divide, a prompt that is too long, inputs that contradict each other.
     """
     config, count = model.config, len(prompts)
     if not count:
         raise UserError("prompts: got none, expected one or more")
     if image is None and (mask is not None or strength is not None):
-        raise UserError(f"{'strength' if mask is None else 'mask'}: got one without an image; pass the image as well")
+        raise UserError(f"{'strength' if mask is None else 'mask'}: got one without an image; pass an image as well")
     if config.inpaints and mask is None:
         raise UserError("mask: got none for an inpainting model; pass an image and a mask, or take another model")
     if image is None:
@@ -260,7 +260,7 @@ def generate(
 
 
 def usual_strength(image, mask) -> float:
-    """What `generate` takes where none is given."""
+    """The default strength of `generate`."""
     return 0.8 if image is not None and mask is None else 1.0
 
 
@@ -271,15 +271,18 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
 
 # ---- The command ----------------------------------------------------------------------------------------------------
 def read_mask(path) -> np.ndarray:
-    """bool[H, W]: True where the luminance (ITU-R 601) is half or more, as in diffusers; transparency counts as white."""
+    """The mask in an image file, bool[H, W]: True where the luminance (ITU-R 601) is half or more, as in diffusers.
+
+    Transparent pixels are white.
+    """
     return np.asarray(PIL.Image.fromarray(images.read(path)).convert("L")) >= 128
 
 
 def read_prompts(path) -> list[str]:
-    """The prompts of a file, a line each: texts, or of a .jsonl {"prompt": text}. Empty lines do not count.
+    """The prompts of a text file, one per line, or of a .jsonl file with lines {"prompt": text}. Skips empty lines.
 
     Raises:
-      UserError: no such file, a line that is not as above, no prompts.
+      UserError: no such file, a line of another form, no prompts.
     """
     if pathlib.Path(path).suffix == ".jsonl":
         rows = jsonl.read(path, "prompts", '{"prompt": text}', texts=("prompt",), blank=False)
@@ -287,12 +290,12 @@ def read_prompts(path) -> list[str]:
     else:
         prompts = list(jsonl.read_texts(path, "prompts"))
     if not prompts:
-        raise UserError(f"prompts: {path} has none, expected one a line")
+        raise UserError(f"prompts: {path} has none, expected one per line")
     return prompts
 
 
 def _settings(args, prompts: Sequence[str]) -> dict:
-    """What pictures depend on; files by their content, the model's by size and time of change."""
+    """All that the images depend on: input files by content, the model's files by size and modification time."""
     names = ("seed", "num_images", "sampler", "steps", "guidance_scale", "negative_prompt", "height", "width", "strength")
     settings = {name: getattr(args, name) for name in (*names, "truncate", "dtype")} | {"prompts": list(prompts)}
     for name in ("image", "mask"):
@@ -305,21 +308,21 @@ def _settings(args, prompts: Sequence[str]) -> dict:
 
 
 def _open_output(output: pathlib.Path, settings: dict) -> None:
-    """Makes the folder, or refuses one with other pictures."""
+    """Makes the folder. Raises UserError if it holds images of other settings."""
     file = output / "settings.json"
     if any(output.glob("*.png")):
-        held = json_files.read(file) if file.is_file() else None
-        different = [name for name in settings if settings[name] != held.get(name)] if held else ["origin"]
+        old = json_files.read(file) if file.is_file() else None
+        different = [name for name in settings if settings[name] != old.get(name)] if old else ["origin"]
         if different:
-            raise UserError(f"output: {output} holds pictures of another {' and '.join(different)}; choose another folder")
+            raise UserError(f"output: {output} holds images of another {' and '.join(different)}; choose another folder")
     json_files.write(file, settings)
 
 
 def run(args) -> None:
-    """Writes `args.num_images` pictures of each prompt; those that are there already are not drawn again.
+    """Writes `args.num_images` images for each prompt. Skips batches whose files exist.
 
     Raises:
-      UserError: what `generate` refuses; no prompt; an output folder that holds pictures of other settings.
+      UserError: as `generate`; no prompt; an output folder with images of other settings.
     """
     output = pathlib.Path(args.output)
     prompts = [*(args.prompt or []), *(read_prompts(args.prompts) if args.prompts else [])]
@@ -328,7 +331,7 @@ def run(args) -> None:
     image = images.read(args.image) if args.image else None
     mask = read_mask(args.mask) if args.mask else None
     model = folder.read(args.model)
-    model.text_ids(prompts, args.truncate)  # a prompt that is too long is refused before the first picture
+    model.text_ids(prompts, args.truncate)  # raises for a prompt that is too long
     if args.dtype:
         parts = {part: dataclasses.replace(getattr(model.config, part), dtype=args.dtype) for part in ("unet", "vae")}
         model = dataclasses.replace(model, config=dataclasses.replace(model.config, **parts))
@@ -363,7 +366,7 @@ def run(args) -> None:
             )
             for number, pixels in zip(numbers, to_uint8(drawn), strict=False):
                 paths.replace(output / files[number], cv2.imencode(".png", pixels[..., ::-1])[1].tobytes())
-            jax.effects_barrier()  # the bar's last steps
+            jax.effects_barrier()  # waits for the last updates of the bar
             bar.set_postfix(images=f"{numbers[-1] + 1}/{len(jobs)}")
     rows = [
         {"image": file, "prompt": prompt, "seed": args.seed, "number": number}
@@ -380,22 +383,22 @@ def main():
 
 if __name__ == "__main__":
     flags.DEFINE_string("model", None, "A diffusers folder of Stable Diffusion.")
-    flags.DEFINE_multi_string("prompt", None, "What to draw; may be given several times.")
-    flags.DEFINE_string("prompts", None, 'A file of prompts, one a line, or a .jsonl of {"prompt": text}.')
+    flags.DEFINE_multi_string("prompt", None, "A prompt; may be given several times.")
+    flags.DEFINE_string("prompts", None, 'A file of prompts, one per line, or a .jsonl with lines {"prompt": text}.')
     flags.DEFINE_string("output", None, "The folder to write to.")
     flags.DEFINE_integer("num_images", 1, "Images of each prompt.", lower_bound=1)
     flags.DEFINE_integer("batch_size", 4, "Images at a time.", lower_bound=1)
-    flags.DEFINE_integer("steps", 50, "On the whole way from noise.", lower_bound=1)
-    flags.DEFINE_enum("sampler", "ddim", SAMPLERS, "How the noise is taken away; dpm++ needs about half the steps.")
-    flags.DEFINE_float("guidance_scale", 7.5, "How far the text is exaggerated; 1 = not at all.")
-    flags.DEFINE_string("negative_prompt", "", "What guidance leads away from.")
-    flags.DEFINE_integer("seed", 0, "Of the noise.")
-    flags.DEFINE_integer("height", None, "In pixels; by default what the model was trained on, or the image's.")
-    flags.DEFINE_integer("width", None, "In pixels, likewise.")
-    flags.DEFINE_string("image", None, "A picture to start from, or to paint into.")
-    flags.DEFINE_string("mask", None, "A picture of the image's size, white where it is to be painted anew.")
-    flags.DEFINE_float("strength", None, "How much of the image is given up, above 0 to 1: 0.8, or 1 with a mask.")
+    flags.DEFINE_integer("steps", 50, "The number of steps from pure noise to an image.", lower_bound=1)
+    flags.DEFINE_enum("sampler", "ddim", SAMPLERS, "The sampler; dpm++ needs about half the steps.")
+    flags.DEFINE_float("guidance_scale", 7.5, "Weight of classifier-free guidance; 1 = no guidance.")
+    flags.DEFINE_string("negative_prompt", "", "A prompt that guidance leads away from.")
+    flags.DEFINE_integer("seed", 0, "The seed of the noise.")
+    flags.DEFINE_integer("height", None, "In pixels; by default that of the model's training images, or of --image.")
+    flags.DEFINE_integer("width", None, "In pixels; default as for --height.")
+    flags.DEFINE_string("image", None, "An image to start from, or to inpaint.")
+    flags.DEFINE_string("mask", None, "An image of the size of --image, white where to inpaint.")
+    flags.DEFINE_float("strength", None, "Change of the image, above 0 and at most 1; by default 0.8, or 1 with a mask.")
     flags.DEFINE_bool("truncate", False, "Drop the end of prompts that are too long.")
-    flags.DEFINE_enum("dtype", None, ("float32", "bfloat16"), "Of the computation; float32 unless given.")
+    flags.DEFINE_enum("dtype", None, ("float32", "bfloat16"), "The dtype of the computation; float32 by default.")
     flags.mark_flags_as_required(["model", "output"])
     command.run(main)

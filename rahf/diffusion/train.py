@@ -28,7 +28,8 @@ from rahf import experiments, hosts, loop, optimizers, partitioning, workdirs
 from rahf import program as programs
 from rahf.diffusion import finetuning, folder, inputs, sample
 from rahf.diffusion import schedule as sampler
-from rahf.reward import sources
+from rahf.fingerprint import fingerprint
+from rahf.reward import specs
 from rahf.train import print_run
 from richhf_data import command, paths
 from richhf_data.errors import UserError
@@ -76,7 +77,7 @@ def train(config, workdir, reward: Callable | None = None, cache=None) -> None:
         if not config.reward.source:
             expected = "reward:DIR, rahf:DIR:SCORE or python:MODULE:NAME"
             raise UserError(f"reward.source: got '' for data.images, expected {expected}")
-        reward = sources.reward_of(config.reward.source)
+        reward = specs.reward_of(config.reward.source)
     workdir = paths.absolute(workdir)
     with config.unlocked():
         config.identity = data.identities
@@ -146,7 +147,7 @@ def prepare_batches(config, workdir, data: inputs.Inputs, reward, cache, trainin
         pretraining = data.rows("pretraining", moments, np.ones(len(moments), np.float32))
     workdirs.open_workdir(workdir, config, MAY_DIFFER)
     if "images" in data.tables:
-        found = {"digest": inputs.identity(rewards.tolist()), "images": len(rewards), "mean": float(rewards.mean())}
+        found = {"digest": fingerprint(rewards.tolist()), "images": len(rewards), "mean": float(rewards.mean())}
         workdirs.record(workdir / "rewards.json", found, "rewards")
     return functools.partial(inputs.batches, own, pretraining, contexts, config, training.own_rows)
 

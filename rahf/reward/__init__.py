@@ -1,4 +1,4 @@
-"""Paper B's reward model: how likely people are to find that an image shows its prompt.
+"""Paper B's reward model: the probability that people find an image to show its prompt.
 
     reward = rahf.reward.load("path/to/workdir")
     rewards = reward(images, prompts)       # uint8[B, H, W, 3], B texts -> float32[B] in [0, 1]
@@ -6,7 +6,7 @@
 
 
 def load(workdir, clip=None):
-    """The trained reward model of a workdir; see `rahf.reward.predict.load`."""
+    """Loads the trained reward model of a workdir; see `rahf.reward.predict.load`."""
     from rahf.reward import predict
 
     return predict.load(workdir, clip)

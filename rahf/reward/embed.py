@@ -1,9 +1,9 @@
-"""CLIP's embeddings of images and texts, kept on disk under what they are of.
+"""CLIP's embeddings of images and texts, cached on disk by content.
 
-    cache/<CLIP>/image/<name>.npz     keys: the SHA-256 of each encoded image (or text), float32[n, E] beside them
-    cache/<CLIP>/text/<name>.npz
+    cache/<CLIP>/image/<name>.npz     keys: the SHA-256 of each encoded image; embeddings: float32[n, E]
+    cache/<CLIP>/text/<name>.npz      likewise, of texts
 
-Each file is written whole or not at all, and what one holds is not computed again, whichever run asks.
+A file is written whole or not at all. Several runs can share a cache.
 """
 
 import dataclasses
@@ -14,62 +14,56 @@ import pathlib
 import zipfile
 from collections.abc import Iterable, Sequence
 
-import flax.traverse_util
 import jax
 import numpy as np
 import PIL.Image
-from flax import linen as nn
 from tqdm.auto import tqdm
 
-from rahf import checkpoints, pretrained, weights
+from rahf import pretrained, weights
 from rahf.models.clip import CLIP, TOKENIZER_FILES, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, Tokenizer
+from rahf.models.shapes import param_shapes
 from richhf_data import images as richhf_images
 from richhf_data import paths, schema
 from richhf_data.errors import UserError
 
 BATCH = 32  # images or texts at a time
-FILE = 8 * BATCH  # embeddings in a file: what a kill may cost
+FILE = 8 * BATCH  # embeddings per file: as many are lost when a run is killed
 
 
 class Clip:
-    """A frozen CLIP of a folder that `rahf.convert --source=clip-hf` wrote.
+    """A frozen CLIP, from a folder that `rahf.convert --source=clip-hf` wrote.
 
     Attributes:
-      config: CLIPConfig. digest: SHA-256 of the folder's files, what an embedding depends on.
+      config: CLIPConfig. digest: SHA-256 of the folder's files; the embeddings depend on nothing else.
 
     Raises:
-      UserError: no such folder, tensors of other shapes, or no tokenizer's files.
+      UserError: no such folder, tensors of other shapes, or no tokenizer files.
     """
 
     def __init__(self, folder):
         folder = pathlib.Path(folder)
-        held = pretrained.read(folder, "clip")
-        values = held.config["clip"]
+        values = pretrained.read(folder, "clip").config["clip"]
         towers = {"vision": CLIPVisionConfig(**values["vision"]), "text": CLIPTextConfig(**values["text"])}
         self.config = CLIPConfig(**(values | towers))
         self.tokenizer = Tokenizer(folder)
         self.digest = _digest([folder / name for name in ("config.json", "weights.safetensors", *TOKENIZER_FILES)])
         module, size = CLIP(self.config), self.config.vision.image_size
         image, ids = np.zeros((1, size, size, 3), np.float32), np.zeros((1, self.config.text.length), np.int32)
-        wanted = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), image, ids))["params"]
-        wanted = {name: leaf.shape for name, leaf in flax.traverse_util.flatten_dict(wanted, sep="/").items()}
-        found = {name: tensor.shape for name, tensor in held.tensors.items()}
-        checkpoints.check_shapes(found, wanted, folder)
-        flat = {name: jax.device_put(array) for name, array in weights.read_all(held.tensors)}
-        self._params = flax.traverse_util.unflatten_dict(flat, sep="/")
+        shapes = param_shapes(module.init, image, ids)
+        self._params = jax.device_put(weights.read_params(folder / "weights.safetensors", shapes))
         self._encode = {
             method: jax.jit(functools.partial(_unit, module, method)) for method in ("encode_image", "encode_text")
         }
 
     def images(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """uint8[H, W, 3] each, of any size -> float32[B, E] of unit length."""
+        """B images, each uint8[H, W, 3] of any size -> their embeddings, float32[B, E] of unit length."""
         return self._batches("encode_image", [prepare(image, self.config.vision.image_size) for image in images])
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
-        """-> float32[B, E] of unit length.
+        """B texts -> their embeddings, float32[B, E] of unit length.
 
         Raises:
-          UserError: a text has more ids than the text tower reads.
+          UserError: a text is longer than the text tower reads.
         """
         length = self.config.text.length
         for text in texts:
@@ -93,7 +87,7 @@ def _unit(module, method, params, x):
 
 
 def prepare(image: np.ndarray, size: int) -> np.ndarray:
-    """uint8[H, W, 3] -> uint8[size, size, 3] as CLIP sees it: the shorter side scaled to `size`, bicubic, the middle.
+    """uint8[H, W, 3] -> uint8[size, size, 3], as CLIP reads it: bicubic, shorter side to `size`, then a centre crop.
 
     Raises:
       UserError: another shape or dtype.
@@ -110,13 +104,13 @@ def prepare(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def key(data: bytes) -> str:
-    """What an image or a text is kept under."""
+    """The cache key of an encoded image or text."""
     return hashlib.sha256(data).hexdigest()
 
 
 @dataclasses.dataclass
 class _Store:
-    """The embeddings of one kind; those that are added are written every `FILE`."""
+    """The embeddings in one folder. New ones are written to disk `FILE` at a time."""
 
     folder: pathlib.Path
 
@@ -127,7 +121,7 @@ class _Store:
                 with np.load(file, allow_pickle=False) as arrays:
                     self.held |= dict(zip(arrays["keys"].tolist(), arrays["embeddings"], strict=True))
             except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-                raise UserError(f"cache: {file} is damaged ({error}); delete it, it is made again") from error
+                raise UserError(f"cache: {file} is damaged ({error}); delete it, and the run computes it again") from error
 
     def add(self, found: dict[str, np.ndarray]) -> None:
         self._new |= found
@@ -144,13 +138,13 @@ class _Store:
 
 
 def embed_images(clip: Clip, rows: Iterable[tuple[str, bytes]], cache, total: int) -> tuple[list[str], np.ndarray]:
-    """Keys and embeddings float32[n, E] of encoded images, in their order.
+    """Keys and embeddings, float32[n, E], of n encoded images, in order.
 
     Args:
-      rows: (where it comes from, for errors; the encoded image). total: how many.
+      rows: pairs of a text that begins an error message, and an encoded image. total: n, for the progress bar.
 
     Raises:
-      UserError: an image that does not decode, with its `where`; what was embedded before it is kept.
+      UserError: an image that does not decode. Earlier embeddings stay in the cache.
     """
     store, keys, waiting = _Store(pathlib.Path(cache) / clip.digest[:16] / "image"), [], {}
 
@@ -173,7 +167,7 @@ def embed_images(clip: Clip, rows: Iterable[tuple[str, bytes]], cache, total: in
 
 
 def embed_texts(clip: Clip, texts: Sequence[str], cache) -> np.ndarray:
-    """Embeddings float32[n, E] of texts, in their order; errors as `Clip.texts`."""
+    """Embeddings, float32[n, E], of n texts, in order. Raises as `Clip.texts`."""
     store, keys = _Store(pathlib.Path(cache) / clip.digest[:16] / "text"), [key(text.encode()) for text in texts]
     missing = {name: text for name, text in zip(keys, texts, strict=True) if name not in store.held}
     names = list(missing)

@@ -1,6 +1,6 @@
 """The reward r(x, z) of paper B: an MLP on features of an image and of a prompt, its loss, and its training.
 
-What the features are is not known here: `train.py` gives CLIP's embeddings, any other network's do as well.
+The features can come from any network; `train.py` uses CLIP's embeddings.
 """
 
 import dataclasses
@@ -24,15 +24,15 @@ partitioned = nn.with_logical_partitioning
 class RewardMLP(nn.Module):
     """Features of an image and of a text -> reward in [0, 1].
 
-    Each is scaled to a root mean square of 1, so that only its direction counts. The first layer's two products together
-    are one dense layer on both.
+    Each feature vector is scaled to a root mean square of 1. The first layer is one dense layer on both vectors
+    concatenated, written as two products so that a prompt's product can be shared by many images.
     """
 
     hidden: tuple[int, ...] = (1024, 1024)
 
     @nn.compact
     def __call__(self, image: Array, text: Array) -> Array:
-        """float32[..., E], float32[..., D] -> float32[...]; dimensions of size 1 are broadcast."""
+        """float32[..., E], float32[..., D] -> float32[...]; leading dimensions of size 1 are broadcast."""
 
         def dense(features, axes, scale, name, use_bias=True):
             return nn.Dense(
@@ -47,7 +47,7 @@ class RewardMLP(nn.Module):
         of_text = dense(self.hidden[0], ("embed", "mlp"), 1.0, "text", use_bias=False)(_scaled(text))
         x, axes = nn.relu(of_image + of_text), ("embed", "mlp")
         for i, features in enumerate(self.hidden[1:]):
-            axes = axes[::-1]  # "model" divides every other layer's outputs, and the inputs of those between
+            axes = axes[::-1]  # "model" shards the outputs of one layer and the inputs of the next, in turn
             x = nn.relu(dense(features, axes, 2.0, f"hidden_{i}")(x))
         return nn.sigmoid(dense(1, (axes[1], None), 1.0, "out")(x)[..., 0])
 
@@ -58,13 +58,13 @@ def _scaled(x):
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """Labelled images, and what is needed of their prompts.
+    """Training data: features of labelled images, of their prompts, and of each prompt's negatives.
 
     Attributes:
       image: float32[n, E]. label: float32[n], 0 or 1. prompt: int32[n], rows of `text`.
-      text: float32[P, D], of the prompts and of their negatives.
-      negatives: int32[P, K], rows of `text` that say something else than this one does; any number where the odds are 0.
-      odds: float32[P, K] at least 0, of each negative to be drawn; 0: there is none.
+      text: float32[P, D], features of the prompts and of their negatives.
+      negatives: int32[P, K], rows of `text` with prompts that say something else; ignored where the odds are 0.
+      odds: float32[P, K], 0 or more: how likely each negative is drawn; 0 = absent.
     """
 
     image: np.ndarray
@@ -86,12 +86,16 @@ class Features:
 
 
 def draw_negatives(key: Array, negatives: Array, odds: Array, number: int) -> tuple[Array, Array]:
-    """`number` different negatives of each prompt, by their odds: int32[B, K], float32[B, K] -> int32 and bool[B, number].
+    """Draws `number` negatives of each prompt without replacement, with probabilities in proportion to their odds.
 
-    The bools say which are there: a prompt may have fewer.
+    Args:
+      negatives: int32[B, K]. odds: float32[B, K].
+
+    Returns:
+      int32[B, number], and bool[B, number]: False where a prompt has fewer negatives.
     """
     number, missing = min(number, negatives.shape[1]), max(number - negatives.shape[1], 0)
-    gumbel = jax.random.gumbel(key, odds.shape)  # the largest of log odds + Gumbel noise are draws without replacement
+    gumbel = jax.random.gumbel(key, odds.shape)  # Gumbel top-k trick
     places = jax.lax.top_k(jnp.where(odds > 0, jnp.log(odds) + gumbel, -jnp.inf), number)[1]
     drawn, there = (jnp.take_along_axis(x, places, axis=1) for x in (negatives, odds > 0))
     return jnp.pad(drawn, ((0, 0), (0, missing))), jnp.pad(there, ((0, 0), (0, missing)))
@@ -100,15 +104,15 @@ def draw_negatives(key: Array, negatives: Array, odds: Array, number: int) -> tu
 def reward_loss(
     rewards: Array, label: Array, there: Array, temperature: float, classification_weight: float
 ) -> tuple[Array, dict[str, Array]]:
-    """Paper B's loss: mean squared error to the label, plus lambda times the prompt classification.
+    """Paper B's loss: mean squared error to the label, plus lambda times the loss of prompt classification.
 
-    That is the cross-entropy of softmax(rewards / T), which must pick the image's own prompt among N, averaged over the
-    samples labelled good that have a negative.
+    Prompt classification: softmax(rewards / T) must choose the image's own prompt among N. Its cross-entropy is averaged
+    over the samples that have label 1 and a negative.
 
     Args:
-      rewards: float32[B, N], of the own prompt first. label: float32[B], 0 or 1.
-      there: bool[B, N], which prompts there are; the first is.
-      classification_weight: lambda.
+      rewards: float32[B, N], with the image's own prompt first. label: float32[B], 0 or 1.
+      there: bool[B, N], False for padding; the first column is True.
+      temperature: T. classification_weight: lambda.
 
     Returns:
       The loss, and {"loss", "mse", "classification"}.
@@ -123,7 +127,7 @@ def reward_loss(
 
 
 def init(model: RewardMLP, image_width: int, text_width: int, key: Array) -> dict:
-    """Fresh parameters, boxed with their logical axes."""
+    """New parameters, boxed with their logical axes."""
     return model.init(key, jnp.zeros((1, image_width)), jnp.zeros((1, text_width)))["params"]
 
 
@@ -150,15 +154,15 @@ def fit(
     config,
     on_best: Callable[[dict, dict], None] = lambda params, metrics: None,
 ) -> tuple[dict, dict]:
-    """Trains a reward; everything follows from `config.seed` and the arrays.
+    """Trains a reward model. The result depends only on `config` and the arrays.
 
     Args:
       train, validation: int[...], rows of `features`.
       config: with `seed`, `model.hidden`, `loss` (temperature, classification_weight, num_prompts) and `train`.
-      on_best: called with the parameters and `{"step", "validation_mse"}` of each validation that was the best so far.
+      on_best: called with the parameters and `{"step", "validation_mse"}` after each validation that is the best so far.
 
     Returns:
-      The parameters of the validation with the least squared error, and what `on_best` was told of them.
+      The parameters with the lowest validation error, and their `{"step", "validation_mse"}`.
 
     Raises:
       UserError: an empty part, a setting out of its range, or a loss that is not finite.
@@ -212,7 +216,7 @@ def fit(
 
 
 def _batches(rows: np.ndarray, size: int, seed: int):
-    """Endless batches int32[size], or of all rows where there are fewer; every row once before any comes again."""
+    """Endless batches int32[size], or of all rows if there are fewer. Each epoch has every row once."""
     rng, size = np.random.default_rng(seed), min(size, len(rows))
     left = rows[:0]
     while True:
@@ -229,7 +233,7 @@ def _check(config, train, validation) -> None:
     limits = {
         "loss.temperature": (config.loss.temperature > 0, "above 0"),
         "loss.classification_weight": (config.loss.classification_weight >= 0, "0 or more"),
-        "loss.num_prompts": (config.loss.num_prompts >= 2, "2 or more, the image's own prompt included"),
+        "loss.num_prompts": (config.loss.num_prompts >= 2, "2 or more, including the image's own prompt"),
         "model.hidden": (len(config.model.hidden) > 0, "at least one layer"),
         "train.batch_size": (config.train.batch_size > 0, "1 or more"),
         "train.num_steps": (config.train.num_steps > 0, "1 or more"),

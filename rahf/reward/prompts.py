@@ -1,4 +1,6 @@
-"""Prompts of a count, a colour, a thing and a background, and the prompts that say something else (paper B).
+"""Prompts made of a count, a colour, a thing and a background, and their negatives: prompts that differ in one of these.
+
+Used by paper B's reward model.
 
     "two red cats on the moon" -> "four red cats on the moon", "two blue cats on the moon", "two red cats in the sea", ...
 """
@@ -13,11 +15,11 @@ import numpy as np
 
 from richhf_data.errors import UserError
 
-SINGULAR = ("one", "1")  # counts that a thing follows in the singular; without a count it has an article
+SINGULAR = ("one", "1")  # counts with a thing in the singular
 
 
 class Prompt(NamedTuple):
-    """What a prompt asks for; None where it says nothing."""
+    """The parts of a prompt; None = absent."""
 
     count: str | None
     colour: str | None
@@ -30,10 +32,10 @@ CATEGORIES = Prompt._fields
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-    """The lists that prompts are made of; a thing may give its plural: "mouse/mice".
+    """The words of each category. A thing may have an irregular plural: "mouse/mice".
 
     Raises:
-      UserError: a list with an empty or repeated word, no things, or two combinations that read the same.
+      UserError: an empty or repeated word, no things, or two combinations with the same text.
     """
 
     count: tuple[str, ...]
@@ -50,7 +52,7 @@ class Words:
                 raise UserError(f"prompts.{name}: got {repeated} more than once, expected different words")
         if not self.thing:
             raise UserError("prompts.thing: got an empty list, expected at least one thing")
-        self._by_text  # noqa: B018  (finds combinations that read the same)
+        self._by_text  # noqa: B018  (raises for combinations with the same text)
 
     @functools.cached_property
     def _by_text(self) -> dict[str, Prompt]:
@@ -64,30 +66,35 @@ class Words:
         return found
 
     def parse(self, prompt_text: str) -> Prompt | None:
-        """What the text asks for; None for a text that these lists do not make. Case and a final full stop do not count."""
+        """The parts of a text; None for a text that these words do not make. Case and a final full stop are ignored."""
         return self._by_text.get(_plain(prompt_text))
 
     def all(self) -> list[Prompt]:
-        """Every combination that has a count, a colour or a background, in a fixed order."""
+        """Every combination with a count, a colour or a background, in a fixed order."""
         return [prompt for prompt in self._by_text.values() if prompt.count or prompt.colour or prompt.background]
 
     def draw(self, number: int, seed: int) -> list[Prompt]:
-        """So many different ones of `all`, their kinds (count alone, count and colour, ...) as even as the lists allow.
+        """Draws `number` different prompts of `all`, balanced over their kinds (count alone, count and colour, ...).
 
         Raises:
-          UserError: the lists make fewer.
+          UserError: `all` has fewer.
         """
         prompts = self.all()
         if not 0 < number <= len(prompts):
-            raise UserError(f"prompts: got {number} to draw, expected 1 to {len(prompts)}, which is what the lists make")
+            raise UserError(f"prompts: got {number} to draw, expected 1 to {len(prompts)}, all that the lists make")
         rng, kinds = np.random.default_rng(seed), {}
         for i in rng.permutation(len(prompts)):
             kinds.setdefault(kind(prompts[i]), []).append(prompts[i])
         rounds = itertools.zip_longest(*(kinds[name] for name in sorted(kinds)))
         return [prompt for turn in rounds for prompt in turn if prompt is not None][:number]
 
+    def kinds(self, texts: Sequence[str]) -> list[str]:
+        """The `kind` of each text: "count, colour"; "thing" for a thing alone, "other" for a text of other words."""
+        parsed = [self.parse(prompt_text) for prompt_text in texts]
+        return ["other" if prompt is None else kind(prompt) or "thing" for prompt in parsed]
+
     def negatives(self, prompt: Prompt, change: Sequence[str] = CATEGORIES) -> dict[str, list[Prompt]]:
-        """category -> the prompts that differ in it alone; a category that the prompt says nothing of is left out."""
+        """category -> the prompts that differ in it only. Leaves out the categories that the prompt does not have."""
         changed = {}
         for name in change:
             if (own := getattr(prompt, name)) is not None:
@@ -96,7 +103,7 @@ class Words:
 
 
 def text(prompt: Prompt) -> str:
-    """As English: Prompt("two", "red", "cat", "on the moon") -> "two red cats on the moon"."""
+    """The prompt in English: Prompt("two", "red", "cat", "on the moon") -> "two red cats on the moon"."""
     singular, _, plural = prompt.thing.partition("/")
     if prompt.count is None:
         rest = [prompt.colour, singular]
@@ -108,12 +115,12 @@ def text(prompt: Prompt) -> str:
 
 
 def kind(prompt: Prompt) -> str:
-    """The categories besides the thing that the prompt names: "count, colour"."""
+    """The categories that the prompt has, without the thing: "count, colour"."""
     return ", ".join(name for name in CATEGORIES if name != "thing" and getattr(prompt, name) is not None)
 
 
 def words_of(config: Mapping) -> Words:
-    """The lists of a config's `prompts` section."""
+    """The words in a config's `prompts` section."""
     return Words(**{name: tuple(config[name]) for name in CATEGORIES})
 
 

@@ -1,38 +1,42 @@
-"""Trains paper B's reward model on binary feedback, and compares it with CLIP score.
+"""Trains paper B's reward model on binary feedback and compares it with CLIP score.
 
     python -m rahf.reward.train --config=configs/reward_clip.py --feedback=FILE --clip=DIR --workdir=DIR
 
-    workdir/config.json, weights.safetensors    what `rahf.reward.load` reads: the best validation's
-    workdir/results.json, data_size.png         accuracy, F1 and AUC on the validation part, by the number of training images
-    workdir/embeddings/                         CLIP's, by content; --cache puts them elsewhere, for several runs
+    workdir/config.json, weights.safetensors    the weights of the best validation, for `rahf.reward.load`
+    workdir/results.json, data_size.png         accuracy, F1 and AUC on the validation part, by number of training images
+    workdir/embeddings/                         CLIP's embeddings; with --cache in another folder, which runs can share
 
-A run that was killed goes on when the same command is given again: embeddings and finished trainings are not made anew,
-and a training that was cut short is repeated with the same result.
+Give the same command again to continue a killed run. Cached embeddings and finished trainings are kept; an unfinished
+training starts again and has the same result.
 """
 
 import io
 import os
 
 import numpy as np
+import sklearn.metrics
 from absl import flags
 from tabulate import tabulate
 
 from rahf import experiments, workdirs
-from rahf.reward import embed, metrics, model, predict, prompts
-from rahf.reward.feedback import Feedback
+from rahf.reward import embed, model, predict, prompts
+from rahf.reward.image_table import LabelledImages
 from richhf_data import command, json_files, paths
 from richhf_data.errors import UserError
 
 METRICS = ("accuracy", "f1", "auc")
 
 
-def make_features(feedback: Feedback, clip: embed.Clip, words: prompts.Words, change, cache) -> tuple[model.Features, list]:
-    """CLIP's embeddings of the images, the prompts and the prompts' negatives; and the images' keys.
+def make_features(
+    feedback: LabelledImages, clip: embed.Clip, words: prompts.Words, change, cache
+) -> tuple[model.Features, list[str]]:
+    """CLIP's embeddings of the images, the prompts and the prompts' negatives; and the images' cache keys.
 
-    Of a prompt's negatives each category that can change has the same odds.
+    Args:
+      change: the categories in which negatives differ; all that a prompt has are equally likely.
     """
     texts = {text: i for i, text in enumerate(dict.fromkeys(feedback.prompts))}
-    negatives, odds = [], []  # of the prompts: rows of texts, and their odds
+    negatives, odds = [], []  # for each prompt
     for text in list(texts):
         parsed = words.parse(text)
         changed = words.negatives(parsed, change) if parsed else {}
@@ -52,32 +56,64 @@ def make_features(feedback: Feedback, clip: embed.Clip, words: prompts.Words, ch
 
 
 def split(keys, validation: float) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the training and of the validation part. An image's content decides, so that it is in one of them only.
+    """Rows of the training and of the validation part. The split is by image content: equal images are in one part.
 
-    The training rows are in an order without meaning: the first so many are a sample.
+    The training rows are in random order, so that the first n are a sample.
+
+    Args:
+      keys: of the images (`embed.key`). validation: the share of the validation part.
     """
     place = np.array([int(key[:13], 16) / 16**13 for key in keys])
     rows = np.argsort(place, kind="stable")
     return rows[place[rows] >= validation], rows[place[rows] < validation]
 
 
-def evaluate(features: model.Features, train, validation, mlp, params) -> dict[str, dict[str, float]]:
-    """Of the validation part: {"reward", "clip_score"} -> accuracy, f1, auc.
+def auc(values: np.ndarray, labels: np.ndarray) -> float:
+    """Area under the ROC curve of float[n] for labels 0 and 1, int[n]; nan if all labels are equal."""
+    good = np.asarray(labels) == 1
+    return float(sklearn.metrics.roc_auc_score(good, values)) if 0 < good.sum() < len(good) else float("nan")
 
-    CLIP score is no probability: its threshold is the most accurate one on the training part. The reward's is 0.5.
+
+def binary_metrics(values: np.ndarray, labels: np.ndarray, threshold: float) -> dict[str, float]:
+    """accuracy and f1 of `values >= threshold`, and auc. f1 is nan if no label and no prediction is 1."""
+    labels, predicted = np.asarray(labels) == 1, np.asarray(values) >= threshold
+    return {
+        "accuracy": float(sklearn.metrics.accuracy_score(labels, predicted)),
+        "f1": float(sklearn.metrics.f1_score(labels, predicted, zero_division=np.nan)),
+        "auc": auc(values, labels),
+    }
+
+
+def best_threshold(values: np.ndarray, labels: np.ndarray) -> float:
+    """The threshold with the highest accuracy, halfway between two values; the lowest if there are several."""
+    order = np.argsort(values, kind="stable")
+    ordered, good = np.asarray(values, np.float64)[order], (np.asarray(labels) == 1)[order]
+    ends = np.flatnonzero(np.diff(ordered)) + 1  # equal values are on one side of a threshold
+    cuts = np.concatenate([[0], ends, [len(ordered)]])  # numbers of values below a threshold
+    right = np.concatenate([[0], np.cumsum(~good)])[cuts] + good.sum() - np.concatenate([[0], np.cumsum(good)])[cuts]
+    padded = np.concatenate([[-np.inf], ordered, [np.inf]])
+    cut = cuts[np.argmax(right)]
+    below, above = padded[cut], padded[cut + 1]
+    return float(above if np.isinf(below) else np.nextafter(below, np.inf) if np.isinf(above) else (below + above) / 2)
+
+
+def evaluate(features: model.Features, train, validation, mlp, params) -> dict[str, dict[str, float]]:
+    """Metrics on the validation part: {"reward", "clip_score"} -> accuracy, f1, auc.
+
+    The reward's threshold is 0.5. CLIP score is no probability: its threshold is the most accurate one on the training part.
     """
     text, labels = features.text[features.prompt], features.label
     clip_score = np.sum(features.image * text, axis=1)
     reward = model.predict(mlp, params, features.image[validation], text[validation])
-    threshold = metrics.best_threshold(clip_score[train], labels[train])
+    threshold = best_threshold(clip_score[train], labels[train])
     return {
-        "reward": metrics.all_of(reward, labels[validation], 0.5),
-        "clip_score": metrics.all_of(clip_score[validation], labels[validation], threshold),
+        "reward": binary_metrics(reward, labels[validation], 0.5),
+        "clip_score": binary_metrics(clip_score[validation], labels[validation], threshold),
     }
 
 
 def plot(results: list[dict]) -> bytes:
-    """A PNG: each metric of both predictors against the number of training images."""
+    """Draws each metric of both predictors against the number of training images; returns a PNG."""
     from matplotlib.figure import Figure
 
     figure, sizes = Figure(figsize=(11, 3.4), layout="constrained"), [entry["train"] for entry in results]
@@ -95,10 +131,11 @@ def plot(results: list[dict]) -> bytes:
 
 
 def train(config, feedback_file, clip_folder, workdir, cache=None) -> list[dict]:
-    """Runs `config`; returns what results.json has: an entry for each size of the training part, the whole one last.
+    """Runs `config`. Returns the results in results.json, one for each size of the training part, the whole part last.
 
     Raises:
-      UserError: faulty feedback, a folder that is no CLIP, a workdir of another run, a prompt that the lists do not make.
+      UserError: faulty feedback, a folder without a CLIP, a workdir of another run, a prompt that the config's words do not
+        make.
     """
     # ---- Feedback, prompts, CLIP ------------------------------------------------------------------------------------
     words, change = prompts.words_of(config.prompts), tuple(config.loss.change)
@@ -110,12 +147,12 @@ def train(config, feedback_file, clip_folder, workdir, cache=None) -> list[dict]
     for name, folder in (("workdir", workdir), ("cache", cache)):
         if "://" in str(folder):
             raise UserError(f"{name}: got {folder}, expected a folder on a disk")
-    feedback = Feedback(feedback_file)
+    feedback = LabelledImages(feedback_file)
     foreign = sorted({text for text in feedback.prompts if words.parse(text) is None})
     if foreign and config.loss.classification_weight:
         raise UserError(
             f"feedback: {feedback.path}: {len(foreign)} prompts cannot be made of the config's lists, such as "
-            f"{foreign[0]!r}, and so have no negatives; add their words to the config's prompts, or pass "
+            f"{foreign[0]!r}, and therefore have no negatives; add their words to the config's prompts, or pass "
             "--config.loss.classification_weight=0"
         )
     clip = embed.Clip(clip_folder)
@@ -134,7 +171,7 @@ def train(config, feedback_file, clip_folder, workdir, cache=None) -> list[dict]
         raise UserError(f"workdir: {workdir} holds a run on other feedback than {feedback.path}; take another --workdir")
     print(f"{len(rows)} training and {len(validation)} validation images, {len(set(feedback.prompts))} prompts", flush=True)
 
-    # ---- A training for each size; the whole one's weights are kept -------------------------------------------------
+    # ---- A training for each size; the whole part's weights are written ---------------------------------------------
     results, mlp = held["results"], model.RewardMLP(tuple(config.model.hidden))
     for share in sizes[len(results) :]:
         part, whole = rows[: max(1, round(share * len(rows)))], share == 1
@@ -151,7 +188,7 @@ def train(config, feedback_file, clip_folder, workdir, cache=None) -> list[dict]
 
 
 def table(results) -> str:
-    """Both predictors' metrics for each size, to print."""
+    """A table of both predictors' metrics for each size, to print."""
     headers = ["training images", *(f"{who} {name}" for name in METRICS for who in ("reward", "CLIP score"))]
     lines = [
         [entry["train"], *(entry[who][name] for name in METRICS for who in ("reward", "clip_score"))] for entry in results
@@ -169,8 +206,8 @@ def main():
 
 if __name__ == "__main__":
     flags.DEFINE_string("feedback", None, "A .jsonl or .parquet file of prompt, image and label.")
-    flags.DEFINE_string("clip", None, "The CLIP, a folder that rahf.convert --source=clip-hf wrote.")
-    flags.DEFINE_string("workdir", None, "For the weights, results and embeddings; a killed run goes on from it.")
-    flags.DEFINE_string("cache", None, "Where CLIP's embeddings are kept, if not in the workdir.")
+    flags.DEFINE_string("clip", None, "A CLIP, a folder that rahf.convert --source=clip-hf wrote.")
+    flags.DEFINE_string("workdir", None, "For the weights, results and embeddings; a killed run continues from it.")
+    flags.DEFINE_string("cache", None, "The folder for CLIP's embeddings; by default in the workdir.")
     flags.mark_flags_as_required(["feedback", "clip", "workdir"])
     command.run(main, experiments.reader(default="reward_clip"))

@@ -1,8 +1,9 @@
-"""Tables of pictures and their prompts; with a label, whether people found that the one shows the other, binary feedback.
+"""Tables of images and their prompts, with or without binary labels (1 = the image shows its prompt, 0 = it does not).
 
-    {"prompt": "two red cats", "image": "images/0.png", "label": 1}      a line of a .jsonl file; paths beside the file
+    {"prompt": "two red cats", "image": "images/0.png", "label": 1}      a line of a .jsonl file
 
-A .parquet file has the columns prompt, image (bytes, a struct with bytes as Hugging Face's, or paths) and label.
+A .parquet file has the columns prompt, image (bytes, Hugging Face's struct of bytes and path, or paths) and label. Paths are
+relative to the folder of the file.
 """
 
 import pathlib
@@ -14,22 +15,22 @@ import pyarrow.parquet
 from richhf_data import jsonl, parquet
 from richhf_data.errors import UserError
 
-MAX_NAMED = 5  # faults in a message
-_ROWS_AT_ONCE = 32  # of images in memory
+MAX_NAMED = 5  # faults that a message lists
+_ROWS_AT_ONCE = 32  # images in memory
 
 
-class Pictures:
-    """A table's rows, its prompts checked; images are read when asked for. Other columns are not read.
+class ImageTable:
+    """A table of images and prompts. Checks all rows when it is opened; `images` reads the images one by one.
 
     Args:
-      path: a .jsonl or .parquet file, or a folder with an images.jsonl, which `rahf.diffusion.sample` writes.
+      path: a .jsonl or .parquet file, or a folder with an images.jsonl, such as `rahf.diffusion.sample` writes.
 
     Attributes:
-      path: the file. prompts: list of texts. places: as many names of rows, for errors: "row 3".
+      path: the file. prompts: list of texts. places: a name for each row in errors, "row 3"; numbers begin with 1.
 
     Raises:
-      UserError: no such file, another format, a column that is missing, rows that are not as above; names the file, the
-        first faulty rows (from 1 on), what they have and what is expected.
+      UserError: no such file, another format, a missing column, faulty rows; names the file and the first faulty rows, with
+        what they have and what is expected.
     """
 
     name, columns = "pictures", ("prompt", "image")
@@ -56,7 +57,7 @@ class Pictures:
                 self.places.append(where)
         self._refuse(faults)
         if not rows:
-            raise UserError(f"{self.name}: {self.path} has no rows, expected a row an image with {', '.join(self.columns)}")
+            raise UserError(f"{self.name}: {self.path} has no rows, expected one per image with {', '.join(self.columns)}")
         self.prompts = [row["prompt"] for row in rows]
         self._checked = rows
 
@@ -64,10 +65,10 @@ class Pictures:
         return len(self.prompts)
 
     def images(self) -> Iterator[tuple[str, bytes]]:
-        """(the file and row, the image as it is encoded) of each row, in order.
+        """Yields (file and row for errors, encoded image) for each row, in order.
 
         Raises:
-          UserError: an image that is missing.
+          UserError: a missing image.
         """
         for where, row in self._rows(["image"]):
             if isinstance(row, str):
@@ -100,7 +101,7 @@ class Pictures:
             raise UserError(f"{self.name}: {self.path}:\n  " + "\n  ".join(faults[:MAX_NAMED]) + more)
 
     def _json_rows(self, columns) -> Iterator[tuple[str, dict | str]]:
-        """(row 3, the row; or an error that names the row)."""
+        """Yields ("row 3", the row, or an error message that names it)."""
         with self.path.open("rb") as file:
             for number, line in jsonl.lines(file):
                 where = f"row {number}"
@@ -127,11 +128,11 @@ class Pictures:
             raise parquet.unreadable(self.name, str(self.path), error) from error
 
 
-class Feedback(Pictures):
-    """Pictures with labels.
+class LabelledImages(ImageTable):
+    """An `ImageTable` with a column label.
 
     Attributes:
-      labels: list of 0 and 1, as long as the prompts.
+      labels: list of 0 and 1, one for each row.
     """
 
     name, columns = "feedback", ("prompt", "image", "label")
