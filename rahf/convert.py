@@ -439,8 +439,8 @@ def export_stablehlo(converted: Pretrained, path: pathlib.Path) -> None:
     """Writes a RAHF's predict function as StableHLO for CPU, GPU and TPU and any batch, without its weights.
 
     `jax.export.deserialize(bytes).call(weights, image, text_ids)` gives scores, heatmaps and keyword_ids without our code:
-    `weights` is the dictionary that safetensors reads, image uint8[B, H, W, 3], text_ids int32[B, L], or int32[B, 7, L] in
-    the augmented-prompt variant.
+    `weights` is the dictionary that safetensors reads, image uint8[B, H, W, 3], text_ids int32[B, R, L] with
+    R = 1, or 7 in the augmented-prompt variant.
     """
     model_config = RAHFConfig.from_dict(converted.config["model"])
     module, lengths = RAHF(model_config), converted.config["data"]
