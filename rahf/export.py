@@ -15,7 +15,7 @@ def export_stablehlo(converted: Pretrained, path: pathlib.Path) -> None:
     """Writes the predict function of a RAHF as StableHLO for CPU, GPU and TPU and any batch size, without its weights.
 
     `jax.export.deserialize(bytes).call(weights, image, text_ids)` returns scores, heatmaps and keyword_ids. `weights` is the
-    dictionary that safetensors reads, image uint8[B, H, W, 3], text_ids int32[B, L], or int32[B, 7, L] in the
+    dictionary that safetensors reads, image uint8[B, H, W, 3], text_ids int32[B, R, L] with R = 1, or 7 in the
     augmented-prompt variant.
     """
     model_config = RAHFConfig.from_dict(converted.config["model"])

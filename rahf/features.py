@@ -3,10 +3,11 @@
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar
 
 import numpy as np
 
-from richhf_data import schema, tasks
+from richhf_data import tasks
 from richhf_data.errors import UserError
 from richhf_data.tensorflow_cpu import seqio, tf
 
@@ -19,28 +20,21 @@ class RAHFFeatureConverter(seqio.FeatureConverter):
 
     The features have their final shapes and types (images and maps are uint8; the device makes floats of them), so this
     checks names, types, ranks and lengths, and pads and packs nothing.
-
-    Args:
-      variant: `augmented_prompt` has `text_ids` of rank 2.
     """
 
-    TASK_FEATURES: Mapping[str, _Spec]
-    MODEL_FEATURES: Mapping[str, _Spec]
+    MODEL_FEATURES: ClassVar = {
+        "image": _Spec(tf.uint8, rank=3),
+        "text_ids": _Spec(tf.int32, rank=2, sequence_dim=1),
+        "keyword_ids": _Spec(tf.int32),
+        "scores": _Spec(tf.float32),
+        "score_mask": _Spec(tf.bool),
+        "heatmaps": _Spec(tf.uint8, rank=3),
+        "heatmap_mask": _Spec(tf.bool),
+    }
+    TASK_FEATURES: ClassVar = {"targets" if name == "keyword_ids" else name: spec for name, spec in MODEL_FEATURES.items()}
     PACKING_FEATURE_DTYPES = None
 
-    def __init__(self, variant: str = "multi_head"):
-        schema.task_prompts("", variant)  # refuses an unknown variant
-        text = _Spec(tf.int32) if variant == "multi_head" else _Spec(tf.int32, rank=2, sequence_dim=1)
-        shared = {
-            "image": _Spec(tf.uint8, rank=3),
-            "text_ids": text,
-            "scores": _Spec(tf.float32),
-            "score_mask": _Spec(tf.bool),
-            "heatmaps": _Spec(tf.uint8, rank=3),
-            "heatmap_mask": _Spec(tf.bool),
-        }
-        self.TASK_FEATURES = shared | {"targets": _Spec(tf.int32)}
-        self.MODEL_FEATURES = shared | {"keyword_ids": _Spec(tf.int32)}
+    def __init__(self):
         super().__init__(pack=False)
 
     def _convert_features(self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]) -> tf.data.Dataset:
@@ -87,7 +81,7 @@ def evaluator(task: tasks.RichhfTask, split: str, num_examples: int | None = Non
     _check_split(task, split)
     return seqio.Evaluator(
         task.name,
-        RAHFFeatureConverter(task.variant),
+        RAHFFeatureConverter(),
         eval_split=split,
         num_examples=num_examples,
         async_compute_metrics=False,
@@ -138,7 +132,7 @@ def training_batches(
     dataset = _shuffled_examples(sources, pattern, split, seed, start_step, batch_size, rows)
     first = next(iter(rates))  # the tasks differ in their data alone, so the steps of the first are those of all
     dataset = first.seqio_task.preprocess_postcache(dataset, sequence_length=None, seed=seed)
-    dataset = RAHFFeatureConverter(first.variant)(dataset, first.lengths())
+    dataset = RAHFFeatureConverter()(dataset, first.lengths())
     dataset = dataset.batch(len(rows), drop_remainder=True).prefetch(2)
     return dataset.as_numpy_iterator()
 

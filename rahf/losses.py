@@ -1,8 +1,8 @@
 """The training loss: masked sums over rows, divided by the weights of the whole batch.
 
-A mean over a microbatch, or over one device's rows, would weigh rows by their company. Here a loss is a sum divided by
-a normaliser that counts the targets of the GLOBAL batch (`loss_normalisers`), so the losses, the metrics and the
-gradients of microbatches add up to those of the full batch.
+Rows differ in how many targets they have. With a mean over a microbatch, or over the rows of one device, the weight of a row
+would depend on the rows beside it. Here a loss is a sum divided by the number of targets in the GLOBAL batch
+(`loss_normalisers`), so losses, metrics and gradients of microbatches add up to those of the whole batch.
 """
 
 from collections.abc import Mapping
@@ -20,14 +20,14 @@ DEFAULT_WEIGHTS = {"score": 1.0, "heatmap": 1.0, "keyword": 1.0}
 
 
 def loss_normalisers(batch: Mapping[str, Array], count_padding: bool = False) -> dict[str, Array]:
-    """What the losses of a batch, whole or in microbatches, are divided by; from the targets alone.
+    """The divisors of the losses of a batch or its microbatches. They depend only on the targets.
 
     Args:
       count_padding: see `keyword_loss_sum`.
 
     Returns:
-      float32 scalars: `score`, the number of scores that have a target; `heatmap`, of (row, map) pairs that have one;
-      `keyword`, of ids that are no padding. May be 0.
+      float32 scalars, the numbers of targets: `score`, of scores; `heatmap`, of (row, map) pairs; `keyword`, of ids that
+      are not padding. May be 0.
     """
     return {
         "score": jnp.sum(batch["score_mask"], dtype=jnp.float32),
@@ -38,7 +38,7 @@ def loss_normalisers(batch: Mapping[str, Array], count_padding: bool = False) ->
 
 def score_loss_sum(predicted: Array, target: Array, mask: Array) -> Array:
     """Sum of squared errors where the mask is True: float32[B, 4] twice, bool[B, 4] -> float32 scalar."""
-    return jnp.sum(jnp.square(jnp.where(mask, predicted - target, 0.0)))  # masked first: its gradient is 0 there, not nan
+    return jnp.sum(jnp.square(jnp.where(mask, predicted - target, 0.0)))  # masked first, so that a nan gets gradient 0
 
 
 def heatmap_loss_sum(predicted: Array, target: Array, mask: Array) -> Array:
@@ -61,19 +61,22 @@ def heatmap_loss_sum(predicted: Array, target: Array, mask: Array) -> Array:
 
 def _keyword_mask(targets: Array, count_padding: bool) -> Array:
     mask = targets != schema.PAD_ID
-    # A row without a target is no target's padding.
+    # A row without keywords has no target, so its padding does not count either.
     return jnp.broadcast_to(jnp.any(mask, axis=-1, keepdims=True), mask.shape) if count_padding else mask
 
 
 def keyword_loss_sum(logits: Array, targets: Array, count_padding: bool = False) -> tuple[Array, Array]:
-    """Sum of the cross-entropy over targets that are no padding, and how many of these have the largest logit.
+    """Sum of the cross-entropy over targets that are not padding, and how many of these have the largest logit.
 
     Args:
       logits: float32[B, T, V]. targets: int32[B, T], 0 = padding.
-      count_padding: as the first author's PyTorch release has it, the model is asked to predict the padding too.
+      count_padding: padding after a target counts as a target too, as in the first author's PyTorch release.
+
+    Returns:
+      float32 scalars: the sum and the number.
     """
     mask = _keyword_mask(targets, count_padding)
-    # A masked sum instead of a gather: it stays local when the vocabulary is sharded.
+    # A masked sum stays local when the vocabulary is sharded; a gather would not.
     is_target = jnp.arange(logits.shape[-1])[None, None, :] == targets[..., None]
     target_logits = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)  # [B, T]
     loss = jax.nn.logsumexp(logits, axis=-1) - target_logits
@@ -91,16 +94,16 @@ def rahf_loss(
     """The weighted sum of score MSE, heatmap MSE and keyword cross-entropy.
 
     Args:
-      outputs: of the model's forward pass on `batch`.
-      batch: as in richhf_data/schema.py: `scores`, `score_mask`, `heatmaps`, `heatmap_mask`, `keyword_ids`.
-      normalisers: `loss_normalisers` of the batch that the optimiser steps on; None = `batch` is that batch.
+      outputs: the model's forward pass on `batch`.
+      batch: `scores`, `score_mask`, `heatmaps`, `heatmap_mask` and `keyword_ids` of richhf_data/schema.py.
+      normalisers: `loss_normalisers` of the optimiser's batch; None if `batch` is that batch.
       weights: `score`, `heatmap`, `keyword`.
       count_padding: see `keyword_loss_sum`; `normalisers` must be made with the same.
 
     Returns:
       float32 scalar loss; metrics `loss`, `loss_score`, `loss_heatmap`, `loss_keyword` (before weighting) and
-      `keyword_accuracy` (of teacher-forced ids). Summed over the microbatches that share `normalisers` they are those
-      of the whole. A kind without any target gives 0.
+      `keyword_accuracy` (of teacher-forced ids). Summed over microbatches with the same `normalisers` they are those of the
+      whole batch. A kind without any target gives 0.
 
     Raises:
       UserError: other names in `weights`; heatmap targets of another resolution than the model's.
@@ -109,7 +112,7 @@ def rahf_loss(
         raise UserError(f"loss weights: got {sorted(weights)}, expected exactly {sorted(DEFAULT_WEIGHTS)}")
     if normalisers is None:
         normalisers = loss_normalisers(batch, count_padding)
-    divide = {name: jnp.maximum(normalisers[name], 1.0) for name in DEFAULT_WEIGHTS}  # counts, so 0 / 1 where none
+    divide = {name: jnp.maximum(normalisers[name], 1.0) for name in DEFAULT_WEIGHTS}  # 0 / 1 without targets
 
     keyword_sum, correct = keyword_loss_sum(outputs.keyword_logits, batch["keyword_ids"], count_padding)
     losses = {

@@ -141,8 +141,6 @@ class Model:
                 "shorten it"
             )
         text_ids = np.stack([self.vocabulary.encode(text, length) for text in texts])
-        if self.model_config.variant == "multi_head":
-            text_ids = text_ids[0]
         return {"image": resize(image, self.model_config.image_size), "text_ids": text_ids}
 
     def predict(self, images: Sequence[np.ndarray], prompts: Sequence[str], batch_size: int = 32) -> Feedback:

@@ -89,11 +89,11 @@ def text_arguments(config) -> dict:
 
 def batch_shapes(config, batch_size: int) -> dict[str, tuple[tuple[int, ...], str]]:
     """{name: (shape, dtype)} of a training batch (schema.py)."""
-    sizes, texts = image_arguments(config), () if config.model.variant == "multi_head" else (len(schema.TASKS),)
+    sizes, texts = image_arguments(config), schema.num_texts(config.model.variant)
     image, maps, rows = sizes["image_size"], sizes["heatmap_size"], batch_size
     return {
         "image": ((rows, image, image, 3), "uint8"),
-        "text_ids": ((rows, *texts, config.data.text_length), "int32"),
+        "text_ids": ((rows, texts, config.data.text_length), "int32"),
         "keyword_ids": ((rows, config.data.keyword_length), "int32"),
         "scores": ((rows, len(schema.SCORES)), "float32"),
         "score_mask": ((rows, len(schema.SCORES)), "bool"),

@@ -148,7 +148,7 @@ def _fold(seed: tf.Tensor, number: int) -> tf.Tensor:
 def texts(
     dataset: tf.data.Dataset, *, variant: str, vocabulary: seqio.Vocabulary, length: int, truncate: bool = False
 ) -> tf.data.Dataset:
-    """Adds `text_ids`: int32[L] of the prompt, or int32[7, L] of the prompt under each task of `schema.TASKS`.
+    """Adds `text_ids`: int32[R, L], the ids of the texts of `schema.task_prompts`.
 
     Each text is its pieces, the end id, then zeros. A text of more than L ids stops the iteration with
     `tf.errors.InvalidArgumentError`, or loses its last pieces with `truncate`.
@@ -158,7 +158,7 @@ def texts(
     @seqio.map_over_dataset
     def add(example):
         ids = tokenize(tf.strings.join([prefixes, example["prompt"]]), vocabulary, length, truncate, example["uid"])
-        return example | {"text_ids": ids[0] if variant == "multi_head" else ids}
+        return example | {"text_ids": ids}
 
     return add(dataset)
 

@@ -17,7 +17,7 @@ A decoded example is a dictionary with
 A batch for the model is a dictionary of numpy arrays (letters as in the README's table of names):
 
   image        uint8[B, H, W, 3]
-  text_ids     int32[B, L], or int32[B, 7, L] in the augmented-prompt variant (order `TASKS`); 0 = padding, 1 = end
+  text_ids     int32[B, R, L], R = 1, or 7 in the augmented-prompt variant (order `TASKS`); 0 = padding, 1 = end
   keyword_ids  int32[B, T], the labelled prompt ("a yellow_0 cat") or the caption, ending in 1; all 0 without
   scores       float32[B, 4]          score_mask    bool[B, 4]
   heatmaps     uint8[B, h, w, 2]      heatmap_mask  bool[B, 2]
@@ -83,6 +83,15 @@ def split_of(uid: str, holdout: float = HOLDOUT, seed: int = 0) -> str:
 def pad_rows(array: np.ndarray, rows: int) -> np.ndarray:
     """An array [n, ...] as [rows, ...]: its last row is repeated, so that a compiled program sees one shape."""
     return np.pad(array, [(0, rows - len(array))] + [(0, 0)] * (np.ndim(array) - 1), mode="edge")
+
+
+def num_texts(variant: str) -> int:
+    """R, the texts that the model reads for one prompt.
+
+    >>> [num_texts(variant) for variant in VARIANTS]
+    [1, 7]
+    """
+    return len(task_prompts("", variant))
 
 
 def task_prompts(prompt: str, variant: str) -> list[str]:

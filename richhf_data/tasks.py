@@ -2,7 +2,7 @@
 
 The task features of an example, which `rahf.features.RAHFFeatureConverter` turns into the batch of schema.py:
 
-  image uint8[S, S, 3]   text_ids int32[L] or int32[7, L]   targets int32[T]   scores float32[4]   score_mask bool[4]
+  image uint8[S, S, 3]   text_ids int32[R, L]   targets int32[T]   scores float32[4]   score_mask bool[4]
   heatmaps uint8[h, h, 2]   heatmap_mask bool[2]
 
 An example also has uid, prompt, labels, labels_valid and labelled_prompt, which the metrics need.
@@ -126,7 +126,7 @@ def register(
         preprocessors=steps,
         output_features={
             "image": seqio.ContinuousFeature(rank=3, dtype=tf.uint8),
-            "text_ids": seqio.Feature(pieces, add_eos=False, rank=1 if variant == "multi_head" else 2),
+            "text_ids": seqio.Feature(pieces, add_eos=False, rank=2),
             "targets": seqio.Feature(pieces, add_eos=False),
             "scores": seqio.ContinuousFeature(rank=1, dtype=tf.float32),
             "score_mask": seqio.ContinuousFeature(rank=1, dtype=tf.bool),

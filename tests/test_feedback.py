@@ -99,7 +99,7 @@ def test_training_reads_each_dataset_of_the_mixture(data_dirs, tmp_path):
     captions = [row for row in range(16) if not batch["score_mask"][row].any() and not batch["heatmap_mask"][row].any()]
     assert len(captions) == 4
     for row in captions:
-        assert pieces.decode(batch["text_ids"][row]) == "image caption"
+        assert pieces.decode(batch["text_ids"][row, 0]) == "image caption"
         assert pieces.decode(batch["keyword_ids"][row]).startswith("the ")
         assert not batch["heatmaps"][row].any()
 

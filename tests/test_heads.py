@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import tiny_model
 
-from rahf.models import heads
+from rahf.models import heads, tpu
+from rahf.models.layers import CONV_DIMENSIONS
 
 SMALL_SCORE = heads.ScoreHeadConfig(filters=(8, 4), dense=(8, 4))
 SMALL_HEATMAP = heads.HeatmapHeadConfig(filters=(8,), deconv_filters=(8, 4), output_hidden=4)
@@ -31,8 +32,8 @@ def of_image(f, strips):
     """What `f` computes of images in strips, of whole images: cut before, put together after."""
 
     def whole(x, kernel):
-        cut = f(heads.to_strips(x, strips), kernel)
-        return jnp.moveaxis(heads.from_strips(jnp.moveaxis(cut, -1, 0), strips), 0, -1)
+        cut = f(tpu.to_strips(x, strips), kernel)
+        return jnp.moveaxis(tpu.from_strips(jnp.moveaxis(cut, -1, 0), strips), 0, -1)
 
     return whole
 
@@ -44,7 +45,7 @@ def test_deconv2x_equals_conv_transpose(style, strips):
     shapes = (2, 5, 6, 4), (3, 3, 4, 7), (2, 10, 12, 7)
     x, kernel, cotangent = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
 
-    deconv2x = of_image(lambda x, kernel: heads.deconv2x(x, kernel, style, strips), strips)
+    deconv2x = of_image(lambda x, kernel: tpu.deconv2x(x, kernel, style, strips), strips)
     found = value_and_gradients(deconv2x, cotangent, x, kernel)
     wanted = value_and_gradients(lambda x, kernel: transpose(x, kernel, style), cotangent, x, kernel)
     for ours, theirs in zip(found, wanted, strict=True):
@@ -61,9 +62,9 @@ def test_convolution_of_strips_equals_that_of_the_image(strips, columns):
 
     def plain(x, kernel):
         padding = ((0, 1), columns)
-        return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=heads.CONV_DIMENSIONS)
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=CONV_DIMENSIONS)
 
-    convolve = of_image(lambda x, kernel: heads.convolve(x, kernel, strips, (0, 1), columns), strips)
+    convolve = of_image(lambda x, kernel: tpu.convolve(x, kernel, strips, (0, 1), columns), strips)
     found, wanted = (value_and_gradients(f, cotangent, x, kernel) for f in (convolve, plain))
     for ours, theirs in zip(found, wanted, strict=True):
         assert np.abs(theirs).max() > 1
@@ -78,7 +79,7 @@ def test_deconv2x_trains_without_dilation_on_cpu():
         return jax.jit(loss).lower(x, kernel).compile().as_text()
 
     assert "lhs_dilate" in compiled(transpose) or "rhs_dilate" in compiled(transpose)
-    assert "lhs_dilate" not in compiled(heads.deconv2x) and "rhs_dilate" not in compiled(heads.deconv2x)
+    assert "lhs_dilate" not in compiled(tpu.deconv2x) and "rhs_dilate" not in compiled(tpu.deconv2x)
 
 
 class PlainHeatmapHead(nn.Module):

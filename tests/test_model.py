@@ -1,6 +1,7 @@
 """RAHF: sizes, both variants, invariances, errors."""
 
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,8 @@ from tiny_model import INPUTS, forward, predict
 
 from rahf.models import rahf
 from rahf.models.heads import HeatmapHead, ScoreHead
+from rahf.models.layers import normalize_image
+from rahf.models.shapes import param_shapes
 from rahf.models.t5 import Decoder, Encoder
 from rahf.models.vit import ViT
 from richhf_data import schema
@@ -42,8 +45,8 @@ def test_paper_model_has_the_expected_parameters_and_shapes(variant, total, part
     assert counts == {"vit": 85_797_120, "t5": 247_577_856} | parts
     assert sum(counts.values()) == total
 
-    texts = (16, 64) if variant == "multi_head" else (16, 7, 64)
-    image, text = jax.ShapeDtypeStruct((16, 224, 224, 3), np.uint8), jax.ShapeDtypeStruct(texts, np.int32)
+    texts = 1 if variant == "multi_head" else 7
+    image, text = jax.ShapeDtypeStruct((16, 224, 224, 3), np.uint8), jax.ShapeDtypeStruct((16, texts, 64), np.int32)
     keywords = jax.ShapeDtypeStruct((16, 64), np.int32)
     outputs = jax.eval_shape(model.apply, params, image, text, keywords)
     assert [output.shape for output in outputs] == [(16, 4), (16, 224, 224, 2), (16, 64, 32128)]
@@ -64,6 +67,15 @@ def test_every_parameter_names_an_axis_for_each_dimension():
             assert isinstance(leaf, nn.LogicallyPartitioned), path
             assert len(leaf.names) == len(leaf.value.shape), path
             assert {name for name in leaf.names if name} <= documented, path
+
+
+def test_param_shapes_names_every_parameter():
+    config = tiny_model.config()
+    _, params = tiny_model.model_and_params(config)
+    found = param_shapes(rahf.RAHF(config).init, *rahf.dummy_inputs(config))
+    assert found["vit/pos_embedding"] == jax.ShapeDtypeStruct((1, 16, 12), jnp.float32)
+    held = flax.traverse_util.flatten_dict(params["params"], sep="/")
+    assert {name: leaf.shape for name, leaf in found.items()} == {name: leaf.shape for name, leaf in held.items()}
 
 
 # ---- Both variants --------------------------------------------------------------------------------------------------
@@ -88,10 +100,8 @@ def test_padding_the_prompt_or_the_batch_changes_no_prediction(variant):
     batch = tiny_model.batch(config, 3)
     image, text_ids = batch["image"], batch["text_ids"]
     expected = predict(model, params, image, text_ids)
-    widths = [(0, 0)] * (text_ids.ndim - 1) + [(0, 3)]
     image_padded = np.pad(image, ((0, 1), (0, 0), (0, 0), (0, 0)))
-    widths[0] = (0, 1)
-    padded = predict(model, params, image_padded, np.pad(text_ids, widths))
+    padded = predict(model, params, image_padded, np.pad(text_ids, ((0, 1), (0, 0), (0, 3))))
     close(tuple(output[:3] for output in padded), expected)
     assert all(np.isfinite(output).all() for output in padded)
     assert len(np.unique(expected[2])) > 3  # keywords that padding could have changed
@@ -155,9 +165,9 @@ def test_class_token_is_fused_but_not_on_the_map():
         return tokens, fused, mask, model._feature_map(fused)
 
     tokens, fused, mask, grid = jax.jit(nn.apply(parts, model))(params)
-    assert tokens.shape == (3, 17, 16) and fused.shape == (3, 23, 16)
-    np.testing.assert_array_equal(mask[:, 17:], batch["text_ids"] != 0)
-    np.testing.assert_array_equal(grid.reshape(3, 16, 16), fused[:, 1:17])
+    assert tokens.shape == (3, 17, 16) and fused.shape == (3, 1, 23, 16)
+    np.testing.assert_array_equal(mask[:, :, 17:], batch["text_ids"] != 0)
+    np.testing.assert_array_equal(grid.reshape(3, 1, 16, 16), fused[:, :, 1:17])
 
 
 def test_scanned_layers_change_no_parameter_output_or_gradient():
@@ -201,9 +211,9 @@ def test_float_images_are_the_uint8_ones_and_have_gradients():
     config = tiny_model.config()
     model, params = tiny_model.model_and_params(config)
     batch = tiny_model.batch(config, 3)
-    image = rahf.normalize_image(jnp.asarray(batch["image"]))
+    image = normalize_image(jnp.asarray(batch["image"]))
     assert image.dtype == jnp.float32 and image.min() >= -1 and image.max() <= 1
-    np.testing.assert_allclose(rahf.normalize_image(jnp.array([0, 255], jnp.uint8)), [-1, 1])
+    np.testing.assert_allclose(normalize_image(jnp.array([0, 255], jnp.uint8)), [-1, 1])
 
     @jax.jit
     def score_and_gradient(image):
@@ -235,9 +245,9 @@ def test_augmented_prediction_equals_each_task_alone(augmented):
     @jax.jit
     def one_task(text):
         def run(model):
-            fused, mask = model.encode(model.encode_image(image), text)
-            grid = model._feature_map(fused)
-            return model.score_head(grid), model.heatmap_head(grid), model.t5.greedy_decode(fused, mask, 5)
+            fused, mask = model.encode(model.encode_image(image), text[:, None])
+            grid, (score_head,), (heatmap_head,) = model._feature_map(fused)[:, 0], model.score_heads, model.heatmap_heads
+            return score_head(grid), heatmap_head(grid), model.t5.greedy_decode(fused[:, 0], mask[:, 0], 5)
 
         return nn.apply(run, model)(params)
 
@@ -304,6 +314,8 @@ def test_model_names_wrong_inputs(augmented):
     apply = model.apply
     with pytest.raises(ValueError, match=r"text_ids: got shape \(16, 6\), expected \[B, 7, L\] in the aug"):
         apply(params, image, text_ids[:, 0], keyword_ids)
+    with pytest.raises(ValueError, match=r"text_ids: got shape \(16, 7, 6\), expected \[B, 1, L\] in the multi_head"):
+        rahf.RAHF(tiny_model.config()).apply(params, image, text_ids, keyword_ids)
     with pytest.raises(ValueError, match=r"image: got shape \(16, 8, 16, 3\), expected \[B, 16, 16, 3\]"):
         apply(params, image[:, :8], text_ids, method="perceive")
     with pytest.raises(ValueError, match="image: got int32, expected uint8"):

@@ -281,7 +281,7 @@ def test_stream_yields_the_schema_s_batch(small_vocabulary):
     shapes = {name: (value.dtype.name, value.shape) for name, value in batch.items()}
     assert shapes == {
         "image": ("uint8", (3, 32, 32, 3)),
-        "text_ids": ("int32", (3, 48)),
+        "text_ids": ("int32", (3, 1, 48)),
         "keyword_ids": ("int32", (3, 80)),
         "scores": ("float32", (3, 4)),
         "score_mask": ("bool", (3, 4)),
@@ -289,7 +289,7 @@ def test_stream_yields_the_schema_s_batch(small_vocabulary):
         "heatmap_mask": ("bool", (3, 2)),
     }
     example = synthetic.draw(0, 1, "train", 32, 16)
-    assert small_vocabulary.decode(batch["text_ids"][1]) == example.prompt
+    assert small_vocabulary.decode(batch["text_ids"][1, 0]) == example.prompt
     labelled = keywords.label_prompt(keywords.tokenize(example.prompt), example.labels)
     assert small_vocabulary.decode(batch["keyword_ids"][1]) == labelled
     augmented = next(_batches(small_vocabulary, variant="augmented_prompt"))

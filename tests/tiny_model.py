@@ -10,7 +10,6 @@ import safetensors.numpy
 
 from rahf.models import rahf
 from rahf.predictor import load
-from richhf_data import schema
 
 VOCAB = 40
 INPUTS = ("image", "text_ids", "keyword_ids")
@@ -78,10 +77,9 @@ def batch(model_config: rahf.RAHFConfig, rows: int, seed: int = 0) -> dict[str, 
         positions = np.arange(shape[-1])
         return np.where(positions < lengths, out, np.where(positions == lengths, 1, 0)).astype(np.int32)
 
-    texts = (rows, 6) if model_config.variant == "multi_head" else (rows, len(schema.TASKS), 6)
     return {
         "image": rng.integers(0, 256, (rows, size, size, 3)).astype(np.uint8),
-        "text_ids": ids(*texts),
+        "text_ids": ids(rows, model_config.num_texts, 6),
         "keyword_ids": ids(rows, 5),
         "scores": rng.random((rows, 4)).astype(np.float32),
         "score_mask": rng.random((rows, 4)) < 0.8,

@@ -23,7 +23,7 @@ from rahf.diffusion.schedule import Schedule
 from rahf.diffusion.unet import UNetConfig
 from rahf.diffusion.vae import VAE, VAEConfig
 from rahf.models.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, Tokenizer
-from rahf.models.rahf import normalize_image
+from rahf.models.layers import normalize_image
 from rahf.reward import embed, prompts
 from rahf.weights import Tensor
 from richhf_data import paths

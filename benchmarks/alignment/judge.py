@@ -17,8 +17,8 @@ import optax
 from benchmarks.alignment import drawings
 from benchmarks.alignment.optimise import optimise
 from rahf import weights
-from rahf.diffusion.unet import Conv, GroupNorm, ResnetBlock
-from rahf.models.rahf import normalize_image
+from rahf.diffusion.blocks import ResnetBlock
+from rahf.models.layers import Conv, GroupNorm, normalize_image
 from rahf.models.shapes import param_shapes
 from rahf.reward import embed, predict, prompts
 from richhf_data import json_files

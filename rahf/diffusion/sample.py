@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from rahf import partitioning
 from rahf.diffusion import folder
 from rahf.diffusion.schedule import SAMPLERS, Plan, Schedule, plan
-from rahf.models.rahf import normalize_image
+from rahf.models.layers import normalize_image
 from richhf_data import command, images, json_files, jsonl, paths, schema
 from richhf_data.errors import UserError
 

@@ -1,9 +1,9 @@
-"""How diffusion adds noise, what the network learns of it, and the steps by which each sampler takes it away.
+"""The noise schedule, the network's training target, and the steps of each sampler.
 
     x_t = sqrt(alpha_t) * x_0 + sqrt(1 - alpha_t) * noise,    alpha_t: `alphas_cumprod[t]`, t in [0, num_train_timesteps)
 
 Every sampler here is a linear recurrence, x' = a x + b x_0 + c (x_0 of the step before) + d noise, with x_0 as predicted in
-this step: `plan` computes its coefficients in float64, so that one compiled loop runs any of them (sample.py).
+this step. `plan` computes the coefficients in float64, and one compiled loop runs any sampler (sample.py).
 """
 
 import dataclasses
@@ -24,15 +24,15 @@ SAMPLERS = ("ddim", "ddpm", "dpm++")
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A noise schedule, in diffusers' words; the defaults are those of Stable Diffusion 1.4 and 1.5."""
+    """A noise schedule, under diffusers' names. The defaults are those of Stable Diffusion 1.4 and 1.5."""
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
     beta_schedule: str = "scaled_linear"
-    prediction_type: str = "epsilon"  # what the network predicts: the noise, or the velocity (arXiv 2202.00512)
+    prediction_type: str = "epsilon"  # the noise, or v_prediction: the velocity (arXiv 2202.00512)
     steps_offset: int = 1  # added to the samplers' timesteps
-    set_alpha_to_one: bool = False  # whether DDIM's last step goes to alpha = 1; else to `alphas_cumprod[0]`
+    set_alpha_to_one: bool = False  # DDIM's last step goes to alpha = 1, not to `alphas_cumprod[0]`
 
     def __post_init__(self):
         for name, allowed in (("beta_schedule", BETAS), ("prediction_type", PREDICTIONS)):
@@ -41,7 +41,7 @@ class Schedule:
 
     @functools.cached_property
     def alphas_cumprod(self) -> np.ndarray:
-        """float64[num_train_timesteps], falling: the part of the variance that is the image's."""
+        """float64[num_train_timesteps], falling: the share of the image in the variance."""
         count = self.num_train_timesteps
         if self.beta_schedule == "linear":
             betas = np.linspace(self.beta_start, self.beta_end, count)
@@ -57,29 +57,32 @@ class Schedule:
         return jnp.sqrt(alpha), jnp.sqrt(1 - alpha)
 
     def add_noise(self, x0: Array, noise: Array, timesteps: Array) -> Array:
-        """x_t. x0, noise: float32[B, h, w, Z]; timesteps: int32[B], or int32[] for all."""
+        """x_t, float32[B, h, w, Z]. x0, noise: float32[B, h, w, Z]. timesteps: int32[B], or int32[] for all."""
         signal, sigma = self._weights(timesteps)
         return signal * x0 + sigma * noise
 
     def target(self, x0: Array, noise: Array, timesteps: Array) -> Array:
-        """What the network should predict for `add_noise` of the same arguments."""
+        """What the network should predict for `add_noise` with the same arguments, float32[B, h, w, Z]."""
         if self.prediction_type == "epsilon":
             return noise
         signal, sigma = self._weights(timesteps)
         return signal * noise - sigma * x0
 
     def x0(self, x: Array, prediction: Array, alpha: Array) -> Array:
-        """The image's latents that a prediction for x means. alpha: float32[], `alphas_cumprod` at its timestep."""
+        """The image's latents according to a prediction for x. alpha: float32[], `alphas_cumprod` at the timestep of x."""
         signal, sigma = jnp.sqrt(alpha), jnp.sqrt(1 - alpha)
         return (x - sigma * prediction) / signal if self.prediction_type == "epsilon" else signal * x - sigma * prediction
 
 
 class Plan(typing.NamedTuple):
-    """A sampler's steps, each field [n]: x' = x * x_t + x0 * x_0 + x0_before * (x_0 of the step before) + noise * noise."""
+    """A sampler's n steps; each field is [n]. A step is
+
+    x_next = x * x_t + x0 * x_0 + x0_before * (x_0 of the step before) + noise * (standard normal noise)
+    """
 
     timesteps: np.ndarray  # int32, falling
-    alpha: np.ndarray  # float32, as the rest: of x before the step
-    alpha_next: np.ndarray  # of x at the next timestep; 1 after the last
+    alpha: np.ndarray  # float32, like the rest: `alphas_cumprod` before the step
+    alpha_next: np.ndarray  # at the next timestep; 1 after the last
     x: np.ndarray
     x0: np.ndarray
     x0_before: np.ndarray
@@ -87,15 +90,15 @@ class Plan(typing.NamedTuple):
 
 
 def plan(schedule: Schedule, sampler: str, steps: int, strength: float = 1.0) -> Plan:
-    """The steps of a sampler, evenly spaced: "leading" in diffusers' words, as Stable Diffusion's configurations have it.
+    """The steps of a sampler. Their spacing is diffusers' "leading", as in Stable Diffusion's configurations.
 
-    (diffusers' DPMSolverMultistepScheduler spaces otherwise, "linspace", where a configuration names no spacing.)
+    diffusers' DPMSolverMultistepScheduler uses "linspace" instead if a configuration names no spacing.
 
     Args:
       sampler: "ddim" (arXiv 2010.02502, eta = 0), "ddpm" (arXiv 2006.11239, the smaller variance), or "dpm++", the
         second-order multistep DPM-Solver++ (arXiv 2211.01095) with first-order first and last steps.
-      steps: of the whole way from noise.
-      strength: the part of them, the last ones, that are taken; int(steps * strength) of them.
+      steps: from pure noise to the image.
+      strength: only the last int(steps * strength) steps are taken.
 
     Raises:
       UserError: an unknown sampler, more steps than timesteps, a strength that leaves no step.
@@ -130,19 +133,19 @@ def plan(schedule: Schedule, sampler: str, steps: int, strength: float = 1.0) ->
             x = np.sqrt((1 - to) / (1 - alpha))
             coefficients = x, np.sqrt(to) - x * np.sqrt(alpha), zeros, zeros
         else:
-            beta = 1 - alpha / to  # of this step
+            beta = 1 - alpha / to  # the variance that this step removes
             x, x0 = np.sqrt(alpha / to) * (1 - to) / (1 - alpha), np.sqrt(to) * beta / (1 - alpha)
             coefficients = x, x0, zeros, np.sqrt((1 - to) / (1 - alpha) * beta)
     return Plan(timesteps.astype(np.int32), *(c.astype(np.float32) for c in (alpha, alpha_next, *coefficients)))
 
 
 def _dpm(alpha, to):
-    """DPM-Solver++(2M)'s coefficients from alpha to the next one, `to`, whose last is 1."""
+    """The coefficients of DPM-Solver++(2M) for steps from `alpha` to `to`. The last `to` is 1."""
     signal, sigma, signal_to, sigma_to = np.sqrt(alpha), np.sqrt(1 - alpha), np.sqrt(to), np.sqrt(1 - to)
     with np.errstate(divide="ignore"):
         h = np.log(signal_to / sigma_to) - np.log(signal / sigma)  # infinite in the last step
     first_order = -signal_to * np.expm1(-h)
-    # The slope of x_0, over the step before and half of this one; unknown in the first step, and not used in the last.
+    # Second order: the slope of x_0 over the step before. The first step does not know it; the last does not use it.
     slope = np.zeros(len(h))
     slope[1:-1] = first_order[1:-1] * 0.5 * h[1:-1] / h[:-2]
     return sigma_to / sigma, first_order + slope, -slope, np.zeros(len(h))

@@ -1,10 +1,9 @@
-"""The autoencoder of latent diffusion, as diffusers' `AutoencoderKL` computes it, and with its parameters' names.
+"""The autoencoder of latent diffusion: diffusers' `AutoencoderKL`, with its parameter names.
 
     image [B, H, W, 3] --encode--> mean and log variance [B, h, w, Z] --sample--> latents --decode--> image
 
-h = H / `config.factor`. "High-Resolution Image Synthesis with Latent Diffusion Models" (arXiv 2112.10752). The latents that
-a UNet reads are scaled, the encoder's and decoder's own are not: `encode_latents` and `decode_latents` alone know of
-`scaling_factor`.
+h = H / `config.factor`. "High-Resolution Image Synthesis with Latent Diffusion Models" (arXiv 2112.10752). A UNet reads
+scaled latents. Only `encode_latents` and `decode_latents` apply `scaling_factor`; every other method has unscaled latents.
 """
 
 import dataclasses
@@ -15,8 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rahf.diffusion.unet import Conv, GroupNorm, ResnetBlock, attend, check_blocks, upsample
-from rahf.models.rahf import normalize_image
+from rahf.diffusion.blocks import ResnetBlock, attend, check_blocks
+from rahf.models.layers import Conv, GroupNorm, normalize_image, upsample
 from richhf_data.errors import UserError
 
 Array = jax.Array
@@ -24,7 +23,7 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
-    """Sizes, in diffusers' words; the defaults are those of Stable Diffusion 1.4 and 1.5."""
+    """Sizes, under diffusers' names. The defaults are those of Stable Diffusion 1.4 and 1.5."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -32,7 +31,7 @@ class VAEConfig:
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)  # each block but the last halves the resolution
     layers_per_block: int = 2
     norm_num_groups: int = 32
-    scaling_factor: float = 0.18215  # what makes the latents' deviation 1
+    scaling_factor: float = 0.18215  # gives the latents a standard deviation of about 1
     dtype: str = "float32"  # of the computation; parameters and outputs are float32
     remat: bool = False  # recompute each residual block in the backward pass
 
@@ -45,10 +44,10 @@ class VAEConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """h and w of the latents of an image of so many pixels.
+        """(h, w) of the latents of an image of height x width pixels.
 
         Raises:
-          UserError: sizes that are no multiples of `factor`.
+          UserError: a size that is not a multiple of `factor`.
         """
         if min(height, width) <= 0 or height % self.factor or width % self.factor:
             fitting = " by ".join(str(max(1, round(n / self.factor)) * self.factor) for n in (height, width))
@@ -60,34 +59,34 @@ class VAEConfig:
 
 
 class Posterior(typing.NamedTuple):
-    """A normal distribution over latents that are not scaled."""
+    """A normal distribution over unscaled latents."""
 
     mean: Array  # float32[B, h, w, Z]
     logvar: Array  # float32[B, h, w, Z] in [-30, 20]
 
     def sample(self, noise: Array) -> Array:
-        """noise: float32[B, h, w, Z], standard normal."""
+        """noise: float32[B, h, w, Z], standard normal -> latents of the same shape."""
         return self.mean + jnp.exp(0.5 * self.logvar) * noise
 
     def kl(self) -> Array:
-        """Divergence from the standard normal distribution, summed over an image's latents: float32[B], in nats."""
+        """KL divergence from the standard normal distribution, summed over an image's latents: float32[B], in nats."""
         return 0.5 * (self.mean**2 + jnp.exp(self.logvar) - 1 - self.logvar).sum((1, 2, 3))
 
 
-class Block(nn.Module):
-    """Residual blocks, then a convolution that changes the resolution, or none."""
+class VAEBlock(nn.Module):
+    """Residual blocks, then a convolution that halves or doubles the resolution, or none."""
 
     config: VAEConfig
     features: int
     layers: int
-    sampler: str = ""
+    sampler: str = ""  # "downsampler", "upsampler" or none
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         dtype, resnet = jnp.dtype(self.config.dtype), resnet_of(self.config)
         for i in range(self.layers):
             x = resnet(self.features, name=f"resnets_{i}")(x)
-        if self.sampler == "downsampler":  # padded at the end alone
+        if self.sampler == "downsampler":  # padded only at the end
             x = Conv(self.features, stride=2, padding=(0, 1), dtype=dtype, name=self.sampler)(x)
         elif self.sampler == "upsampler":
             x = Conv(self.features, dtype=dtype, name=self.sampler)(upsample(x))
@@ -95,7 +94,7 @@ class Block(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention of one head over the pixels, after a norm and with a residual."""
+    """Self-attention with one head over the pixels, with a norm before it and a residual."""
 
     config: VAEConfig
 
@@ -107,7 +106,7 @@ class AttentionBlock(nn.Module):
         return x + attend(y, y, 1, dtype, bias=True).reshape(x.shape)
 
 
-class MidBlock(nn.Module):
+class VAEMidBlock(nn.Module):
     """Residual block, attention, residual block."""
 
     config: VAEConfig
@@ -121,13 +120,13 @@ class MidBlock(nn.Module):
 
 
 def resnet_of(config: VAEConfig):
-    """`ResnetBlock` with all but its width and name given, recomputed in the backward pass where the config says so."""
+    """`ResnetBlock` with every option set but width and name. With `config.remat` the backward pass recomputes it."""
     block = nn.remat(ResnetBlock) if config.remat else ResnetBlock
     return functools.partial(block, groups=config.norm_num_groups, epsilon=1e-6, dtype=jnp.dtype(config.dtype))
 
 
-class Encoder(nn.Module):
-    """Image -> means and log variances, unscaled, before the last 1x1 convolution."""
+class VAEEncoder(nn.Module):
+    """Image -> means and log variances before the last 1x1 convolution."""
 
     config: VAEConfig
 
@@ -137,13 +136,13 @@ class Encoder(nn.Module):
         x = Conv(channels[0], dtype=dtype, name="conv_in")(x)
         for i, features in enumerate(channels):
             sampler = "downsampler" if i < len(channels) - 1 else ""
-            x = Block(config, features, config.layers_per_block, sampler, name=f"down_blocks_{i}")(x)
-        x = MidBlock(config, name="mid_block")(x)
+            x = VAEBlock(config, features, config.layers_per_block, sampler, name=f"down_blocks_{i}")(x)
+        x = VAEMidBlock(config, name="mid_block")(x)
         x = nn.silu(GroupNorm(config.norm_num_groups, 1e-6, dtype, name="conv_norm_out")(x))
         return Conv(2 * config.latent_channels, dtype=dtype, out_axis=None, name="conv_out")(x)
 
 
-class Decoder(nn.Module):
+class VAEDecoder(nn.Module):
     """Latents after the first 1x1 convolution -> image."""
 
     config: VAEConfig
@@ -152,10 +151,10 @@ class Decoder(nn.Module):
     def __call__(self, x: Array) -> Array:
         config, dtype, channels = self.config, jnp.dtype(self.config.dtype), self.config.block_out_channels
         x = Conv(channels[-1], dtype=dtype, name="conv_in")(x)
-        x = MidBlock(config, name="mid_block")(x)
+        x = VAEMidBlock(config, name="mid_block")(x)
         for i, features in enumerate(reversed(channels)):
             sampler = "upsampler" if i < len(channels) - 1 else ""
-            x = Block(config, features, config.layers_per_block + 1, sampler, name=f"up_blocks_{i}")(x)
+            x = VAEBlock(config, features, config.layers_per_block + 1, sampler, name=f"up_blocks_{i}")(x)
         x = nn.silu(GroupNorm(config.norm_num_groups, 1e-6, dtype, name="conv_norm_out")(x))
         return Conv(config.out_channels, dtype=dtype, out_axis=None, name="conv_out")(x)
 
@@ -167,15 +166,15 @@ class VAE(nn.Module):
 
     def setup(self):
         config, dtype = self.config, jnp.dtype(self.config.dtype)
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.encoder, self.decoder = VAEEncoder(config), VAEDecoder(config)
         self.quant_conv = Conv(2 * config.latent_channels, 1, dtype=dtype, out_axis=None)
         self.post_quant_conv = Conv(config.latent_channels, 1, dtype=dtype, out_axis=None)
 
     def encode(self, image: Array) -> Posterior:
-        """float[B, H, W, 3] in [-1, 1], or uint8 -> the distribution of its latents, unscaled.
+        """float[B, H, W, 3] in [-1, 1], or uint8 -> the distribution of the unscaled latents.
 
         Raises:
-          UserError: a wrong shape, sizes that are no multiples of `config.factor`, neither uint8 nor float.
+          UserError: a wrong shape; H or W not a multiple of `config.factor`; neither uint8 nor float.
         """
         if image.ndim != 4 or image.shape[-1] != self.config.in_channels:
             raise UserError(f"image: got shape {image.shape}, expected [B, H, W, {self.config.in_channels}]")
@@ -185,19 +184,19 @@ class VAE(nn.Module):
         return Posterior(mean, jnp.clip(logvar, -30.0, 20.0))
 
     def decode(self, latents: Array) -> Array:
-        """Unscaled latents float[B, h, w, Z] -> float32[B, H, W, 3], about [-1, 1]."""
+        """Unscaled latents float[B, h, w, Z] -> float32[B, H, W, 3], about in [-1, 1]."""
         return self.decoder(self.post_quant_conv(latents)).astype(jnp.float32)
 
     def encode_latents(self, image: Array, noise: Array | None = None) -> Array:
-        """An image, as for `encode`, -> scaled latents float32[B, h, w, Z]: a sample by `noise`, or else the mean."""
+        """An image as for `encode` -> scaled latents float32[B, h, w, Z]: a sample with this noise, or the mean."""
         posterior = self.encode(image)
         return self.config.scaling_factor * (posterior.mean if noise is None else posterior.sample(noise))
 
     def decode_latents(self, latents: Array) -> Array:
-        """Scaled latents float[B, h, w, Z] -> float32[B, H, W, 3], about [-1, 1]."""
+        """Scaled latents float[B, h, w, Z] -> float32[B, H, W, 3], about in [-1, 1]."""
         return self.decode(latents / self.config.scaling_factor)
 
     def __call__(self, image: Array, noise: Array | None = None) -> tuple[Array, Posterior]:
-        """What training needs: the image decoded from its latents (by `noise`, or the mean), and their distribution."""
+        """For training: the image decoded from its latents (a sample with this noise, or the mean), and the posterior."""
         posterior = self.encode(image)
         return self.decode(posterior.mean if noise is None else posterior.sample(noise)), posterior

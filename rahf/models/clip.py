@@ -1,15 +1,16 @@
 """CLIP's text and image towers, as Hugging Face's `CLIPModel` computes them.
 
 The ViT models of "Learning Transferable Visual Models From Natural Language Supervision" (arXiv 2103.00020): two pre-norm
-transformers over one kind of block, their pooled outputs projected into one space.
+transformers with equal blocks. Their pooled outputs are projected into one space of width E.
 
     image --patches--> [B, P, D] --class token in front--> vision --first token--> projection --> [B, E]
     ids --embedding--> [B, L, D] ------------------------> text, causal --at eos--> projection --> [B, E]
 
-The text is pooled at the first `eos_id`, as Hugging Face does. One case differs there: a config with `eos_token_id` 2, as
-OpenAI's converted checkpoints have it, pools at the first highest id instead. The two agree on what CLIP's tokeniser makes,
-whose end id 49407 is the highest of the vocabulary, so such a checkpoint gets `eos_id` 49407 here (2 is refused); they part
-when ids are added above it. Rows without an end id, which Hugging Face pools at position 0, give NaN.
+The text is pooled at the first `eos_id`, as in Hugging Face. Two cases differ:
+  - OpenAI's converted checkpoints have `eos_token_id` 2, for which Hugging Face pools at the first highest id. Here 2 is
+    refused; such a checkpoint gets `eos_id` 49407, the end id of CLIP's tokenizer and the highest id of its vocabulary.
+    The results differ only if ids above 49407 were added.
+  - A row without an end id gives NaN. Hugging Face pools it at position 0.
 
 Logical axes beyond those of `rahf.models.rahf`: projection (the outputs of both projections).
 """
@@ -24,13 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from rahf.models.rahf import normalize_image
-from rahf.models.t5 import MASKED, Dense
-from rahf.models.vit import LayerNorm
+from rahf.models.layers import MASKED, Dense, LayerNorm, normalize_image, partitioned, to_patches
 from richhf_data.errors import UserError
 
 Array = jax.Array
-partitioned = nn.with_logical_partitioning
 ACTIVATIONS = {"quick_gelu": lambda x: x * nn.sigmoid(1.702 * x), "gelu": lambda x: nn.gelu(x, approximate=False)}
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # of RGB in [0, 1], from OpenAI's release
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
@@ -49,20 +47,20 @@ class CLIPVisionConfig:
 
     @property
     def length(self) -> int:
-        """Positions: the class token's and the patches'."""
+        """Positions: the class token and the patches."""
         return 1 + (self.image_size // self.patch_size) ** 2
 
 
 @dataclasses.dataclass(frozen=True)
 class CLIPTextConfig:
-    """Sizes of the text tower; the defaults are those beside ViT-B/32."""
+    """Sizes of the text tower; the defaults are those of the model with ViT-B/32."""
 
     vocab_size: int = 49408
     width: int = 512
     depth: int = 12
     num_heads: int = 8
     mlp_dim: int = 2048
-    length: int = 77  # positions; a text may be shorter
+    length: int = 77  # positions, the longest text
     eos_id: int = 49407
 
 
@@ -73,7 +71,7 @@ class CLIPConfig:
     vision: CLIPVisionConfig = dataclasses.field(default_factory=CLIPVisionConfig)
     text: CLIPTextConfig = dataclasses.field(default_factory=CLIPTextConfig)
     projection_dim: int = 512
-    activation: str = "quick_gelu"  # or "gelu", the exact one, as in some OpenCLIP checkpoints
+    activation: str = "quick_gelu"  # or "gelu", the exact GELU of some OpenCLIP checkpoints
     epsilon: float = 1e-5  # of the layer norms
 
     def __post_init__(self):
@@ -103,11 +101,11 @@ VIT_L14 = CLIPConfig(
 )
 
 
-class Block(nn.Module):
-    """Self-attention (softmax in float32) and MLP, each after a norm and with a residual."""
+class CLIPBlock(nn.Module):
+    """Self-attention (softmax in float32) and MLP, each with a norm before it and a residual."""
 
     config: CLIPConfig
-    tower: CLIPVisionConfig | CLIPTextConfig  # the one of the config's two that this is of
+    tower: CLIPVisionConfig | CLIPTextConfig  # which of the config's two
     causal: bool
     dtype: DTypeLike
 
@@ -144,7 +142,7 @@ class Block(nn.Module):
 
 
 class Tower(nn.Module):
-    """Embedded tokens -> tokens after the final norm. The text's is causal; the image's has a norm before its blocks."""
+    """Embedded tokens -> tokens after the final norm. The text is causal. The image has a norm before its blocks."""
 
     config: CLIPConfig
     tower: CLIPVisionConfig | CLIPTextConfig
@@ -162,14 +160,14 @@ class Tower(nn.Module):
         if not self.causal:
             x = LayerNorm(self.dtype, epsilon=config.epsilon, name="pre_norm")(x)
         for i in range(tower.depth):
-            x = Block(config, tower, self.causal, self.dtype, name=f"block_{i}")(x)
+            x = CLIPBlock(config, tower, self.causal, self.dtype, name=f"block_{i}")(x)
         return LayerNorm(self.dtype, epsilon=config.epsilon, name="final_norm")(x)
 
 
 class CLIP(nn.Module):
     """The model. Parameters: patch_embedding, cls, token_embedding, vision, text, the projections, logit_scale.
 
-    With `text_only` it has token_embedding and text alone, which is what `text_tokens` needs, as Stable Diffusion does.
+    With `text_only` it has only token_embedding and text, enough for `text_tokens`. Stable Diffusion uses it so.
     """
 
     config: CLIPConfig
@@ -184,7 +182,7 @@ class CLIP(nn.Module):
         self.text = Tower(config, text, True, dtype)
         if self.text_only:
             return
-        # The convolution without bias that CLIP has, as a product of flattened patches: so is its gradient.
+        # CLIP has a convolution without bias. A product of flattened patches equals it, and its gradient is a product too.
         self.patch_embedding = Dense(vision.width, ("conv_in", "embed"), dtype)
         init = partitioned(nn.initializers.normal(0.02), (None, None, "embed"))
         self.cls = self.param("cls", init, (1, 1, vision.width), jnp.float32)
@@ -196,10 +194,10 @@ class CLIP(nn.Module):
     def image_tokens(self, image: Array) -> Array:
         """The image tower's output, the class token first and then row by row over the grid.
 
-        The final norm is on every token, where Hugging Face's `last_hidden_state` is before it.
+        The final norm is applied to every token. Hugging Face's `last_hidden_state` is the output before it.
 
         Args:
-          image: float32[B, H, W, 3] in [-1, 1], or uint8; CLIP's own mean and deviation are applied here.
+          image: float32[B, H, W, 3] in [-1, 1], or uint8. It is normalised here with CLIP's own mean and deviation.
 
         Returns:
           dtype[B, 1 + P, D].
@@ -212,14 +210,12 @@ class CLIP(nn.Module):
             raise UserError(f"image: got shape {image.shape}, expected [B, {size}, {size}, 3] (clip.vision.image_size)")
         image = normalize_image(image).astype(jnp.float32) * 0.5 + 0.5
         image = (image - MEAN.reshape(1, 1, 1, 3)) / STD.reshape(1, 1, 1, 3)
-        batch, grid = image.shape[0], size // patch
-        x = image.reshape(batch, grid, patch, grid, patch, 3).transpose(0, 1, 3, 2, 4, 5)
-        x = self.patch_embedding(x.reshape(batch, grid * grid, -1))  # [B, P, D]
-        cls = jnp.broadcast_to(self.cls.astype(self.dtype), (batch, 1, x.shape[-1]))
+        x = self.patch_embedding(to_patches(image, patch).reshape(image.shape[0], -1, 3 * patch**2))  # [B, P, D]
+        cls = jnp.broadcast_to(self.cls.astype(self.dtype), (image.shape[0], 1, x.shape[-1]))
         return self.vision(jnp.concatenate([cls, x], axis=1))  # [B, 1 + P, D]
 
     def text_tokens(self, ids: Array) -> Array:
-        """The text tower's output; a token has seen itself and those before it.
+        """The text tower's output. Each token attends to itself and the earlier ones.
 
         Args:
           ids: int32[B, L]. An id outside the vocabulary gives NaN.
@@ -233,17 +229,17 @@ class CLIP(nn.Module):
         length = self.config.text.length
         if ids.ndim != 2 or not 0 < ids.shape[1] <= length:
             raise UserError(f"ids: got shape {ids.shape}, expected [B, L] with L of 1 to {length} (clip.text.length)")
-        ids = ids.astype(jnp.uint32)  # as an index, -1 would be the last id
+        ids = ids.astype(jnp.uint32)  # as a signed index, -1 would be the last id
         return self.text(jnp.take(self.token_embedding, ids, axis=0, mode="fill").astype(self.dtype))
 
     def encode_image(self, image: Array) -> Array:
-        """float32[B, H, W, 3] in [-1, 1], or uint8 -> float32[B, E], not of unit length; errors as `image_tokens`."""
+        """float32[B, H, W, 3] in [-1, 1], or uint8 -> float32[B, E], not normalised. Raises the errors of `image_tokens`."""
         return self.image_projection(self.image_tokens(image)[:, 0], jnp.float32)
 
     def encode_text(self, ids: Array) -> Array:
-        """int32[B, L] -> float32[B, E], not of unit length, NaN without an end id; errors as `text_tokens`.
+        """int32[B, L] -> float32[B, E], not normalised; NaN without an end id. Raises the errors of `text_tokens`.
 
-        What follows the first end id changes nothing, so any padding will do.
+        Ids after the first end id change nothing, so any padding will do.
         """
         ends = ids == self.config.text.eos_id  # [B, L]
         tokens = self.text_tokens(ids)
@@ -251,17 +247,17 @@ class CLIP(nn.Module):
         return jnp.where(ends.any(axis=1, keepdims=True), self.text_projection(pooled, jnp.float32), jnp.nan)
 
     def __call__(self, image: Array, ids: Array) -> Array:
-        """Cosine similarities of every image with every text, times exp(logit_scale): float32[B, B], a row an image."""
+        """Cosine similarity of every image (row) and every text (column), times exp(logit_scale): float32[B, B]."""
         image, text = self.encode_image(image), self.encode_text(ids)
         image, text = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (image, text))
         return jnp.exp(self.logit_scale) * jnp.matmul(image, text.T, precision=jax.lax.Precision.HIGHEST)
 
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")  # the first, or the others, as transformers writes them
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")  # the first alone, or the other two
 
 
 class Tokenizer:
-    """CLIP's byte-pair vocabulary, read by `transformers` from the files of a Hugging Face folder.
+    """CLIP's byte-pair tokenizer, which `transformers` reads from the files of a Hugging Face folder.
 
     Raises:
       UserError: the folder has neither tokenizer.json nor vocab.json and merges.txt.
@@ -272,16 +268,16 @@ class Tokenizer:
         whole, *parts = ((folder / name).is_file() for name in TOKENIZER_FILES)
         if not whole and not all(parts):
             raise UserError(f"vocabulary: {folder} has neither tokenizer.json nor vocab.json with merges.txt, expected one")
-        import transformers  # seconds
+        import transformers  # takes seconds
 
         self._tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         self.eos_id = self._tokenizer.eos_token_id
 
     def num_ids(self, text: str) -> int:
-        """The ids of a text with its start and end, nothing cut off."""
+        """The number of ids of a text with start and end id, without truncation."""
         return len(self._tokenizer(text, truncation=False, verbose=False)["input_ids"])
 
     def __call__(self, texts: Sequence[str], length: int = 77) -> np.ndarray:
-        """int32[B, length]: start id, pieces, end id, padding; a longer text loses its last pieces, never the end."""
+        """int32[B, length]: start id, pieces, end id, padding. A longer text loses its last pieces, never the end id."""
         ids = self._tokenizer(list(texts), padding="max_length", truncation=True, max_length=length)["input_ids"]
         return np.asarray(ids, np.int32)

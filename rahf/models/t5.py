@@ -1,18 +1,18 @@
 """T5 encoder-decoder with T5X's parameter names, versions 1.0 and 1.1.
 
-The model of "Exploring the Limits of Transfer Learning" (arXiv 1910.10683) as T5X's `examples/t5/network.py` has it
-(https://github.com/google-research/t5x): RMS layer norm without bias, attention logits not scaled, relative-position
-buckets shared by all layers of a stack (in `scalable_t5` each has its own). Version 1.0 has a ReLU MLP and logits
-through the scaled shared embedding; 1.1 a gated GELU and an output matrix of its own. The tree under `T5` is the `target`
-tree of a T5X checkpoint.
+The model of "Exploring the Limits of Transfer Learning" (arXiv 1910.10683) as in T5X's `examples/t5/network.py`
+(https://github.com/google-research/t5x): RMS layer norm without bias, unscaled attention logits, one relative-position
+bias for all layers of a stack (in `scalable_t5` each layer has its own). Version 1.0 has a ReLU MLP and computes logits
+from the scaled shared embedding. Version 1.1 has a gated GELU and its own output matrix. The tree under `T5` is the
+`target` tree of a T5X checkpoint.
 
-Three things differ from T5X, none in the outputs at real positions: the encoder reads embedded inputs (RAHF puts image
-tokens before the prompt), only keys are masked (T5X masks padded queries too, whose outputs nobody reads), and the
-key/value cache of decoding is a value passed around, not module state.
+Three things differ from T5X. None changes an output at a position that is not padding.
+  - The encoder reads embedded inputs, because RAHF puts image tokens before the prompt.
+  - Only keys are masked. T5X masks padded queries too.
+  - The key/value cache of decoding is an argument and a result, not module state.
 """
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -21,14 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from rahf.models.vit import scan_layers, softmax
+from rahf.models.layers import MASKED, Dense, RMSNorm, matmul, partitioned, scan_layers, softmax
 from rahf.partitioning import compute_copy
 from richhf_data.errors import UserError
 
 Array = jax.Array
 ACTIVATIONS = {"relu": nn.relu, "gelu": nn.gelu, "linear": lambda x: x}
-MASKED = -1e10  # a logit that softmax turns into 0; finite, so that a row without any key gives no NaN
-PAD_ID, EOS_ID = 0, 1  # of T5's vocabulary; richhf_data.schema has the same
+PAD_ID, EOS_ID = 0, 1  # of T5's vocabulary, as in richhf_data.schema
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +48,7 @@ class T5Config:
     relpos_bias_per_layer: bool = False  # True in UMT5 and other models of T5X's `scalable_t5`
     dropout: float = 0.1
     remat: bool = False  # recompute each layer in the backward pass
-    scan: bool = False  # compile one layer of a stack and loop over all (not in greedy decoding)
+    scan: bool = False  # compile one layer of a stack and loop over all (`layers.scan_layers`); not in greedy decoding
 
     def __post_init__(self):
         unknown = [name for name in self.mlp_activations if name not in ACTIVATIONS]
@@ -57,65 +56,13 @@ class T5Config:
             raise UserError(f"t5.mlp_activations: got {self.mlp_activations}, expected names of {sorted(ACTIVATIONS)}")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def matmul(x: Array, kernel: Array, output_dtype: DTypeLike) -> Array:
-    """x @ kernel, summed up and given in `output_dtype`; the gradients are computed and sent in the dtype of the factors."""
-    return jnp.matmul(x, kernel, preferred_element_type=output_dtype)
-
-
-def _matmul_forward(x, kernel, output_dtype):
-    return matmul(x, kernel, output_dtype), (x, kernel)
-
-
-def _matmul_backward(output_dtype, factors, cotangent):
-    del output_dtype
-    _, pull_back = jax.vjp(jnp.matmul, *factors)
-    return pull_back(cotangent.astype(factors[0].dtype))
-
-
-matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-class Dense(nn.Module):
-    """x @ kernel, no bias."""
-
-    features: int
-    axes: tuple[str, str]
-    dtype: DTypeLike
-    scale: float = 1.0  # of the initial standard deviation
-
-    @nn.compact
-    def __call__(self, x: Array, output_dtype: DTypeLike | None = None) -> Array:
-        init = nn.initializers.variance_scaling(self.scale**2, "fan_in", "truncated_normal")
-        shape = x.shape[-1], self.features
-        kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape, jnp.float32)
-        kernel = compute_copy(kernel, self.axes, self.dtype)
-        return matmul(x.astype(self.dtype), kernel, output_dtype or self.dtype)
-
-
-class RMSNorm(nn.Module):
-    """T5's layer norm: no mean, no bias; statistics in float32."""
-
-    dtype: DTypeLike
-    axis: str = "embed"
-    epsilon: float = 1e-6
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
-        scale = self.param("scale", init, x.shape[-1:], jnp.float32)
-        x = x.astype(jnp.float32)
-        x = (x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)).astype(self.dtype)
-        return x * scale.astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
-
-
 def relative_position_buckets(
     length_q: int, length_k: int, bidirectional: bool, num_buckets: int, max_distance: int
 ) -> np.ndarray:
     """int32[length_q, length_k]: the bucket of key position minus query position.
 
-    Half of the buckets hold single distances, the others grow logarithmically up to `max_distance`. Both directions
-    share the buckets when `bidirectional`; else a later key counts as distance 0.
+    Half of the buckets hold one distance each. The others grow logarithmically up to `max_distance`. With `bidirectional`,
+    earlier and later keys have half of the buckets each. Without, a later key counts as distance 0.
     """
     distance = np.arange(length_q)[:, None] - np.arange(length_k)[None, :]  # positive: the key is earlier
     offset = np.zeros_like(distance)
@@ -125,14 +72,14 @@ def relative_position_buckets(
         distance = np.abs(distance)
     distance = np.maximum(distance, 0)
     exact = num_buckets // 2
-    # float32 with its epsilon, as T5X: a distance on the border of two buckets must fall on the same side.
+    # float32 and its epsilon as in T5X, so that a distance on the border of two buckets falls into the same one.
     ratio = np.log(distance.astype(np.float32) / exact + np.finfo(np.float32).eps) / np.log(max_distance / exact)
     far = np.minimum(exact + (ratio * (num_buckets - exact)).astype(np.int32), num_buckets - 1)
     return (offset + np.where(distance < exact, distance, far)).astype(np.int32)
 
 
 class RelativePositionBias(nn.Module):
-    """One learned bias a head and bucket of distance, shared by the layers of a stack or one for each of them."""
+    """A learned bias per head and bucket of distance: one table for all layers of a stack, or one for each."""
 
     config: T5Config
     bidirectional: bool
@@ -140,17 +87,17 @@ class RelativePositionBias(nn.Module):
 
     @nn.compact
     def __call__(self, length_q: int, length_k: int) -> list[Array]:
-        """float32[1, A, length_q, length_k] for each layer, added to its attention logits."""
+        """A list of float32[1, A, length_q, length_k], one for each layer, to add to its attention logits."""
         config, shared = self.config, not self.config.relpos_bias_per_layer
         init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", batch_axis=() if shared else (0,))
-        init = nn.with_logical_partitioning(init, (*(() if shared else (None,)), "heads", "relpos_buckets"))
+        init = partitioned(init, (*(() if shared else (None,)), "heads", "relpos_buckets"))
         shape = *(() if shared else (self.depth,)), config.num_heads, config.num_buckets
         tables = self.param("rel_embedding", init, shape, jnp.float32)
         buckets = relative_position_buckets(
             length_q, length_k, self.bidirectional, config.num_buckets, config.max_distance
         )
-        # A product with a one-hot: its gradient is a product too, where a gather's is a slow scatter. Keys before queries is
-        # how a TPU lays out the logits, whose gradients are summed for it.
+        # A product with a one-hot matrix, because the gradient of a gather is a slow scatter. Keys come before queries
+        # because a TPU lays out the logits so, and the gradient sums theirs.
         one_hot = jax.nn.one_hot(buckets.T, config.num_buckets, dtype=jnp.float32)
 
         def bias(table):
@@ -161,14 +108,17 @@ class RelativePositionBias(nn.Module):
 
 
 class KeysValues(NamedTuple):
-    """An attention's keys and values, dtype[B, N, A, K] each."""
+    """The keys and values of an attention, dtype[B, N, A, K] each."""
 
-    keys: Array  # [B, N, A, K]
-    values: Array  # [B, N, A, K]
+    keys: Array
+    values: Array
 
 
-class Attention(nn.Module):
-    """Multi-head attention, logits not scaled, softmax in float32. Keys and values are computed apart, to be kept."""
+class T5Attention(nn.Module):
+    """Multi-head attention with unscaled logits and softmax in float32.
+
+    `keys_values` computes keys and values, so that decoding can cache them.
+    """
 
     config: T5Config
     dtype: DTypeLike
@@ -176,7 +126,7 @@ class Attention(nn.Module):
     def setup(self):
         config = self.config
         joined = config.num_heads * config.head_dim
-        # The 1/sqrt(head_dim) that T5 leaves out of the logits is in the initial query kernel.
+        # T5 does not scale the logits by 1/sqrt(head_dim). It scales the initial query kernel instead.
         self.query = Dense(joined, ("embed", "joined_kv"), self.dtype, scale=config.head_dim**-0.5)
         self.key = Dense(joined, ("embed", "joined_kv"), self.dtype)
         self.value = Dense(joined, ("embed", "joined_kv"), self.dtype)
@@ -191,7 +141,7 @@ class Attention(nn.Module):
         return KeysValues(self._split(self.key(x)), self._split(self.value(x)))
 
     def __call__(self, x: Array, keys_values: KeysValues, mask: Array, bias: Array | None, train: bool) -> Array:
-        """x [B, Q, D], mask bool[B or 1, 1, 1 or Q, N] (True = attend), bias [1, A, Q, N] -> [B, Q, D]."""
+        """x [B, Q, D], mask bool[B or 1, 1, 1 or Q, N] (True = keep), bias [1, A, Q, N] -> [B, Q, D]."""
         query = self._split(self.query(x))
         logits = jnp.einsum("bqak,bnak->baqn", query, keys_values.keys, preferred_element_type=jnp.float32)
         if bias is not None:
@@ -202,8 +152,8 @@ class Attention(nn.Module):
         return self.out(x.reshape(*x.shape[:-2], -1))  # [B, Q, D]
 
 
-class Mlp(nn.Module):
-    """The feed-forward block, gated where the config names two activations."""
+class T5Mlp(nn.Module):
+    """The feed-forward block, gated if the config names two activations: [B, N, D] -> [B, N, D]."""
 
     config: T5Config
     dtype: DTypeLike
@@ -222,16 +172,16 @@ class Mlp(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention and feed-forward, each after a norm and with a residual."""
+    """Self-attention and feed-forward block, each with a norm before it and a residual."""
 
     config: T5Config
     dtype: DTypeLike
 
     def setup(self):
         self.pre_attention_layer_norm = RMSNorm(self.dtype)
-        self.attention = Attention(self.config, self.dtype)
+        self.attention = T5Attention(self.config, self.dtype)
         self.pre_mlp_layer_norm = RMSNorm(self.dtype)
-        self.mlp = Mlp(self.config, self.dtype)
+        self.mlp = T5Mlp(self.config, self.dtype)
         self.drop = nn.Dropout(self.config.dropout, broadcast_dims=(-2,))
 
     def __call__(self, x: Array, mask: Array, bias: Array, train: bool) -> Array:
@@ -244,18 +194,18 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Causal self-attention, attention to the encoder, feed-forward."""
+    """Causal self-attention, attention to the encoder, feed-forward block; norms and residuals as in the encoder."""
 
     config: T5Config
     dtype: DTypeLike
 
     def setup(self):
         self.pre_self_attention_layer_norm = RMSNorm(self.dtype)
-        self.self_attention = Attention(self.config, self.dtype)
+        self.self_attention = T5Attention(self.config, self.dtype)
         self.pre_cross_attention_layer_norm = RMSNorm(self.dtype)
-        self.encoder_decoder_attention = Attention(self.config, self.dtype)
+        self.encoder_decoder_attention = T5Attention(self.config, self.dtype)
         self.pre_mlp_layer_norm = RMSNorm(self.dtype)
-        self.mlp = Mlp(self.config, self.dtype)
+        self.mlp = T5Mlp(self.config, self.dtype)
         self.drop = nn.Dropout(self.config.dropout, broadcast_dims=(-2,))
 
     def encoder_keys_values(self, encoded: Array) -> KeysValues:
@@ -272,7 +222,11 @@ class DecoderLayer(nn.Module):
         cache: KeysValues | None = None,
         position: Array | None = None,
     ) -> tuple[Array, KeysValues]:
-        """With a cache, x is the one token at `position`, and the cache comes back with its key and value written."""
+        """The output and the keys and values of the self-attention.
+
+        Without a cache, x is the whole sequence [B, T, D]. With a cache, x is the token at `position`, [B, 1, D], and the
+        returned keys and values are the cache with this position written.
+        """
         y = self.pre_self_attention_layer_norm(x)
         own = self.self_attention.keys_values(y)
         if cache is not None:
@@ -289,7 +243,7 @@ class DecoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Embedded tokens -> encoded ones, after the final norm."""
+    """Embedded tokens -> encoded tokens after the final norm, [B, N, D] -> [B, N, D]."""
 
     config: T5Config
     dtype: DTypeLike
@@ -314,7 +268,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedded targets, shifted right -> hidden states; `step` does one position with a cache."""
+    """Embedded targets, shifted right -> hidden states [B, T, D]. `step` computes one position with a cache."""
 
     config: T5Config
     dtype: DTypeLike
@@ -333,7 +287,7 @@ class Decoder(nn.Module):
         return [layer.encoder_keys_values(encoded) for layer in self.layers]
 
     def __call__(self, x: Array, encoder: list[KeysValues], encoder_mask: Array, train: bool) -> Array:
-        """All positions at once, each seeing itself and the earlier ones. x [B, T, D] -> [B, T, D] after the norm."""
+        """All positions at once; each attends to itself and the earlier ones. [B, T, D] -> [B, T, D] after the norm."""
         length = x.shape[1]
         x = self.drop(x.astype(self.dtype), deterministic=not train)
         biases, mask = self.relpos_bias(length, length), np.tri(length, dtype=bool)[None, None]
@@ -354,7 +308,7 @@ class Decoder(nn.Module):
     def step(
         self, x: Array, position: Array, cache: list[KeysValues], encoder: list[KeysValues], encoder_mask: Array
     ) -> tuple[Array, list[KeysValues]]:
-        """One position of all rows: x [B, 1, D] -> [B, 1, D], and the caches with `position` written."""
+        """One position of every row: x [B, 1, D] -> [B, 1, D], and the caches with this position written."""
         length = cache[0].keys.shape[1]
         x = x.astype(self.dtype)
         biases = self.relpos_bias(length, length)
@@ -368,30 +322,30 @@ class Decoder(nn.Module):
 
 
 class TokenEmbedder(nn.Module):
-    """The table that ids are looked up in, and with tied logits the one that they are read from."""
+    """The embedding table, which also computes the logits if they share it."""
 
     config: T5Config
     dtype: DTypeLike
 
     def setup(self):
-        init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed"))
+        init = partitioned(nn.initializers.normal(1.0), ("vocab", "embed"))
         shape = self.config.vocab_size, self.config.emb_dim
         self.embedding = self.param("embedding", init, shape, jnp.float32)
 
     def __call__(self, ids: Array) -> Array:
-        """int[..., L] -> [..., L, D]. An id outside the vocabulary gives NaN, which no loss hides."""
-        ids = ids.astype(jnp.uint32)  # a negative one would count from the end
-        table = compute_copy(self.embedding, ("vocab", "embed"), jnp.float32)  # its gradient adds rows up in float32
+        """int[..., L] -> dtype[..., L, D]. An id outside the vocabulary gives NaN."""
+        ids = ids.astype(jnp.uint32)  # as a signed index, -1 would be the last id
+        table = compute_copy(self.embedding, ("vocab", "embed"), jnp.float32)  # its gradient sums rows in float32
         return jnp.take(table, ids, axis=0, mode="fill").astype(self.dtype)
 
     def logits(self, x: Array) -> Array:
-        """[B, T, D] -> float32[B, T, V], scaled as T5 v1.0 does when it shares the embedding."""
+        """[B, T, D] -> float32[B, T, V], scaled like T5 v1.0 with a shared embedding."""
         table = compute_copy(self.embedding, ("vocab", "embed"), self.dtype)
         return matmul(x, table.T, jnp.float32) * self.config.emb_dim**-0.5
 
 
 class T5(nn.Module):
-    """The three parts and the ways through them; every method works on a padded batch and a mask."""
+    """Embedder, encoder and decoder. Every method works on a padded batch."""
 
     config: T5Config
     dtype: DTypeLike = jnp.float32
@@ -406,7 +360,7 @@ class T5(nn.Module):
         return self.token_embedder(ids)
 
     def encode(self, embedded: Array, mask: Array, train: bool = False) -> Array:
-        """Full self-attention over embedded inputs [B, N, D] at positions 0 .. N - 1; mask bool[B, N], True = keep."""
+        """Full self-attention: embedded inputs [B, N, D], mask bool[B, N] (True = keep) -> dtype[B, N, D]."""
         return self.encoder(embedded, mask, train)
 
     def _logits(self, x: Array) -> Array:
@@ -440,25 +394,25 @@ class T5(nn.Module):
     def decode_step(
         self, ids: Array, position: Array, cache: list[KeysValues], encoder: list[KeysValues], encoder_mask: Array
     ) -> tuple[Array, list[KeysValues]]:
-        """int32[B] at `position` -> float32[B, V] logits of the next id, and the caches with this position."""
+        """ids int32[B] at `position` -> logits float32[B, V] of the next id, and the caches with this position written."""
         x, cache = self.decoder.step(self.embed(ids[:, None]), position, cache, encoder, encoder_mask)
         return self._logits(x)[:, 0], cache
 
     def greedy_decode(self, encoded: Array, encoder_mask: Array, max_length: int) -> Array:
-        """The most probable id at each step, with cached keys and values, as one loop on the device.
+        """The most probable id at each step, in one loop on the device with cached keys and values.
 
         Args:
           encoded: dtype[B, N, D]; encoder_mask: bool[B, N].
-          max_length: T; the loop ends earlier when every row has ended.
+          max_length: T. The loop ends earlier when every row has ended.
 
         Returns:
-          int32[B, T]: ids up to and including the end id 1, then zeros.
+          int32[B, T]: ids up to and with the end id 1, then zeros.
         """
         config, batch = self.config, encoded.shape[0]
         encoder = self.encoder_keys_values(encoded)
         shape = batch, max_length, config.num_heads, config.head_dim
         empty = KeysValues(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
-        # A bound module must not be called inside a jax loop; its unbound copy and its variables may.
+        # A bound module must not be called inside a jax loop, but its unbound copy and its variables may.
         module, variables = self.unbind()
 
         def unfinished(state):
@@ -485,7 +439,7 @@ class T5(nn.Module):
 
 
 def shift_right(ids: Array) -> Array:
-    """Targets to decoder inputs: int32[B, T] -> int32[B, T], a 0 in front and the last id dropped.
+    """Targets -> decoder inputs, int32[B, T] -> int32[B, T]: a 0 in front, the last id dropped.
 
     >>> shift_right(jnp.array([[7, 8, 1, 0]])).tolist()
     [[0, 7, 8, 1]]

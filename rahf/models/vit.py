@@ -1,28 +1,25 @@
 """ViT image encoder, with big_vision's parameter names.
 
-The model of "An Image is Worth 16x16 Words" (arXiv 2010.11929), pre-norm. The parameter tree is that of big_vision's
-`models/vit.py` (https://github.com/google-research/big_vision), so its files load without renaming; a class token,
-where there is one, has a position of its own as in the AugReg files
-(https://github.com/google-research/vision_transformer).
+The pre-norm model of "An Image is Worth 16x16 Words" (arXiv 2010.11929). The parameter tree is that of big_vision's
+`models/vit.py` (https://github.com/google-research/big_vision), so its files load without renaming. A class token has a
+position embedding of its own, as in the AugReg files (https://github.com/google-research/vision_transformer).
 
-Small ViTs trained from scratch may have a stem (`stem_patch`): the patches are then embedded from features of their own
-small patches instead of from pixels, as early convolutions help ViTs on little data (arXiv 2106.14881).
+A stem (`stem_patch`) helps small ViTs that are trained from scratch, as early convolutions do (arXiv 2106.14881). It embeds
+small patches, and the ViT's patches are embedded from these features instead of from pixels.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from rahf.models.layers import LayerNorm, Projection, partitioned, scan_layers, softmax, to_patches
 from rahf.partitioning import compute_copy
 from richhf_data.errors import UserError
 
 Array = jax.Array
-partitioned = nn.with_logical_partitioning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +35,10 @@ class ViTConfig:
     class_token: bool = False
     stem_patch: int = 0  # pixels; 0 = no stem
     stem_width: int = 64
-    gelu: str = "tanh"  # big_vision's approximation; "erf" is Hugging Face's exact one
-    epsilon: float = 1e-6  # of the layer norms; 1e-12 in Hugging Face's
+    gelu: str = "tanh"  # big_vision's approximation; "erf" is Hugging Face's exact GELU
+    epsilon: float = 1e-6  # of the layer norms; Hugging Face's is 1e-12
     remat: bool = False  # recompute each block in the backward pass
-    scan: bool = False  # compile one block and loop over all: the same parameters and result, other dropout keys
+    scan: bool = False  # compile one block and loop over all (`layers.scan_layers`)
 
     def __post_init__(self):
         if self.width % self.num_heads:
@@ -52,59 +49,8 @@ class ViTConfig:
             raise UserError(f"vit.stem_patch: got {self.stem_patch}, expected a divisor of patch_size = {self.patch_size}")
 
 
-class Projection(nn.Module):
-    """Dense over the last `contract` axes to `features`, as flax's `DenseGeneral`: kernel [..., *features] and bias."""
-
-    features: tuple[int, ...]
-    axes: tuple[str, ...]
-    contract: int = 1
-    dtype: DTypeLike = jnp.float32
-    kernel_init: nn.initializers.Initializer | None = None  # Xavier's uniform one by default
-    bias_init: nn.initializers.Initializer = nn.initializers.zeros
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        inputs = x.shape[-self.contract :]
-        shape = (*inputs, *self.features)
-        # The fan-in and fan-out of the flattened matrix, as flax initialises it.
-        init = self.kernel_init or nn.initializers.variance_scaling(
-            1.0, "fan_avg", "uniform", range(len(inputs)), range(len(inputs), len(shape))
-        )
-        kernel = self.param("kernel", partitioned(init, self.axes), shape, jnp.float32)
-        bias_axes = self.axes[self.contract :]
-        bias = self.param("bias", partitioned(self.bias_init, bias_axes), self.features, jnp.float32)
-        contracted = tuple(range(x.ndim - self.contract, x.ndim)), tuple(range(self.contract))
-        # The features as one axis, as heads of 64 would leave half of a TPU's 128 lanes empty.
-        kernel = compute_copy(kernel.reshape(*inputs, -1), self.axes[: self.contract + 1], self.dtype)
-        x = jax.lax.dot_general(x.astype(self.dtype), kernel, (contracted, ((), ())))
-        x = x + bias.astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
-        return x.reshape(*x.shape[:-1], *self.features)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def softmax(logits: Array, dtype: DTypeLike) -> Array:
-    """float32[..., N] -> dtype[..., N], summing to 1; the backward pass reads what it gave, instead of the logits."""
-    return jax.nn.softmax(logits).astype(dtype)
-
-
-def _softmax_forward(logits, dtype):
-    weights = softmax(logits, dtype)
-    return weights, weights
-
-
-def _softmax_backward(dtype, weights, cotangent):
-    del dtype
-    weights, cotangent = weights.astype(jnp.float32), cotangent.astype(jnp.float32)
-    # Rounded weights do not sum to 1, but what is common to a row's cotangents is to give nothing.
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    return (weights * (cotangent - jnp.sum(weights * cotangent, axis=-1, keepdims=True) / total),)
-
-
-softmax.defvjp(_softmax_forward, _softmax_backward)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention; softmax in float32."""
+class ViTAttention(nn.Module):
+    """Multi-head self-attention, [B, N, D] -> [B, N, D]. Softmax in float32."""
 
     num_heads: int
     dtype: DTypeLike = jnp.float32
@@ -127,11 +73,11 @@ class Attention(nn.Module):
 
 
 class MlpBlock(nn.Module):
-    """Dense, GELU, dense."""
+    """Dense, GELU, dense: [B, N, D] -> [B, N, D]."""
 
     mlp_dim: int
     dropout: float
-    approximate: bool  # the GELU by tanh
+    approximate: bool  # GELU through tanh
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -146,53 +92,8 @@ class MlpBlock(nn.Module):
         return dense(width, ("mlp", "embed"), "Dense_1")(x)  # [B, N, D]
 
 
-class LayerNorm(nn.Module):
-    """Over the last axis, statistics in float32. Flax's own refuses bfloat16 under strict promotion."""
-
-    dtype: DTypeLike
-    axis: str = "embed"
-    epsilon: float = 1e-6
-    centred: bool = False  # the mean is 0 already
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        shape = x.shape[-1:]
-        scale = self.param("scale", partitioned(nn.initializers.ones, (self.axis,)), shape, jnp.float32)
-        bias = self.param("bias", partitioned(nn.initializers.zeros, (self.axis,)), shape, jnp.float32)
-        x = x.astype(jnp.float32)
-        if not self.centred:
-            x = x - jnp.mean(x, axis=-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
-        broadcast = (1,) * (x.ndim - 1) + shape
-        return (x * scale.reshape(broadcast) + bias.reshape(broadcast)).astype(self.dtype)
-
-
-def scan_layers(parent: nn.Module, layers: Sequence[nn.Module], call: Callable, x: Array, inputs=None) -> Array:
-    """A loop over equal layers of `parent` in place of one after the other, so that one of them is compiled.
-
-    Their parameters stay apart in the tree, so that checkpoints are the same; they are stacked for the loop, where they
-    are sharded.
-
-    Args:
-      layers: each reads `x`, and gives the next one's.
-      call: (layer, x, its inputs) -> x.
-      inputs: a tree of arrays with one entry for each layer in front, or None.
-    """
-    params = [parent.variables["params"][layer.name] for layer in layers]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
-    keys = jax.random.split(parent.make_rng("dropout"), len(layers)) if parent.has_rng("dropout") else None
-    layer = layers[0].clone(parent=None, name=None)
-
-    def body(x, one):
-        params, key, inputs = one
-        rngs = None if key is None else {"dropout": key}
-        return layer.apply({"params": params}, x, inputs, rngs=rngs, method=call), None
-
-    return jax.lax.scan(body, x, (stacked, keys, inputs))[0]
-
-
-class Block(nn.Module):
-    """Self-attention and MLP, each after a norm and with a residual."""
+class ViTBlock(nn.Module):
+    """Self-attention and MLP, each with a norm before it and a residual: [B, N, D] -> [B, N, D]."""
 
     config: ViTConfig
     dtype: DTypeLike = jnp.float32
@@ -202,7 +103,7 @@ class Block(nn.Module):
         config = self.config
         drop = nn.Dropout(config.dropout, deterministic=not train)
         y = LayerNorm(self.dtype, epsilon=config.epsilon, name="LayerNorm_0")(x)
-        x = x + drop(Attention(config.num_heads, self.dtype, name="MultiHeadDotProductAttention_0")(y))
+        x = x + drop(ViTAttention(config.num_heads, self.dtype, name="MultiHeadDotProductAttention_0")(y))
         y = LayerNorm(self.dtype, epsilon=config.epsilon, name="LayerNorm_1")(x)
         mlp = MlpBlock(config.mlp_dim, config.dropout, config.gelu == "tanh", self.dtype, name="MlpBlock_0")
         x = x + drop(mlp(y, train))
@@ -217,7 +118,7 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
-        block = nn.remat(Block, static_argnums=(2,)) if self.config.remat else Block
+        block = nn.remat(ViTBlock, static_argnums=(2,)) if self.config.remat else ViTBlock
         blocks = [block(self.config, self.dtype, name=f"encoderblock_{i}") for i in range(self.config.depth)]
         if self.config.scan and not self.is_initializing():
             x = scan_layers(self, blocks, lambda layer, x, _: layer(x, train), x)
@@ -228,7 +129,7 @@ class Transformer(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """A convolution whose stride is its size: a matrix product of the flattened patches."""
+    """A matrix product of the flattened patches, which equals a convolution with stride = kernel size = `patch`."""
 
     features: int
     patch: int
@@ -238,16 +139,11 @@ class PatchEmbedding(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """dtype[B, H, W, C] -> dtype[B, H / patch, W / patch, features]."""
-        (batch, height, width, channels), patch = x.shape, self.patch
-        shape = (patch, patch, channels, self.features)
-        init = partitioned(nn.initializers.lecun_normal(), ("conv_height", "conv_width", *self.axes))
-        kernel = self.param("kernel", init, shape, jnp.float32)
+        axes, shape = ("conv_height", "conv_width", *self.axes), (self.patch, self.patch, x.shape[-1], self.features)
+        kernel = self.param("kernel", partitioned(nn.initializers.lecun_normal(), axes), shape, jnp.float32)
         bias = self.param("bias", partitioned(nn.initializers.zeros, self.axes[1:]), shape[-1:], jnp.float32)
-        h, w = height // patch, width // patch
-        x = x.reshape(batch, h, patch, w, patch, channels)
-        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, h, w, patch * patch * channels)
-        kernel = compute_copy(kernel, ("conv_height", "conv_width", *self.axes), self.dtype)
-        return x @ kernel.reshape(-1, self.features) + bias.astype(self.dtype).reshape(1, 1, 1, -1)
+        kernel = compute_copy(kernel, axes, self.dtype)
+        return to_patches(x, self.patch) @ kernel.reshape(-1, self.features) + bias.astype(self.dtype).reshape(1, 1, 1, -1)
 
 
 class ViT(nn.Module):
@@ -260,15 +156,15 @@ class ViT(nn.Module):
     def __call__(self, image: Array, train: bool = False) -> Array:
         """
         Args:
-          image: float[B, H, W, 3] in [-1, 1]; H and W multiples of the patch size. The position embedding is made for
-            the size seen at initialisation.
+          image: float[B, H, W, 3] in [-1, 1]. H and W are multiples of the patch size and the same as at initialisation,
+            which sets the number of position embeddings.
           train: whether dropout is on (needs the "dropout" random stream).
 
         Returns:
-          dtype[B, P, D], row by row over the grid; [B, P + 1, D] with the class token first, where there is one.
+          dtype[B, P, D], row by row over the grid. With a class token [B, P + 1, D], the class token first.
 
         Raises:
-          UserError: the image's sides are no multiples of the patch size.
+          UserError: H or W is not a multiple of the patch size.
         """
         config, patch = self.config, self.config.patch_size
         batch, height, width, _ = image.shape

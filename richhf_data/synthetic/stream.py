@@ -126,8 +126,7 @@ def make_batch(
     text_ids, keyword_ids = [], []
     for row in examples:
         texts = schema.task_prompts(row["prompt"], variant)
-        ids = np.stack([encode(text, text_length, "text_length") for text in texts])
-        text_ids.append(ids[0] if variant == "multi_head" else ids)
+        text_ids.append(np.stack([encode(text, text_length, "text_length") for text in texts]))
         if row["labels"] is None:
             keyword_ids.append(np.zeros(keyword_length, np.int32))
         else:

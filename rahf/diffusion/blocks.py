@@ -1,0 +1,73 @@
+"""What Stable Diffusion's UNet and its VAE share."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from rahf.models.layers import Conv, Dense, GroupNorm, Projection
+from richhf_data.errors import UserError
+
+Array = jax.Array
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def check_blocks(name: str, channels: tuple[int, ...], groups: int, dtype: str) -> None:
+    """Checks what the configurations of UNet and VAE have in common. `name` is "unet" or "vae".
+
+    Raises:
+      UserError: channels that the groups do not divide, or an unknown dtype.
+    """
+    if not channels or any(width % groups for width in channels):
+        raise UserError(f"{name}.block_out_channels: got {channels}, expected multiples of norm_num_groups = {groups}")
+    if dtype not in DTYPES:
+        raise UserError(f"{name}.dtype: got {dtype!r}, expected one of {DTYPES}")
+
+
+class ResnetBlock(nn.Module):
+    """Two convolutions, each after a norm and SiLU, with a residual. The time embedding is added between them."""
+
+    features: int
+    groups: int
+    epsilon: float
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Array, time: Array | None = None) -> Array:
+        """dtype[B, h, w, C], dtype[B, E] -> dtype[B, h, w, features]."""
+        y = nn.silu(GroupNorm(self.groups, self.epsilon, self.dtype, name="norm1")(x))
+        y = Conv(self.features, dtype=self.dtype, name="conv1")(y)
+        if time is not None:
+            time = dense(self.features, ("embed", "conv_out"), self.dtype, "time_emb_proj")(nn.silu(time))
+            y = y + time[:, None, None]
+        y = nn.silu(GroupNorm(self.groups, self.epsilon, self.dtype, name="norm2")(y))
+        y = Conv(self.features, kernel_init=nn.initializers.zeros, dtype=self.dtype, name="conv2")(y)
+        if x.shape[-1] != self.features:
+            x = Conv(self.features, 1, dtype=self.dtype, name="conv_shortcut")(x)
+        return x + y
+
+
+def dense(features: int, axes: tuple[str, str], dtype, name: str, bias: bool = True, init=None):
+    """A dense layer. `axes`: logical, of the kernel; the bias has the second. `init` is ignored without a bias."""
+    init = init or nn.initializers.lecun_normal()
+    if not bias:
+        return Dense(features, axes, dtype, name=name)
+    return Projection((features,), axes, dtype=dtype, kernel_init=init, name=name)
+
+
+def attend(x: Array, context: Array, heads: int, dtype, bias: bool = False) -> Array:
+    """Attention of x to `context`, softmax in float32: dtype[B, N, D], [B, L, C] -> dtype[B, N, D].
+
+    It makes the layers to_q, to_k, to_v and to_out in the module that calls it. `bias`: of the first three.
+    """
+
+    def project(y, name):
+        y = dense(x.shape[-1], ("embed", "joined_kv"), dtype, name, bias)(y)
+        y = y.reshape(*y.shape[:-1], heads, -1)  # [B, N, A, K]
+        return nn.with_logical_constraint(y, ("batch", "length", "heads", "kv"))
+
+    query, key, value = project(x, "to_q"), project(context, "to_k"), project(context, "to_v")
+    query = query * query.shape[-1] ** -0.5
+    logits = jnp.einsum("bqak,bnak->baqn", query, key, preferred_element_type=jnp.float32)  # [B, A, N, L]
+    y = jnp.einsum("baqn,bnak->bqak", jax.nn.softmax(logits).astype(dtype), value)  # [B, N, A, K]
+    return dense(x.shape[-1], ("joined_kv", "embed"), dtype, "to_out")(y.reshape(x.shape))

@@ -1,0 +1,263 @@
+"""Layers that several models share.
+
+Parameters are float32. A layer computes in its `dtype` and takes statistics in float32. Every parameter names its logical
+axes, and `rahf/partitioning.py` maps these to the mesh.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from rahf.partitioning import compute_copy
+from richhf_data.errors import UserError
+
+Array = jax.Array
+partitioned = nn.with_logical_partitioning
+MASKED = -1e10  # a masked attention logit. Finite, so that a row without any key gives no NaN
+KERNEL_AXES = ("conv_height", "conv_width", "conv_in", "conv_out")  # logical, of a convolution's kernel
+CONV_DIMENSIONS = ("NHWC", "HWIO", "NHWC")  # input, kernel, output of lax.conv_general_dilated
+
+
+# ---- Images ---------------------------------------------------------------------------------------------------------
+
+
+def normalize_image(image: Array) -> Array:
+    """uint8[B, H, W, 3] in [0, 255] -> float32 in [-1, 1], on the device. A float image is returned unchanged.
+
+    Raises:
+      UserError: the image is neither uint8 nor float.
+    """
+    if image.dtype == jnp.uint8:
+        return image.astype(jnp.float32) / 127.5 - 1.0
+    if not jnp.issubdtype(image.dtype, jnp.floating):
+        raise UserError(f"image: got {image.dtype}, expected uint8 in [0, 255] or a float type in [-1, 1]")
+    return image
+
+
+def to_patches(image: Array, size: int) -> Array:
+    """[B, H, W, C] -> [B, H / size, W / size, size * size * C]: the flattened pixels of each patch, row by row."""
+    batch, height, width, channels = image.shape
+    h, w = height // size, width // size
+    x = image.reshape(batch, h, size, w, size, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, h, w, size * size * channels)
+
+
+def upsample(x: Array) -> Array:
+    """[B, h, w, C] -> [B, 2h, 2w, C], nearest neighbour."""
+    batch, h, w, channels = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None], (batch, h, 2, w, 2, channels))
+    return x.reshape(batch, 2 * h, 2 * w, channels)
+
+
+# ---- Softmax and products -------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def softmax(logits: Array, dtype: DTypeLike) -> Array:
+    """float32[..., N] -> dtype[..., N]. The backward pass keeps the output, which is smaller than the float32 logits."""
+    return jax.nn.softmax(logits).astype(dtype)
+
+
+def _softmax_forward(logits, dtype):
+    weights = softmax(logits, dtype)
+    return weights, weights
+
+
+def _softmax_backward(dtype, weights, cotangent):
+    del dtype
+    weights, cotangent = weights.astype(jnp.float32), cotangent.astype(jnp.float32)
+    # A constant added to a row of the cotangent must not change the gradient. Rounded weights do not sum to 1 exactly, so
+    # the row's mean is divided by their sum.
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return (weights * (cotangent - jnp.sum(weights * cotangent, axis=-1, keepdims=True) / total),)
+
+
+softmax.defvjp(_softmax_forward, _softmax_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(x: Array, kernel: Array, output_dtype: DTypeLike) -> Array:
+    """x @ kernel, accumulated and returned in `output_dtype`. Gradients are computed and sent in the inputs' dtype."""
+    return jnp.matmul(x, kernel, preferred_element_type=output_dtype)
+
+
+def _matmul_forward(x, kernel, output_dtype):
+    return matmul(x, kernel, output_dtype), (x, kernel)
+
+
+def _matmul_backward(output_dtype, factors, cotangent):
+    del output_dtype
+    _, pull_back = jax.vjp(jnp.matmul, *factors)
+    return pull_back(cotangent.astype(factors[0].dtype))
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+# ---- Dense layers ---------------------------------------------------------------------------------------------------
+
+
+class Dense(nn.Module):
+    """x @ kernel, no bias."""
+
+    features: int
+    axes: tuple[str, str]  # logical, of the kernel
+    dtype: DTypeLike
+    scale: float = 1.0  # multiplies the standard deviation of the initialisation
+
+    @nn.compact
+    def __call__(self, x: Array, output_dtype: DTypeLike | None = None) -> Array:
+        """[..., I] -> [..., features] in `output_dtype`, by default `dtype`."""
+        init = nn.initializers.variance_scaling(self.scale**2, "fan_in", "truncated_normal")
+        shape = x.shape[-1], self.features
+        kernel = self.param("kernel", partitioned(init, self.axes), shape, jnp.float32)
+        kernel = compute_copy(kernel, self.axes, self.dtype)
+        return matmul(x.astype(self.dtype), kernel, output_dtype or self.dtype)
+
+
+class Projection(nn.Module):
+    """Contracts the last `contract` axes to `features`, with bias, like flax's `DenseGeneral`."""
+
+    features: tuple[int, ...]
+    axes: tuple[str, ...]  # logical, of the kernel [*contracted, *features]
+    contract: int = 1
+    dtype: DTypeLike = jnp.float32
+    kernel_init: nn.initializers.Initializer | None = None  # by default Xavier's uniform one
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        inputs = x.shape[-self.contract :]
+        shape = (*inputs, *self.features)
+        # Fan-in and fan-out of the flattened matrix, like flax.
+        init = self.kernel_init or nn.initializers.variance_scaling(
+            1.0, "fan_avg", "uniform", range(len(inputs)), range(len(inputs), len(shape))
+        )
+        kernel = self.param("kernel", partitioned(init, self.axes), shape, jnp.float32)
+        bias_axes = self.axes[self.contract :]
+        bias = self.param("bias", partitioned(self.bias_init, bias_axes), self.features, jnp.float32)
+        contracted = tuple(range(x.ndim - self.contract, x.ndim)), tuple(range(self.contract))
+        # One axis for all features: heads of 64 would leave half of a TPU's 128 lanes empty.
+        kernel = compute_copy(kernel.reshape(*inputs, -1), self.axes[: self.contract + 1], self.dtype)
+        x = jax.lax.dot_general(x.astype(self.dtype), kernel, (contracted, ((), ())))
+        x = x + bias.astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        return x.reshape(*x.shape[:-1], *self.features)
+
+
+# ---- Norms ----------------------------------------------------------------------------------------------------------
+
+
+class LayerNorm(nn.Module):
+    """Layer norm over the last axis. Flax's own refuses bfloat16 under strict promotion."""
+
+    dtype: DTypeLike
+    axis: str = "embed"  # logical
+    epsilon: float = 1e-6
+    centred: bool = False  # the input's mean is 0 already
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        shape = x.shape[-1:]
+        scale = self.param("scale", partitioned(nn.initializers.ones, (self.axis,)), shape, jnp.float32)
+        bias = self.param("bias", partitioned(nn.initializers.zeros, (self.axis,)), shape, jnp.float32)
+        x = x.astype(jnp.float32)
+        if not self.centred:
+            x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
+        broadcast = (1,) * (x.ndim - 1) + shape
+        return (x * scale.reshape(broadcast) + bias.reshape(broadcast)).astype(self.dtype)
+
+
+class RMSNorm(nn.Module):
+    """T5's layer norm over the last axis: no mean, no bias."""
+
+    dtype: DTypeLike
+    axis: str = "embed"  # logical
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", partitioned(nn.initializers.ones, (self.axis,)), x.shape[-1:], jnp.float32)
+        x = x.astype(jnp.float32)
+        x = (x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)).astype(self.dtype)
+        return x * scale.astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+class GroupNorm(nn.Module):
+    """Group norm over pixels and the channels of a group: [B, h, w, C] -> dtype[B, h, w, C]."""
+
+    groups: int
+    epsilon: float
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", partitioned(nn.initializers.ones, ("conv_in",)), x.shape[-1:], jnp.float32)
+        bias = self.param("bias", partitioned(nn.initializers.zeros, ("conv_in",)), x.shape[-1:], jnp.float32)
+        y = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, x.shape[-1] // self.groups)
+        y = y - y.mean((1, 3), keepdims=True)
+        y = y * jax.lax.rsqrt((y * y).mean((1, 3), keepdims=True) + self.epsilon)
+        y = y.reshape(x.shape) * scale.reshape(1, 1, 1, -1) + bias.reshape(1, 1, 1, -1)
+        return y.astype(self.dtype)
+
+
+# ---- Convolution ----------------------------------------------------------------------------------------------------
+
+
+class Conv(nn.Module):
+    """Convolution with bias. With stride 1 it keeps the resolution."""
+
+    features: int
+    kernel_size: int = 3
+    stride: int = 1
+    padding: tuple[int, int] = (1, 1)  # before and after, in both directions; a kernel of 1 ignores it
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    dtype: DTypeLike = jnp.float32
+    out_axis: str | None = "conv_out"  # logical; None keeps the few channels of latents and images whole
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[B, h, w, C] -> dtype[B, h / stride, w / stride, features]."""
+        axes, shape = (*KERNEL_AXES[:3], self.out_axis), (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", partitioned(self.kernel_init, axes), shape, jnp.float32)
+        kernel = compute_copy(kernel, axes, self.dtype)
+        bias = self.param("bias", partitioned(nn.initializers.zeros, (self.out_axis,)), shape[-1:], jnp.float32)
+        x = x.astype(self.dtype)
+        if self.kernel_size == 1:
+            x = jnp.matmul(x, kernel[0, 0])
+        else:
+            strides, padding = (self.stride,) * 2, (self.padding,) * 2
+            x = jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=CONV_DIMENSIONS)
+        x = x + bias.astype(self.dtype).reshape(1, 1, 1, -1)
+        return nn.with_logical_constraint(x, ("batch", "height", "width", self.out_axis))
+
+
+# ---- Stacks of layers -----------------------------------------------------------------------------------------------
+
+
+def scan_layers(parent: nn.Module, layers: Sequence[nn.Module], call: Callable, x: Array, inputs=None) -> Array:
+    """Applies equal layers of `parent` one after the other in a loop, so that only one of them is compiled.
+
+    Each layer keeps its own parameters in the tree, so checkpoints do not depend on it. The parameters are stacked for the
+    loop on the devices that hold them. Dropout keys differ from those of the layers called in turn.
+
+    Args:
+      layers: modules of one class and configuration. Each reads the output of the one before.
+      call: (layer, x, the layer's inputs) -> x.
+      inputs: a tree of arrays whose first axis is the layer, or None.
+    """
+    params = [parent.variables["params"][layer.name] for layer in layers]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+    keys = jax.random.split(parent.make_rng("dropout"), len(layers)) if parent.has_rng("dropout") else None
+    layer = layers[0].clone(parent=None, name=None)
+
+    def body(x, one):
+        params, key, inputs = one
+        rngs = None if key is None else {"dropout": key}
+        return layer.apply({"params": params}, x, inputs, rngs=rngs, method=call), None
+
+    return jax.lax.scan(body, x, (stacked, keys, inputs))[0]
