@@ -87,7 +87,7 @@ def keyword_loss_sum(logits: Array, targets: Array, count_padding: bool = False)
 def rahf_loss(
     outputs: Outputs,
     batch: Mapping[str, Array],
-    normalisers: Mapping[str, Array] | None,
+    normalisers: Mapping[str, Array],
     weights: Mapping[str, float],
     count_padding: bool = False,
 ) -> tuple[Array, dict[str, Array]]:
@@ -96,7 +96,7 @@ def rahf_loss(
     Args:
       outputs: the model's forward pass on `batch`.
       batch: `scores`, `score_mask`, `heatmaps`, `heatmap_mask` and `keyword_ids` of richhf_data/schema.py.
-      normalisers: `loss_normalisers` of the optimiser's batch; None if `batch` is that batch.
+      normalisers: `loss_normalisers` of the optimiser's batch, of which `batch` is a part or the whole.
       weights: `score`, `heatmap`, `keyword`.
       count_padding: see `keyword_loss_sum`; `normalisers` must be made with the same.
 
@@ -110,8 +110,6 @@ def rahf_loss(
     """
     if set(weights) != set(DEFAULT_WEIGHTS):
         raise UserError(f"loss weights: got {sorted(weights)}, expected exactly {sorted(DEFAULT_WEIGHTS)}")
-    if normalisers is None:
-        normalisers = loss_normalisers(batch, count_padding)
     divide = {name: jnp.maximum(normalisers[name], 1.0) for name in DEFAULT_WEIGHTS}  # 0 / 1 without targets
 
     keyword_sum, correct = keyword_loss_sum(outputs.keyword_logits, batch["keyword_ids"], count_padding)

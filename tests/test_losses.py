@@ -30,9 +30,13 @@ def hand_outputs():
     )
 
 
+def whole_loss(outputs, batch, weights):
+    return losses.rahf_loss(outputs, batch, losses.loss_normalisers(batch), weights)
+
+
 def test_loss_by_hand():
     weights = {"score": 2.0, "heatmap": 3.0, "keyword": 0.5}
-    loss, metrics = losses.rahf_loss(hand_outputs(), HAND, None, weights)
+    loss, metrics = whole_loss(hand_outputs(), HAND, weights)
     score = (0.5**2 + 0.2**2 + 0.5**2) / 3
     heatmap = 0.25  # every pixel of both maps of row 0 is off by a half
     keyword = (np.log(8 / 5) + np.log(4) + np.log(4)) / 3
@@ -53,7 +57,7 @@ def test_a_batch_without_targets_gives_zero_loss_and_gradient():
     empty = {name: np.zeros_like(value) for name, value in HAND.items()}
 
     def loss(outputs):
-        return losses.rahf_loss(outputs, empty, None, losses.DEFAULT_WEIGHTS)[0]
+        return whole_loss(outputs, empty, losses.DEFAULT_WEIGHTS)[0]
 
     value, gradient = jax.value_and_grad(loss)(hand_outputs())
     assert value == 0
@@ -93,7 +97,7 @@ def test_rows_that_pad_a_batch_change_no_loss():
 
     def metrics(rows):
         outputs = tiny_model.forward(model, params, rows)
-        return losses.rahf_loss(outputs, rows, None, losses.DEFAULT_WEIGHTS)[1]
+        return whole_loss(outputs, rows, losses.DEFAULT_WEIGHTS)[1]
 
     expected = metrics(batch)
     assert expected["loss"] > 0
@@ -111,10 +115,10 @@ def test_a_row_without_keywords_has_no_padding_to_count():
 
 def test_loss_names_wrong_weights_and_sizes():
     with pytest.raises(ValueError, match=r"loss weights: got \['scores'\], expected exactly"):
-        losses.rahf_loss(hand_outputs(), HAND, None, {"scores": 1.0})
+        whole_loss(hand_outputs(), HAND, {"scores": 1.0})
     small = HAND | {"heatmaps": np.zeros((2, 4, 4, 2), np.uint8)}
     with pytest.raises(ValueError, match=r"targets of shape \(2, 4, 4, 2\), expected the model's \(2, 1, 2, 2\)"):
-        losses.rahf_loss(hand_outputs(), small, None, losses.DEFAULT_WEIGHTS)
+        whole_loss(hand_outputs(), small, losses.DEFAULT_WEIGHTS)
 
 
 def test_absent_targets_take_no_part_in_the_gradient():
@@ -133,7 +137,7 @@ def test_absent_targets_take_no_part_in_the_gradient():
     }
 
     def loss(outputs, batch):
-        return losses.rahf_loss(outputs, batch, None, losses.DEFAULT_WEIGHTS)[0]
+        return whole_loss(outputs, batch, losses.DEFAULT_WEIGHTS)[0]
 
     gradient = jax.grad(loss)(outputs, batch)
     score_error = np.where(batch["score_mask"], np.asarray(outputs.scores) - batch["scores"], 0)
