@@ -5,8 +5,8 @@ import pathlib
 import flax.traverse_util
 import jax
 
+from rahf.models.parameters import param_shapes
 from rahf.models.rahf import RAHF, RAHFConfig, dummy_inputs
-from rahf.models.shapes import param_shapes
 from rahf.pretrained import Pretrained
 from richhf_data import paths
 

@@ -68,7 +68,7 @@ def matched(
     """Maps their tensors to ours and checks all names and shapes. The result is in the order of `theirs`, for fast reads.
 
     Args:
-      ours: our parameters (models/shapes.py), all of them in `table`.
+      ours: our parameters (models/parameters.py), all of them in `table`.
       unused: a regular expression; their tensors with such names are ignored.
       what: names the source in errors.
 

@@ -15,8 +15,8 @@ import numpy as np
 from rahf import checkpoints, names, pretrained, weights, workdirs
 from rahf.models.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from rahf.models.heads import HeatmapHeadConfig, ScoreHeadConfig
+from rahf.models.parameters import param_shapes
 from rahf.models.rahf import RAHF, RAHFConfig, dummy_inputs
-from rahf.models.shapes import param_shapes
 from rahf.models.t5 import T5, T5Config
 from rahf.models.vit import ViT, ViTConfig
 from rahf.pretrained import Pretrained, matched

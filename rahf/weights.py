@@ -295,7 +295,7 @@ def read_params(path, shapes: Mapping, place: Callable = lambda array, leaf: arr
     """The parameters of a safetensors file with our names, as nested dictionaries of float32 arrays.
 
     Args:
-      shapes: name -> anything with the `shape` that the module's parameter has (models/shapes.py).
+      shapes: name -> anything with the `shape` that the module's parameter has (models/parameters.py).
       place: called with each array as it is read and its entry in `shapes`; returns what to keep, for example on a device.
 
     Raises:

@@ -17,7 +17,7 @@ DCT_METHOD = "INTEGER_ACCURATE"  # as in Pillow, which prediction uses; TensorFl
 GREY_PROBABILITY = 0.1
 
 
-class Vocabulary(seqio.SentencePieceVocabulary):
+class SeqioVocabulary(seqio.SentencePieceVocabulary):
     """A vocabulary for seqio with the ids and texts of `richhf_data.vocabulary.Vocabulary`."""
 
     def _decode(self, ids) -> str:

@@ -110,7 +110,7 @@ def register(
         return task
 
     _check_lengths(folder, vocabulary.Vocabulary(path), variant, text_length, keyword_length, truncate_long_prompts)
-    pieces = preprocessors.Vocabulary(str(path))
+    pieces = preprocessors.SeqioVocabulary(str(path))
     cut = {"vocabulary": pieces, "truncate": truncate_long_prompts}
     steps = [
         preprocessors.decode,

@@ -19,7 +19,7 @@ from rahf.reward import embed, prompts
 from richhf_data.synthetic import render
 
 WORDS = prompts.Words(("one", "three"), ("red", "green"), ("car", "butterfly/butterflies"), ("in the snow", "on the moon"))
-ANY = prompts.Prompt(None, None, None, None)
+ANY = prompts.ParsedPrompt(None, None, None, None)
 
 
 def tiny_clip(vocab_size, size):
@@ -54,7 +54,7 @@ def test_draw_paints_the_colour_and_the_background():
     means = {}
     for colour in ("red", "green"):
         for background in ("in the snow", "on the moon"):
-            image, _ = drawings.draw(prompts.Prompt("one", colour, "house", background), 0)
+            image, _ = drawings.draw(prompts.ParsedPrompt("one", colour, "house", background), 0)
             middle, border = image[12:24, 12:20].mean(axis=(0, 1)), image[:, :2].mean()
             means[colour, background] = middle[0] - middle[1], border
     assert all(means["red", place][0] > 20 > -20 > means["green", place][0] for place in ("in the snow", "on the moon"))
@@ -62,7 +62,7 @@ def test_draw_paints_the_colour_and_the_background():
 
 
 def test_draw_leaves_the_rest_to_the_seed():
-    prompt = prompts.Prompt(None, None, "cup", None)
+    prompt = prompts.ParsedPrompt(None, None, "cup", None)
     drawn = [drawings.draw(prompt, (5, i)) for i in range(80)]
     again, shown = drawings.draw(prompt, (5, 7))
     assert shown == drawn[7][1] and np.array_equal(again, drawn[7][0])
@@ -74,7 +74,7 @@ def test_draw_leaves_the_rest_to_the_seed():
 def test_captions_are_wrong_at_the_stated_rate():
     words, wrong, said, kinds = drawings.WORDS, collections.Counter(), collections.Counter(), collections.Counter()
     for i in range(7000):
-        shown = prompts.Prompt(*(getattr(words, name)[i % 4] for name in prompts.CATEGORIES))
+        shown = prompts.ParsedPrompt(*(getattr(words, name)[i % 4] for name in prompts.CATEGORIES))
         prompt = drawings.caption(shown, drawings.KINDS[i % 7], 0.15, (0, i))
         kinds[prompts.kind(prompt)] += 1
         for name in prompts.CATEGORIES:

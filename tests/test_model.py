@@ -12,7 +12,7 @@ from tiny_model import INPUTS, forward, predict
 from rahf.models import rahf
 from rahf.models.heads import HeatmapHead, ScoreHead
 from rahf.models.layers import normalize_image
-from rahf.models.shapes import param_shapes
+from rahf.models.parameters import param_shapes
 from rahf.models.t5 import Decoder, Encoder
 from rahf.models.vit import ViT
 from richhf_data import schema

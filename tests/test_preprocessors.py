@@ -243,7 +243,7 @@ def test_text_ids_equal_the_vocabulary(variant):
     pieces = vocabulary.Vocabulary(_model_path())
     dataset = _dataset(prompt=TEXTS, uid=["u"] * len(TEXTS))
     dataset = preprocessors.texts(
-        dataset, variant=variant, vocabulary=preprocessors.Vocabulary(str(_model_path())), length=60
+        dataset, variant=variant, vocabulary=preprocessors.SeqioVocabulary(str(_model_path())), length=60
     )
     for text, example in zip(TEXTS, dataset.as_numpy_iterator(), strict=True):
         expected = [pieces.encode(task, 60) for task in schema.task_prompts(text, variant)]
@@ -252,7 +252,7 @@ def test_text_ids_equal_the_vocabulary(variant):
 
 
 def test_decoded_texts_equal_the_vocabulary():
-    ours, seqios = vocabulary.Vocabulary(_model_path()), preprocessors.Vocabulary(str(_model_path()))
+    ours, seqios = vocabulary.Vocabulary(_model_path()), preprocessors.SeqioVocabulary(str(_model_path()))
     rng = np.random.default_rng(0)
     sequences = [ours.encode(text, 40) for text in TEXTS] + list(rng.integers(0, ours.size + 5, (50, 12)))
     for ids in sequences:
@@ -263,7 +263,7 @@ def test_decoded_texts_equal_the_vocabulary():
 
 @pytest.mark.parametrize("length", [3, 6])  # six words and the end id take seven or more
 def test_long_prompt_is_refused_or_cut(length):
-    pieces = preprocessors.Vocabulary(str(_model_path()))
+    pieces = preprocessors.SeqioVocabulary(str(_model_path()))
     dataset = _dataset(prompt=["a red cat on the table"], uid=["u7"])
     refused = preprocessors.texts(dataset, variant="multi_head", vocabulary=pieces, length=length)
     with pytest.raises(tf.errors.InvalidArgumentError, match=f"longer than {length} ids.*raise text_length(.|\n)*u7"):
@@ -276,7 +276,7 @@ def test_long_prompt_is_refused_or_cut(length):
 
 
 def test_keyword_target_is_zero_without_labels():
-    pieces = preprocessors.Vocabulary(str(_model_path()))
+    pieces = preprocessors.SeqioVocabulary(str(_model_path()))
     dataset = _dataset(labelled_prompt=["a red_0 cat", ""], uid=["u0", "u1"])
     first, second = preprocessors.keyword_target(dataset, vocabulary=pieces, length=20).as_numpy_iterator()
     np.testing.assert_array_equal(first["targets"], vocabulary.Vocabulary(_model_path()).encode("a red_0 cat", 20))

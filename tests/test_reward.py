@@ -58,8 +58,8 @@ def small_config(**changes):
     ],
 )
 def test_prompt_reads_as_english_and_is_parsed_back(prompt, expected):
-    assert prompts.text(prompts.Prompt(*prompt)) == expected
-    assert WORDS.parse(expected.upper() + ".") == prompts.Prompt(*prompt)
+    assert prompts.text(prompts.ParsedPrompt(*prompt)) == expected
+    assert WORDS.parse(expected.upper() + ".") == prompts.ParsedPrompt(*prompt)
 
 
 def test_negatives_change_exactly_one_category():
@@ -71,7 +71,7 @@ def test_negatives_change_exactly_one_category():
             for other in others:
                 assert [field for field in prompts.CATEGORIES if getattr(other, field) != getattr(prompt, field)] == [name]
                 assert WORDS.parse(prompts.text(other)) == other
-    assert set(WORDS.negatives(prompts.Prompt("two", "red", "cat", None), ("count", "background"))) == {"count"}
+    assert set(WORDS.negatives(prompts.ParsedPrompt("two", "red", "cat", None), ("count", "background"))) == {"count"}
 
 
 def test_draw_is_even_over_kinds_and_a_function_of_the_seed():

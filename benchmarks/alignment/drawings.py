@@ -40,7 +40,7 @@ _BACKGROUND = {wording.replace("*", ""): name for name, wording in grammar.BACKG
 _FLAWLESS = flaws.Style(0.0, 0.0, 0.0, 0.0)
 
 
-def draw(prompt: prompts.Prompt, seed, words: prompts.Words = WORDS, size: int = SIZE) -> tuple[np.ndarray, prompts.Prompt]:
+def draw(prompt: prompts.ParsedPrompt, seed, words: prompts.Words = WORDS, size: int = SIZE) -> tuple[np.ndarray, prompts.ParsedPrompt]:
     """A flawless picture of the prompt; what the prompt leaves open is drawn from the lists. A pure function.
 
     Args:
@@ -51,7 +51,7 @@ def draw(prompt: prompts.Prompt, seed, words: prompts.Words = WORDS, size: int =
     """
     rng = np.random.default_rng(seed)
     drawn = {name: grammar.pick(rng, getattr(words, name)) for name in prompts.CATEGORIES}
-    shown = prompts.Prompt(**{name: getattr(prompt, name) or word for name, word in drawn.items()})
+    shown = prompts.ParsedPrompt(**{name: getattr(prompt, name) or word for name, word in drawn.items()})
     group = grammar.Group(shown.thing.partition("/")[0], shown.colour, 1 + grammar.NUMBERS.index(shown.count))
     background = _BACKGROUND[shown.background]
     picture = flaws.Picture(
@@ -68,14 +68,14 @@ def draw(prompt: prompts.Prompt, seed, words: prompts.Words = WORDS, size: int =
     return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA), shown
 
 
-def caption(shown: prompts.Prompt, kind: tuple[str, ...], wrong_rate: float, seed, words: prompts.Words = WORDS):
+def caption(shown: prompts.ParsedPrompt, kind: tuple[str, ...], wrong_rate: float, seed, words: prompts.Words = WORDS):
     """A prompt that names the categories of `kind` only; each word is replaced by a wrong one at `wrong_rate`."""
     rng, chosen = np.random.default_rng(seed), {}
     for name in prompts.CATEGORIES:
         others = [word for word in getattr(words, name) if word != getattr(shown, name)]
         wrong, other = rng.random() < wrong_rate, grammar.pick(rng, others)
         chosen[name] = (other if wrong else getattr(shown, name)) if name in kind else None
-    return prompts.Prompt(**chosen)
+    return prompts.ParsedPrompt(**chosen)
 
 
 def captioned(
@@ -108,7 +108,7 @@ def captioned(
 
 
 def _row(i, *, seed, wrong_rate, words, size):
-    image, shown = draw(prompts.Prompt(None, None, None, None), (seed, i), words, size)
+    image, shown = draw(prompts.ParsedPrompt(None, None, None, None), (seed, i), words, size)
     given = caption(shown, KINDS[i % len(KINDS)], wrong_rate, (seed, i, 1), words)
     file = io.BytesIO()
     PIL.Image.fromarray(image).save(file, "PNG")
@@ -132,7 +132,7 @@ def images(table: pyarrow.Table) -> np.ndarray:
     return np.stack([np.asarray(PIL.Image.open(io.BytesIO(encoded))) for encoded in table["image"].to_pylist()])
 
 
-def split_prompts(held_out: float = 0.2, words: prompts.Words = WORDS) -> tuple[list[prompts.Prompt], list[prompts.Prompt]]:
+def split_prompts(held_out: float = 0.2, words: prompts.Words = WORDS) -> tuple[list[prompts.ParsedPrompt], list[prompts.ParsedPrompt]]:
     """All prompts of the lists as (training, held out), split by a hash of the text."""
     parts = [], []
     for prompt in words.all():

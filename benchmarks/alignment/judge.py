@@ -19,7 +19,7 @@ from benchmarks.alignment.optimise import optimise
 from rahf import weights
 from rahf.diffusion.blocks import ResnetBlock
 from rahf.models.layers import Conv, GroupNorm, normalize_image
-from rahf.models.shapes import param_shapes
+from rahf.models.parameters import param_shapes
 from rahf.reward import embed, predict, prompts
 from richhf_data import json_files
 from richhf_data.errors import UserError
@@ -73,7 +73,7 @@ def disturb(image: Array, key: Array) -> Array:
     return x + grain * jax.random.normal(keys[5], x.shape)
 
 
-def _labels(shown: Sequence[prompts.Prompt], words: prompts.Words) -> dict[str, np.ndarray]:
+def _labels(shown: Sequence[prompts.ParsedPrompt], words: prompts.Words) -> dict[str, np.ndarray]:
     return {
         name: np.array([getattr(words, name).index(getattr(prompt, name)) for prompt in shown], np.int32)
         for name in prompts.CATEGORIES
@@ -110,12 +110,12 @@ class Judge:
         """uint8[B, H, W, 3], or B of them of any sizes -> float32[B, D], the features before the output layers: for FID."""
         return self._read(images)[0]
 
-    def facts(self, images: Sequence[np.ndarray]) -> list[prompts.Prompt]:
+    def facts(self, images: Sequence[np.ndarray]) -> list[prompts.ParsedPrompt]:
         """The most probable prompt of each picture."""
         logits = self._read(images)[1]
         best = {name: logits[name].argmax(axis=1) for name in prompts.CATEGORIES}
         return [
-            prompts.Prompt(**{name: getattr(self.words, name)[best[name][i]] for name in prompts.CATEGORIES})
+            prompts.ParsedPrompt(**{name: getattr(self.words, name)[best[name][i]] for name in prompts.CATEGORIES})
             for i in range(len(images))
         ]
 

@@ -29,7 +29,7 @@ from rahf.diffusion.schedule import Schedule
 from rahf.diffusion.unet import UNet, UNetConfig
 from rahf.diffusion.vae import VAE, VAEConfig
 from rahf.models.clip import CLIP, TOKENIZER_FILES, VIT_L14, CLIPConfig, Tokenizer
-from rahf.models.shapes import param_shapes
+from rahf.models.parameters import param_shapes
 from rahf.pretrained import matched
 from rahf.weights import Tensor, Tensors
 from richhf_data import json_files

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from rahf import pretrained, weights
 from rahf.models.clip import CLIP, TOKENIZER_FILES, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, Tokenizer
-from rahf.models.shapes import param_shapes
+from rahf.models.parameters import param_shapes
 from richhf_data import images as richhf_images
 from richhf_data import paths, schema
 from richhf_data.errors import UserError

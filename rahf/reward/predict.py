@@ -8,7 +8,7 @@ import numpy as np
 
 from rahf import weights
 from rahf.fingerprint import fingerprint
-from rahf.models.shapes import param_shapes
+from rahf.models.parameters import param_shapes
 from rahf.reward import embed, model, specs
 from richhf_data import json_files, paths
 from richhf_data.errors import UserError

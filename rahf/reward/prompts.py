@@ -18,7 +18,7 @@ from richhf_data.errors import UserError
 SINGULAR = ("one", "1")  # counts with a thing in the singular
 
 
-class Prompt(NamedTuple):
+class ParsedPrompt(NamedTuple):
     """The parts of a prompt; None = absent."""
 
     count: str | None
@@ -27,7 +27,7 @@ class Prompt(NamedTuple):
     background: str | None
 
 
-CATEGORIES = Prompt._fields
+CATEGORIES = ParsedPrompt._fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,25 +55,25 @@ class Words:
         self._by_text  # noqa: B018  (raises for combinations with the same text)
 
     @functools.cached_property
-    def _by_text(self) -> dict[str, Prompt]:
+    def _by_text(self) -> dict[str, ParsedPrompt]:
         found = {}
         optional = [(None, *getattr(self, name)) for name in ("count", "colour", "background")]
         for count, colour, background in itertools.product(*optional):
             for thing in self.thing:
-                prompt = Prompt(count, colour, thing, background)
+                prompt = ParsedPrompt(count, colour, thing, background)
                 if (other := found.setdefault(_plain(text(prompt)), prompt)) != prompt:
                     raise UserError(f"prompts: {other} and {prompt} both read {text(prompt)!r}; expected different words")
         return found
 
-    def parse(self, prompt_text: str) -> Prompt | None:
+    def parse(self, prompt_text: str) -> ParsedPrompt | None:
         """The parts of a text; None for a text that these words do not make. Case and a final full stop are ignored."""
         return self._by_text.get(_plain(prompt_text))
 
-    def all(self) -> list[Prompt]:
+    def all(self) -> list[ParsedPrompt]:
         """Every combination with a count, a colour or a background, in a fixed order."""
         return [prompt for prompt in self._by_text.values() if prompt.count or prompt.colour or prompt.background]
 
-    def draw(self, number: int, seed: int) -> list[Prompt]:
+    def draw(self, number: int, seed: int) -> list[ParsedPrompt]:
         """Draws `number` different prompts of `all`, balanced over their kinds (count alone, count and colour, ...).
 
         Raises:
@@ -93,7 +93,7 @@ class Words:
         parsed = [self.parse(prompt_text) for prompt_text in texts]
         return ["other" if prompt is None else kind(prompt) or "thing" for prompt in parsed]
 
-    def negatives(self, prompt: Prompt, change: Sequence[str] = CATEGORIES) -> dict[str, list[Prompt]]:
+    def negatives(self, prompt: ParsedPrompt, change: Sequence[str] = CATEGORIES) -> dict[str, list[ParsedPrompt]]:
         """category -> the prompts that differ in it only. Leaves out the categories that the prompt does not have."""
         changed = {}
         for name in change:
@@ -102,8 +102,8 @@ class Words:
         return changed
 
 
-def text(prompt: Prompt) -> str:
-    """The prompt in English: Prompt("two", "red", "cat", "on the moon") -> "two red cats on the moon"."""
+def text(prompt: ParsedPrompt) -> str:
+    """The prompt in English: ParsedPrompt("two", "red", "cat", "on the moon") -> "two red cats on the moon"."""
     singular, _, plural = prompt.thing.partition("/")
     if prompt.count is None:
         rest = [prompt.colour, singular]
@@ -114,7 +114,7 @@ def text(prompt: Prompt) -> str:
     return " ".join(word for word in (first, *rest, prompt.background) if word)
 
 
-def kind(prompt: Prompt) -> str:
+def kind(prompt: ParsedPrompt) -> str:
     """The categories that the prompt has, without the thing: "count, colour"."""
     return ", ".join(name for name in CATEGORIES if name != "thing" and getattr(prompt, name) is not None)
 
