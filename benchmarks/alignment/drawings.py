@@ -40,7 +40,9 @@ _BACKGROUND = {wording.replace("*", ""): name for name, wording in grammar.BACKG
 _FLAWLESS = flaws.Style(0.0, 0.0, 0.0, 0.0)
 
 
-def draw(prompt: prompts.ParsedPrompt, seed, words: prompts.Words = WORDS, size: int = SIZE) -> tuple[np.ndarray, prompts.ParsedPrompt]:
+def draw(
+    prompt: prompts.ParsedPrompt, seed, words: prompts.Words = WORDS, size: int = SIZE
+) -> tuple[np.ndarray, prompts.ParsedPrompt]:
     """A flawless picture of the prompt; what the prompt leaves open is drawn from the lists. A pure function.
 
     Args:
@@ -132,7 +134,9 @@ def images(table: pyarrow.Table) -> np.ndarray:
     return np.stack([np.asarray(PIL.Image.open(io.BytesIO(encoded))) for encoded in table["image"].to_pylist()])
 
 
-def split_prompts(held_out: float = 0.2, words: prompts.Words = WORDS) -> tuple[list[prompts.ParsedPrompt], list[prompts.ParsedPrompt]]:
+def split_prompts(
+    held_out: float = 0.2, words: prompts.Words = WORDS
+) -> tuple[list[prompts.ParsedPrompt], list[prompts.ParsedPrompt]]:
     """All prompts of the lists as (training, held out), split by a hash of the text."""
     parts = [], []
     for prompt in words.all():
