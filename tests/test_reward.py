@@ -600,6 +600,7 @@ def test_train_writes_a_folder_that_load_reads_and_resumes(standard_promotion, c
     # Moved, another CLIP, another run.
     copied = shutil.copytree(clip_folder, tmp_path / "copied")
     assert reward.load(workdir, clip=copied).clip.digest == loaded.clip.digest
+    assert train.train(small_config(), file, copied, workdir) == results
     (copied / "merges.txt").write_text("#version: 0.2\nc a\n")
     with pytest.raises(ValueError, match=r"clip: .*copied is not the CLIP that .*run was trained with"):
         reward.load(workdir, clip=copied)
