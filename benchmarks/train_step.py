@@ -1,4 +1,4 @@
-"""Examples per second of a config's training step, and of the stream that feeds it, on this machine.
+"""Examples per second of a RAHF config's training step on this machine, and of RichHF-Synth's stream, which feeds it here.
 
     python -m benchmarks.train_step --config=rahf_synth_tiny [--steps=10] [--config.key=value ...]
 

@@ -4,7 +4,7 @@
 
 writes into DIR/eval: <split>.json (one flat object), <split>.references.json (an object for each reference row) and
 <split>.md (the papers' tables), and prints the tables. The config is the workdir's; --config.KEY=VALUE overrides what
-`MAY_DIFFER` names.
+`EVALUATE_MAY_DIFFER` names.
 """
 
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ from richhf_data.errors import UserError
 
 CONSTANT_EXAMPLES = 500  # of the stream's training split, for the constant predictor's means
 # What may differ from the workdir's config: which data are read and how they are computed, not what was trained.
-MAY_DIFFER = (
+EVALUATE_MAY_DIFFER = (
     "data.data_dir",
     "data.mixture",
     "data.num_workers",
@@ -182,13 +182,13 @@ def evaluate(workdir, split: str, num_examples: int | None = None, config=None) 
     On several hosts each has every example and predicts its share of each batch; all return the same, one writes.
 
     Args:
-      config: the workdir's by default, or one that differs in what `MAY_DIFFER` names.
+      config: the workdir's by default, or one that differs in what `EVALUATE_MAY_DIFFER` names.
 
     Raises:
       UserError: no run or no evaluation there, no such split, or a config that contradicts the workdir's.
     """
     config = workdirs.read_config(workdir) if config is None else config
-    workdirs.check_config(workdir, config, MAY_DIFFER)
+    workdirs.check_config(workdir, config, EVALUATE_MAY_DIFFER)
     model = predictor.load(workdir, config)
     evaluation = Evaluation(config, model.vocabulary, split, num_examples)
     results = evaluation.run(model.params)

@@ -90,8 +90,9 @@ def check_key(config: ml_collections.ConfigDict, key: str) -> None:
 
 
 def _hint(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f", expected one of {', '.join(known)}" if known else ""
+    if near := difflib.get_close_matches(name, known, n=1):
+        return f"; did you mean {near[0]!r}?"
+    return f", expected one of {', '.join(known)}" if known else ""
 
 
 def _taken(argv: list[str], name: str) -> tuple[str | None, list[str]]:

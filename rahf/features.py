@@ -130,7 +130,7 @@ def training_batches(
         _check_split(task, split)
     pattern, sources = _Pattern.of(list(rates.values())), [task.seqio_task for task in rates]
     dataset = _shuffled_examples(sources, pattern, split, seed, start_step, batch_size, rows)
-    first = next(iter(rates))  # the tasks differ in their data alone, so the steps of the first are those of all
+    first = next(iter(rates))  # the tasks differ in their data alone: all have the first one's preprocessors
     dataset = first.seqio_task.preprocess_postcache(dataset, sequence_length=None, seed=seed)
     dataset = RAHFFeatureConverter()(dataset, first.lengths())
     dataset = dataset.batch(len(rows), drop_remainder=True).prefetch(2)

@@ -1,9 +1,9 @@
 """The mesh, and the tables that say where each array lives.
 
 The mesh has `data` x `model` devices: the batch is divided over `data`, and tensor parallelism divides layers over `model`.
-What is sharded as well (parameters, moments) is divided over groups of neighbours along `data`; each group holds one copy.
-So the config's axis `data` is two axes here, `replica` x `shard`. Modules name what each axis of a parameter or an
-activation means ("embed", "mlp", ...); only this file says where it lives.
+Parameters and moments can be divided over groups of neighbours along `data`; each group then holds one copy. So the config's
+axis `data` is two axes here, `replica` x `shard`. Modules name what each axis of a parameter or an activation means
+("embed", "mlp", ...); only this file says where it lives.
 """
 
 import contextlib
@@ -121,18 +121,18 @@ def compute_copy(param: jax.Array, axes: tuple[str | None, ...], dtype) -> jax.A
     if sharding is None:
         return param.astype(dtype)
     mesh = jax.sharding.get_abstract_mesh()
-    gathered = _to_mesh(axes)
-    divided = _divided(mesh, param.shape, gathered) if SHARDED_PARTS[sharding] else gathered
+    whole = _to_mesh(axes)  # not divided over `shard`
+    share = _divided(mesh, param.shape, whole) if SHARDED_PARTS[sharding] else whole  # of parameter and gradient
 
     @jax.custom_vjp
     def copy(param):
-        return jax.lax.with_sharding_constraint(param.astype(dtype), gathered)
+        return jax.lax.with_sharding_constraint(param.astype(dtype), whole)
 
     def forward(param):
         return copy(param), None
 
     def backward(_, gradient):
-        return (jax.lax.with_sharding_constraint(gradient, divided).astype(param.dtype),)
+        return (jax.lax.with_sharding_constraint(gradient, share).astype(param.dtype),)
 
     copy.defvjp(forward, backward)
     return copy(param)
@@ -148,14 +148,14 @@ def product(x: jax.Array, kernel: jax.Array, axes: tuple[str | None, str | None]
     sharding = _active()
     if sharding is None:
         return x @ kernel.astype(x.dtype)
-    mesh, gathered = jax.sharding.get_abstract_mesh(), _to_mesh(axes)
-    divided = _divided(mesh, kernel.shape, gathered)
+    mesh, whole = jax.sharding.get_abstract_mesh(), _to_mesh(axes)
+    share = _divided(mesh, kernel.shape, whole)
     sent = x.shape[0] // mesh.shape["replica"] * sum(kernel.shape)  # numbers, by way of the rows
-    if not SHARDED_PARTS[sharding] or divided[0] != "shard" or sent >= kernel.size:
+    if not SHARDED_PARTS[sharding] or share[0] != "shard" or sent >= kernel.size:
         return x @ compute_copy(kernel, axes, x.dtype)
     constrain = jax.lax.with_sharding_constraint
     x = constrain(x, PartitionSpec("replica", "shard"))
-    return constrain(x @ constrain(kernel.astype(x.dtype), divided), PartitionSpec(DATA, gathered[1]))
+    return constrain(x @ constrain(kernel.astype(x.dtype), share), PartitionSpec(DATA, whole[1]))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

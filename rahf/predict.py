@@ -145,7 +145,7 @@ def main():
     with hosts.joined():
         if (args.images is None) == (args.data_dir is None):
             raise UserError("pass either --images=GLOB|JSONL or --data_dir=DIR")
-        workdirs.check_config(args.workdir, args.config, evaluate.MAY_DIFFER)
+        workdirs.check_config(args.workdir, args.config, evaluate.EVALUATE_MAY_DIFFER)
         model = predictor.load(args.workdir, args.config)
         tables = []
         if args.data_dir:

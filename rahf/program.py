@@ -1,8 +1,8 @@
-"""The seam between a model and its machinery: what is trained, and the compiled training step that comes of it.
+"""What is trained (`Program`), and the compiled training step that is made from it (`Training`).
 
-A `Program` is what one model says of itself: fresh parameters, its loss, the shapes of a batch. `assemble` makes from it and
-a config what `rahf.train`, `rahf.diffusion.train`, `rahf.compile`, the benchmarks and the tests use: the mesh, the training
-state as shapes with their places, and a step that brings its own mesh and sharding.
+A `Program` is the part that differs between models: fresh parameters, the loss, the shapes of a batch. `assemble` makes a
+`Training` from it and a config: the mesh, the training state as shapes with their places, and a step that brings its own
+mesh and sharding. `rahf.train`, `rahf.diffusion.train`, `rahf.compile`, the benchmarks and the tests all use that one step.
 """
 
 import dataclasses

@@ -57,7 +57,7 @@ def training_batches(
         folders = _mixture(config) or {evaluation_dir(config): 1.0}
         rates = {_register(config, folder, vocabulary, config.data.augment): rate for folder, rate in folders.items()}
         batches = features.training_batches(rates, config.train.batch_size, seed=config.seed, start_step=start, rows=rows)
-        return (batch for batch in batches)  # a generator, as the stream's is: it can be closed
+        return (batch for batch in batches)  # a generator has `close`, an iterator of tf.data does not
     if config.data.source == "stream":
         return stream.batches(
             config.train.batch_size,
@@ -79,7 +79,7 @@ def image_arguments(config) -> dict:
 
 
 def text_arguments(config) -> dict:
-    """What tokenising has to know."""
+    """The variant and the lengths that texts are tokenised for."""
     return {
         "variant": config.model.variant,
         "text_length": config.data.text_length,
@@ -126,7 +126,9 @@ def check_splits(config) -> None:
 
 
 def identity(config) -> dict:
-    """Which datasets a run reads, in JSON: their names, versions and splits, whatever folder they lie in.
+    """Which datasets a run reads, in JSON: name, version, and digests of each split's infos and of the records.
+
+    The folder does not matter: a copy of a dataset is the same dataset.
 
     Raises:
       UserError: there is no dataset.

@@ -31,8 +31,8 @@ from rahf.models import rahf as rahf_model
 from richhf_data import command
 
 # What may differ when a run is resumed: nothing of this changes its result.
-MAY_DIFFER = (
-    "data.data_dir",  # the data's identity is compared instead
+RESUME_MAY_DIFFER = (
+    "data.data_dir",  # data.json compares what the folder holds
     "data.vocabulary",
     "data.num_workers",
     "mesh",
@@ -85,7 +85,7 @@ def train(config, workdir) -> dict[str, float]:
         pretrained.starting_tensors(config.init, training.params, model_config)
         sources.check_splits(config)
     data = sources.identity(config)
-    workdir = workdirs.open_workdir(workdir, config, MAY_DIFFER)
+    workdir = workdirs.open_workdir(workdir, config, RESUME_MAY_DIFFER)
     vocabulary = sources.install_vocabulary(config, workdir)
     predictor.check_vocabulary(model_config, vocabulary)
     workdirs.record(workdir / "data.json", data | {"vocabulary": vocabulary.digest}, "data")

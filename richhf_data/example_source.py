@@ -50,7 +50,7 @@ class ExampleSource(Protocol):
     remedy: str
 
     def identity(self) -> Any:
-        """JSON that changes with the examples. The builder compares it to know whether a dataset is built from them."""
+        """JSON that changes with the records or tables: tells the builder whether a dataset is built from them."""
 
     def examples(self, split: str) -> Iterator[Item]:
         """Yields every example of a split, those with a problem too."""

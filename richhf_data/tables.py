@@ -403,7 +403,8 @@ class Format:
     open: Callable[..., ExampleSource]
 
 
-FORMATS = {  # by prefix; the longest one that fits counts
+# By the prefix of --records; the longest that matches decides. A new option also needs a flag of its name in build.py.
+FORMATS = {
     "rapidata:": Format("rapidata:GLOB", ("holdout", "word_threshold"), Rapidata),
     "captions:": Format("captions:GLOB", ("holdout", "caption_prompt"), Captions),
     "captions:tfds:": Format(

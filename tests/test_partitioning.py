@@ -69,20 +69,20 @@ def test_shardings_divide_what_they_name(sharding, kind):
             assert ("shard" in jax.tree.leaves(tuple(spec))) == (part in partitioning.SHARDED_PARTS[sharding])
 
 
-@pytest.mark.parametrize("rules", ["optimizer_sharded", "fully_sharded"])
-def test_product_sends_the_rows_instead_of_the_kernel(rules):
+@pytest.mark.parametrize("sharding", ["optimizer_sharded", "fully_sharded"])
+def test_product_sends_the_rows_instead_of_the_kernel(sharding):
     mesh = partitioning.make_mesh(4, 2, shard_group=2)
     rng = np.random.default_rng(0)
     x, kernel = rng.normal(size=(8, 32)).astype(np.float32), rng.normal(size=(32, 64)).astype(np.float32)
     axes = ("score_in", "score_out")
     boxed = {"kernel": nn.LogicallyPartitioned(jax.ShapeDtypeStruct((32, 64), "float32"), axes)}
-    sharding = partitioning.param_shardings(mesh, boxed, rules == "fully_sharded")["kernel"]
-    placed = jax.device_put(x, partitioning.batch_sharding(mesh)), jax.device_put(kernel, sharding)
+    place = partitioning.param_shardings(mesh, boxed, sharding == "fully_sharded")["kernel"]
+    placed = jax.device_put(x, partitioning.batch_sharding(mesh)), jax.device_put(kernel, place)
 
     def loss(x, kernel):
         return jnp.sum(jnp.sin(partitioning.product(x, kernel, axes)))
 
-    compiled = partitioning.MeshFunction(jax.value_and_grad(loss, argnums=(0, 1)), mesh, rules).lower(*placed).compile()
+    compiled = partitioning.MeshFunction(jax.value_and_grad(loss, argnums=(0, 1)), mesh, sharding).lower(*placed).compile()
     found = compiled(*placed)
     wanted = jax.value_and_grad(lambda x, kernel: jnp.sum(jnp.sin(x @ kernel)), argnums=(0, 1))(x, kernel)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, wanted)

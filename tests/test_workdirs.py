@@ -63,7 +63,7 @@ def test_what_may_differ_is_named_in_full(tmp_path):
     config = ci_config()
     workdirs.open_workdir(tmp_path, config)
     config.mesh.model, config.log_every = 2, 7
-    workdirs.open_workdir(tmp_path, config, train.MAY_DIFFER)
+    workdirs.open_workdir(tmp_path, config, train.RESUME_MAY_DIFFER)
     with pytest.raises(ValueError, match=r"log_every: the workdir has 1, this run 7"):
         workdirs.open_workdir(tmp_path, config, ("mesh", "log"))  # a prefix of a name is another name
 

@@ -273,7 +273,7 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
 def read_mask(path) -> np.ndarray:
     """The mask in an image file, bool[H, W]: True where the luminance (ITU-R 601) is half or more, as in diffusers.
 
-    Transparent pixels are white.
+    Transparent pixels count as white, so they are True.
     """
     return np.asarray(PIL.Image.fromarray(images.read(path)).convert("L")) >= 128
 

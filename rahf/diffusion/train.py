@@ -37,7 +37,7 @@ from richhf_data.errors import UserError
 FROZEN = ("vae", "text_encoder")
 SAMPLED = ("seed", "steps", "sampler", "guidance_scale")
 # What may differ when a run is resumed: nothing of this changes its result.
-MAY_DIFFER = (
+RESUME_MAY_DIFFER = (
     "model.folder",  # of these, the section `identity` says what they hold
     "data.images",
     "data.pretraining",
@@ -126,7 +126,7 @@ def prepare_batches(config, workdir, data: inputs.Inputs, reward, cache, trainin
     """
     mesh = training.mesh
     if not workdirs.is_new(workdir):
-        workdirs.open_workdir(workdir, config, MAY_DIFFER)
+        workdirs.open_workdir(workdir, config, RESUME_MAY_DIFFER)
     if "://" in str(cache or workdir):
         raise UserError(f"cache: got {cache or workdir / 'cache'}, expected a folder on a disk: --cache=DIR")
     cache = pathlib.Path(cache or workdir / "cache") / (f"host_{jax.process_index()}" if jax.process_count() > 1 else "")
@@ -145,7 +145,7 @@ def prepare_batches(config, workdir, data: inputs.Inputs, reward, cache, trainin
     if "pretraining" in data.tables:
         moments = data.moments("pretraining", cache, mesh)
         pretraining = data.rows("pretraining", moments, np.ones(len(moments), np.float32))
-    workdirs.open_workdir(workdir, config, MAY_DIFFER)
+    workdirs.open_workdir(workdir, config, RESUME_MAY_DIFFER)
     if "images" in data.tables:
         found = {"digest": fingerprint(rewards.tolist()), "images": len(rewards), "mean": float(rewards.mean())}
         workdirs.record(workdir / "rewards.json", found, "rewards")

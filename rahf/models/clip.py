@@ -197,7 +197,7 @@ class CLIP(nn.Module):
         The final norm is applied to every token. Hugging Face's `last_hidden_state` is the output before it.
 
         Args:
-          image: float32[B, H, W, 3] in [-1, 1], or uint8. It is normalised here with CLIP's own mean and deviation.
+          image: float32[B, H, W, 3] in [-1, 1], or uint8. CLIP's own mean and deviation are applied here.
 
         Returns:
           dtype[B, 1 + P, D].

@@ -24,7 +24,7 @@ from rahf.reward.image_table import LabelledImages
 from richhf_data import command, json_files, paths
 from richhf_data.errors import UserError
 
-MAY_DIFFER = ("clip.folder",)  # of the workdir's config and a resumed run's; the digest of CLIP's files must be equal
+RESUME_MAY_DIFFER = ("clip.folder",)  # of the workdir's config and a resumed run's; the digest of CLIP's files must be equal
 METRICS = ("accuracy", "f1", "auc")
 
 
@@ -160,7 +160,7 @@ def train(config, feedback_file, clip_folder, workdir, cache=None) -> list[dict]
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.clip = {"folder": os.path.abspath(clip_folder), "digest": clip.digest}
-    workdir = workdirs.open_workdir(workdir, config, MAY_DIFFER)
+    workdir = workdirs.open_workdir(workdir, config, RESUME_MAY_DIFFER)
 
     # ---- Features, parts --------------------------------------------------------------------------------------------
     features, keys = make_features(feedback, clip, words, change, cache or workdir / "embeddings")
