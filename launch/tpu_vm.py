@@ -1,7 +1,7 @@
 """Trains on a TPU pod of Google Cloud, through gcloud.
 
     python -m launch.tpu_vm train --name=NAME --project=PROJECT --zone=ZONE --type=v3-128 --version=tpu-ubuntu2204-base \\
-        --spot --workdir=gs://BUCKET/run -- --config=configs/rahf_base.py --config.data.data_dir=gs://BUCKET/data
+        --spot --workdir=gs://BUCKET/run -- --config=rahf_base --config.data.data_dir=gs://BUCKET/data
 
 creates the queued resource, waits for it, installs the checked-out commit on every worker, starts rahf.train there, watches
 it, creates the resource again after a preemption, and deletes it at the end. The same command, given again, attaches to a

@@ -1,4 +1,4 @@
-"""Orbax checkpoints that a killed run resumes from exactly, and that damage does not pass.
+"""Orbax checkpoints, from which a killed run resumes exactly. Damaged ones are detected.
 
     workdir/checkpoints/<step>/  the two latest training states (parameters, optimiser, EMA)
     workdir/best/<step>/         the parameters of the best periodic evaluation
@@ -95,14 +95,14 @@ def _reason(error) -> str:
 
 
 def digests(tree) -> dict[str, int]:
-    """A 32-bit digest of the bits of each array by name, the same on every mesh; another when one number is another."""
+    """A 32-bit digest of the bits of each array by name, the same on every mesh; it changes if any number changes."""
     # One at a time: on a CPU of many virtual devices, hundreds of collectives in flight can deadlock.
     return {keystr(path): int(_digest(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 @jax.jit  # one small program for each shape compiles much faster than one for the whole tree
 def _digest(array):
-    """The sum of a hash (MurmurHash3's finaliser) of each number's bits and position; the order of summing is free."""
+    """The sum of a hash (MurmurHash3's finaliser) of each number's bits and position, whatever the order of summing."""
     array = jnp.asarray(array)
     width = array.dtype.itemsize
     if array.dtype == jnp.bool_:
@@ -124,7 +124,7 @@ def _seal(metadata) -> int:
 
 
 def read_metadata(checkpoints: ocp.CheckpointManager, step: int) -> dict:
-    """What `save` was given beside the state, with `step` and `digests`.
+    """The metadata that `save` stored with the state, with `step` and `digests`.
 
     Raises:
       UserError: it is not what was saved.
@@ -163,7 +163,7 @@ def restore(checkpoints: ocp.CheckpointManager, step: int, abstract_state):
         message = f"checkpoint: {where} is damaged, it cannot be read: {_reason(error)}"
         if jax.process_count() > 1:  # the others may have read their parts of it, and would wait for this process
             raise hosts.EndNow(
-                f"{message}\nMove that folder away, or give the command once on one host, which goes on from the one before."
+                f"{message}\nMove that folder away, or give the command once on one host: it resumes from the one before."
             ) from error
         raise UserError(message) from error
     check_shapes(found, wanted, where)

@@ -1,7 +1,7 @@
 """Compiles a config's steps for any topology, ahead of time and without a device: does it fit, how long will it take?
 
-    python -m rahf.compile --config=configs/rahf_base.py --topology=v3:8x8 [--step=train] [--config.key=value ...]
-    python -m rahf.compile --config=configs/rahf_base.py --topology=v3:8x8 --sweep
+    python -m rahf.compile --config=rahf_base --topology=v3:8x8 [--step=train] [--config.key=value ...]
+    python -m rahf.compile --config=rahf_base --topology=v3:8x8 --sweep
 
 For a TPU the real compiler does it (`pip install -e '.[tpu]'`); nothing is allocated, shapes are all it needs. `cpu` and
 `gpu` are the devices of this machine. Prints a table, and on the last line a JSON object; exits with 1 where a step does
@@ -52,6 +52,10 @@ CHIPS = {
 }
 
 
+class DoesNotFit(UserError):
+    """The compiler finds no room in the memory."""
+
+
 def devices_of(topology: str) -> list:
     """The devices of a topology: `v3:8x8` (64 chips) to `v6e:2x2` of a TPU, or `cpu`, `gpu`: this machine's.
 
@@ -65,7 +69,7 @@ def devices_of(topology: str) -> list:
             raise UserError(f"topology: got {topology!r}, but JAX finds no such device here ({error})") from error
     from jax.experimental import topologies
 
-    jax.config.update("jax_platforms", "cpu")  # nothing runs: a TPU that is or is not here stays alone
+    jax.config.update("jax_platforms", "cpu")  # nothing runs: leave any TPU of this machine unused
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", topology.partition(":")[0] + "-8")
@@ -82,7 +86,7 @@ def program_of(config) -> programs.Program:
     """What a config trains: RAHF, or Stable Diffusion (of 1.5's sizes where the config names no folder)."""
     if config.get("kind", "rahf") == "rahf":
         return train.program(config)
-    config = finetuning.check(config)
+    finetuning.check(config)
     sizes = folder.read_config(config.model.folder) if config.model.folder else folder.Config()
     return finetuning.program(finetuning.model_config(config, sizes), config)
 
@@ -99,6 +103,8 @@ def lowered(config, step: str, mesh, batch_size: int):
 def measure(config, topology: str, step: str, devices, batch_size: int) -> dict:
     """Compiles a step, and what the compiler says of it: the JSON object of this command."""
     mesh = partitioning.mesh_of(config.mesh, devices)
+    if step != "train":  # predictions add rows up to a multiple of the devices
+        batch_size += -batch_size % partitioning.sizes(mesh)["data"]
     start = time.monotonic()
     low, params = lowered(config, step, mesh, batch_size)
     try:
@@ -106,7 +112,7 @@ def measure(config, topology: str, step: str, devices, batch_size: int) -> dict:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise UserError(f"{topology}, {step} step: does not fit: {str(error).strip().splitlines()[0]}") from error
+        raise DoesNotFit(f"{topology}, {step} step: does not fit: {str(error).strip().splitlines()[0]}") from error
     seconds = time.monotonic() - start
     hlo = compiled.as_text()
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
@@ -126,7 +132,7 @@ def measure(config, topology: str, step: str, devices, batch_size: int) -> dict:
         "num_devices": len(devices),
         "mesh": partitioning.sizes(mesh),
         "batch_size": batch_size,
-        "sharding": config.mesh.sharding,
+        "rules": config.mesh.sharding,
         "num_params": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "largest_replicated": dict(partitioning.largest_replicated(params)),  # bytes on every device
         "hbm_gib_per_core": hbm,
@@ -241,10 +247,16 @@ def main():
     if args.step == "train":
         config.train.batch_size = batch_size
     devices = devices_of(args.topology)
-    if args.sweep:
-        results = sweep(config, args.topology, args.step, devices, batch_size)
-    else:
-        results = [measure(config, args.topology, args.step, devices, batch_size)]
+    try:
+        if args.sweep:
+            results = sweep(config, args.topology, args.step, devices, batch_size)
+        else:
+            results = [measure(config, args.topology, args.step, devices, batch_size)]
+    except DoesNotFit as error:
+        print(f"error: {error}", file=sys.stderr)
+        results = []
+    if not results:
+        raise SystemExit(1)
     print(_table(results))
     for result in results[:1]:
         replicated = ", ".join(f"{name} {size / 2**20:.2f} MiB" for name, size in result["largest_replicated"].items())
@@ -265,4 +277,4 @@ if __name__ == "__main__":
     flags.DEFINE_enum("step", "train", STEPS, "Which step to compile.")
     flags.DEFINE_integer("batch_size", None, "Rows of the global batch; the config's by default.", lower_bound=1)
     flags.DEFINE_bool("sweep", False, "Compare meshes and remat policies, and recommend one.")
-    command.run(main, experiments.reader())
+    command.run(main, experiments.reader(kinds=("rahf", "diffusion")))

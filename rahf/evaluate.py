@@ -16,22 +16,27 @@ from tqdm.auto import tqdm
 
 from rahf import experiments, hosts, predictor, sources, workdirs
 from richhf_data import command, json_files, metrics, paths, schema
-from richhf_data import vocabulary as vocabularies
 from richhf_data.errors import UserError
 
 CONSTANT_EXAMPLES = 500  # of the stream's training split, for the constant predictor's means
-# What may differ from the workdir's config: which data are read and how they are computed, not what was trained.
+# What may differ from the workdir's config: which data are read and how the model computes, not what was trained.
 EVALUATE_MAY_DIFFER = (
     "data.data_dir",
     "data.mixture",
     "data.num_workers",
     "data.source",
     "data.truncate_long_prompts",
-    "data.vocabulary",
+    "data.vocabulary",  # not read: the workdir has its own
     "eval",
-    "mesh",
+    "mesh",  # not read: a batch is divided over all devices
     "model.dtype",
+    "model.heatmap_head.remat",
     "model.heatmap_head.strips",
+    "model.t5.remat",
+    "model.vit.remat",
+    "log_every",
+    "checkpoint_every",
+    "train.max_bad_steps",
 )
 
 
@@ -39,19 +44,17 @@ class Evaluation:
     """A split that parameters are evaluated on, read once.
 
     Args:
-      config: of the run. split: of the built dataset, where the config names one; else of RichHF-Synth.
+      predict: the forward pass, with the run's config. split: of the built dataset where the config names one, else of
+        RichHF-Synth.
       num_examples: the first so many; by default all, or `eval.num_examples` of RichHF-Synth.
-      mesh: by default of all devices.
 
     Raises:
       UserError: no such dataset or split.
     """
 
-    def __init__(
-        self, config, vocabulary: vocabularies.Vocabulary, split: str, num_examples: int | None = None, mesh=None
-    ):
-        self._batch_size = config.eval.batch_size
-        self._predictor = predictor.Predictor(config, vocabulary, mesh)
+    def __init__(self, predict: predictor.Predictor, split: str, num_examples: int | None = None):
+        config, vocabulary = predict.config, predict.vocabulary
+        self._predictor, self._batch_size = predict, config.eval.batch_size
         if config.data.source == "seqio" or config.data.data_dir:
             self._split = _DatasetSplit(config, vocabulary, split, num_examples)
         else:
@@ -190,7 +193,7 @@ def evaluate(workdir, split: str, num_examples: int | None = None, config=None) 
     config = workdirs.read_config(workdir) if config is None else config
     workdirs.check_config(workdir, config, EVALUATE_MAY_DIFFER)
     model = predictor.load(workdir, config)
-    evaluation = Evaluation(config, model.vocabulary, split, num_examples)
+    evaluation = Evaluation(model.predictor, split, num_examples)
     results = evaluation.run(model.params)
     if jax.process_index() > 0:
         return results

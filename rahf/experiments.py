@@ -9,7 +9,7 @@ import difflib
 import importlib.util
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import ml_collections
 from absl import flags
@@ -17,13 +17,14 @@ from ml_collections import config_flags
 
 from richhf_data.errors import UserError
 
-FOLDERS = [pathlib.Path(__file__).parent / "configs", pathlib.Path(__file__).parents[1] / "configs"]  # wheel, checkout
+FOLDER = pathlib.Path(__file__).parent / "configs"  # of the wheel
+FOLDER = FOLDER if FOLDER.is_dir() else FOLDER.parents[1] / "configs"  # of a checkout
 HELP = "The experiment: a name of RAHF's configs or a file. --config.KEY=VALUE overrides a value."
 
 
 def names() -> list[str]:
     """The configs that RAHF comes with."""
-    return sorted(path.stem for folder in FOLDERS for path in folder.glob("*.py") if path.stem != "__init__")
+    return sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
 
 
 def load(name: str) -> ml_collections.ConfigDict:
@@ -32,9 +33,7 @@ def load(name: str) -> ml_collections.ConfigDict:
     Raises:
       UserError: there is no such config, or the file has no `get_config`.
     """
-    path = pathlib.Path(name)
-    if not path.suffix:
-        path = next((folder / f"{name}.py" for folder in FOLDERS if (folder / f"{name}.py").is_file()), path)
+    path = FOLDER / f"{name}.py" if name in names() else pathlib.Path(name)
     if not path.is_file():
         raise UserError(f"config: no config {name!r}{_hint(name, names())}, or the path of a file with get_config()")
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -46,13 +45,18 @@ def load(name: str) -> ml_collections.ConfigDict:
 
 
 def reader(
-    *, default: str | None = None, of_workdir: Callable | None = None, required: bool = True
+    *,
+    kinds: Sequence[str] = (),
+    default: str | None = None,
+    of_workdir: Callable | None = None,
+    required: bool = True,
 ) -> Callable[[list[str]], list[str]]:
     """For `command.run`: defines the flag --config and its overrides.
 
     Args:
-      default: the config where none is named.
-      of_workdir: workdir -> its config, which is then taken where none is named.
+      kinds: of configs that the command takes (key `kind`; without it, "rahf"); all by default.
+      default: the config that is used if --config is not given.
+      of_workdir: workdir -> its config, which is used if --config is not given.
       required: whether there must be a config.
     """
 
@@ -65,11 +69,14 @@ def reader(
         elif of_workdir and workdir:
             config = of_workdir(workdir)
         elif overrides or (required and not re.search(r"(^| )--?help", " ".join(rest))):
-            expected = "--workdir=DIR" if of_workdir else f"--config=NAME, one of {', '.join(names())}, or of a file"
-            raise UserError(f"--config: got none, expected {expected}")
+            if of_workdir:
+                raise UserError("--workdir: got none, expected --workdir=DIR, whose config is used")
+            raise UserError(f"--config: got none, expected --config=NAME, one of {', '.join(names())}, or of a file")
         else:
             flags.DEFINE_string("config", None, HELP)
             return rest
+        if kinds and (kind := config.get("kind", "rahf")) not in kinds:
+            raise UserError(f"--config: {name or default} is of the kind {kind!r}, expected one of {', '.join(kinds)}")
         for key in overrides:
             check_key(config, key)
         config_flags.DEFINE_config_dict("config", config, HELP, sys_argv=rest)

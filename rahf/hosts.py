@@ -82,7 +82,8 @@ def joined(preemptible: bool = False):
             elif text is None:
                 traceback.print_exc()
             silent()
-            _end(f"{who}: {text or error or type(error).__name__}{lost}", command.USER_ERROR if text and not lost else 1)
+            code = command.USER_ERROR if text and not lost else 1
+            _end(f"{who}: {text or str(error) or type(error).__name__}{lost}", code)
 
 
 def _end(message, code: int) -> None:

@@ -27,7 +27,7 @@ from rahf.program import Training
 from richhf_data import paths
 from richhf_data.errors import UserError
 
-EXIT_CODES = {signal.SIGTERM: os.EX_TEMPFAIL, signal.SIGINT: 128 + signal.SIGINT}  # "start me again", "the user's wish"
+EXIT_CODES = {signal.SIGTERM: os.EX_TEMPFAIL, signal.SIGINT: 128 + signal.SIGINT}  # "start me again", stopped by the user
 
 
 @contextlib.contextmanager
@@ -48,24 +48,30 @@ def start(
       UserError: no training state can be read; too many steps in a row whose loss or gradient is not finite.
       SystemExit: SIGTERM (code 75) or SIGINT (130) came; the state is saved.
     """
-    writes = jax.process_index() == 0
-    with contextlib.ExitStack() as stack:
-        latest = stack.enter_context(checkpoints.manager(workdir, "checkpoints"))
-        state, saved = checkpoints.restore_latest(latest, training.state)
-        if state is None:
-            state, saved = training.init_state(initialise()), {"step": 0, "skipped": 0, "skipped_in_a_row": 0}
-        elif writes:
-            print(f"resumed from step {saved['step']}", flush=True)
-        step, num_steps, bad_batches = saved["step"], config.train.num_steps, workdir / "bad_batches"
-        skips = SkippedSteps(bad_batches, config.train.max_bad_steps, saved["skipped"], saved["skipped_in_a_row"])
-        batches = stack.enter_context(contextlib.closing(batches_from(step)))
-        events = str(workdir / "tensorboard")
-        writer = stack.enter_context(tensorboardX.SummaryWriter(events, purge_step=step or None, write_to_disk=writes))
-        bar = stack.enter_context(
-            tqdm(desc="train", total=num_steps, initial=step, unit="step", dynamic_ncols=True, disable=not writes)
-        )
-        stop = stack.enter_context(stop_signals())
-        yield Run(config, training, state, step, batches, latest, skips, writer, bar, stop)
+    writes, run = jax.process_index() == 0, None
+    try:
+        with contextlib.ExitStack() as stack:
+            latest = stack.enter_context(checkpoints.manager(workdir, "checkpoints"))
+            state, saved = checkpoints.restore_latest(latest, training.state)
+            if state is None:
+                state, saved = training.init_state(initialise()), {"step": 0, "skipped": 0, "skipped_in_a_row": 0}
+            elif writes:
+                print(f"resumed from step {saved['step']}", flush=True)
+            step, num_steps, bad_batches = saved["step"], config.train.num_steps, workdir / "bad_batches"
+            skips = SkippedSteps(bad_batches, config.train.max_bad_steps, saved["skipped"], saved["skipped_in_a_row"])
+            batches = stack.enter_context(contextlib.closing(batches_from(step)))
+            events = str(workdir / "tensorboard")
+            writer = stack.enter_context(tensorboardX.SummaryWriter(events, purge_step=step or None, write_to_disk=writes))
+            bar = stack.enter_context(
+                tqdm(desc="train", total=num_steps, initial=step, unit="step", dynamic_ncols=True, disable=not writes)
+            )
+            stop = stack.enter_context(stop_signals())
+            run = Run(config, training, state, step, batches, latest, skips, writer, bar, stop)
+            yield run
+    except SystemExit:
+        if writes and run and run.stopped:  # the checkpoint is on disk by now
+            print(run.stopped, flush=True)
+        raise
 
 
 class Run:
@@ -73,12 +79,14 @@ class Run:
 
     Attributes:
       state: the training state after `step` steps. writer: TensorBoard's, for pictures.
+      stopped: after a signal, what to print once the last checkpoint is on disk.
     """
 
     def __init__(self, config, training, state, step, batches, latest, skips, writer, bar, stop):
         self.config, self.state, self.step, self.writer = config, state, step, writer
         self._training, self._batches, self._latest = training, batches, latest
         self._skips, self._bar, self._stop = skips, bar, stop
+        self.stopped = None
         self._logged_at, self._logged_step = time.monotonic(), step
 
     @property
@@ -130,11 +138,8 @@ class Run:
             counts = {"skipped": self._skips.total, "skipped_in_a_row": self._skips.in_a_row}
             checkpoints.save(self._latest, self.step, self.state, counts)
         if stopped_by:
-            name = signal.Signals(stopped_by).name
-            self._bar.close()
-            if jax.process_index() == 0:
-                print(f"{name}: saved step {self.step} in {self._latest.directory}; "
-                      "the same command goes on from there", flush=True)  # fmt: skip
+            name, folder = signal.Signals(stopped_by).name, self._latest.directory
+            self.stopped = f"{name}: saved step {self.step} in {folder}; the same command goes on from there"
             raise SystemExit(EXIT_CODES[stopped_by])
 
     def _log_step(self, metrics: dict[str, float]) -> None:

@@ -74,7 +74,7 @@ _sharding = contextvars.ContextVar("sharding", default=None)
 
 
 @contextlib.contextmanager
-def activate(mesh: Mesh, sharding: str = "data_parallel"):
+def _activate(mesh: Mesh, sharding: str = "data_parallel"):
     """Gives the modules' logical axes their meaning while a function is traced. `MeshFunction` does it for its callers."""
     token = _sharding.set(sharding)
     try:
@@ -96,18 +96,18 @@ class MeshFunction:
         self._jitted, self._mesh, self._sharding = jax.jit(function, **options), mesh, sharding
 
     def __call__(self, *args, **kwargs):
-        with activate(self._mesh, self._sharding):
+        with _activate(self._mesh, self._sharding):
             return self._jitted(*args, **kwargs)
 
     def lower(self, *args, **kwargs) -> jax.stages.Lowered:
-        with activate(self._mesh, self._sharding):
+        with _activate(self._mesh, self._sharding):
             return self._jitted.lower(*args, **kwargs)
 
 
 def _active() -> str | None:
     """The active sharding; None where a module is computed on one device, without a mesh."""
     sharding = _sharding.get()
-    assert sharding is not None or jax.sharding.get_abstract_mesh().empty, "a mesh is set without partitioning.activate"
+    assert sharding or jax.sharding.get_abstract_mesh().empty, "a mesh is set without its sharding: use MeshFunction"
     return sharding
 
 
@@ -195,19 +195,6 @@ def param_shardings(mesh: Mesh, boxed_params, sharded: bool = False):
     )
 
 
-def gathered(shardings):
-    """The same shardings, not divided over `shard`."""
-
-    def without(axes):
-        kept = [axis for axis in (axes if isinstance(axes, tuple) else (axes,)) if axis != "shard"]
-        return kept[0] if kept else None
-
-    def gather(sharding):
-        return NamedSharding(sharding.mesh, PartitionSpec(*map(without, sharding.spec)))
-
-    return jax.tree.map(gather, shardings)
-
-
 def optimizer_shardings(mesh: Mesh, abstract_opt_state, abstract_params, shardings):
     """Each leaf of the optimiser's state lives where its parameter does in `shardings`; any other is whole everywhere.
 
@@ -248,7 +235,7 @@ def _to_mesh(logical) -> PartitionSpec:
 def _divided(mesh, shape, spec: PartitionSpec) -> PartitionSpec:
     """The spec with `shard` added to the first dimension that divides by it; vectors stay as they are.
 
-    The first dimension is the best: what is gathered along it lies in memory in the right order, in full tiles.
+    Prefer the first dimension: shards gathered along it are contiguous in memory, in full tiles.
     """
     axes = [*spec, *[None] * (len(shape) - len(spec))]
     if len(shape) > 1 and mesh.shape["shard"] > 1:

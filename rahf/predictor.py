@@ -43,7 +43,8 @@ class Predictor:
 
     Attributes:
       config: of the run. model_config: RAHFConfig. vocabulary: None is enough to compile.
-      params: the parameters that it expects, as shapes with shardings; divided over `model` alone.
+      params: the parameters that it expects, as shapes with shardings: sharded over the mesh axis `model`, replicated over
+        `data`.
     """
 
     def __init__(self, config, vocabulary: vocabularies.Vocabulary | None, mesh=None):

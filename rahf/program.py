@@ -1,7 +1,7 @@
 """What is trained (`Program`), and the compiled training step that is made from it (`Training`).
 
 A `Program` is the part that differs between models: fresh parameters, the loss, the shapes of a batch. `assemble` makes a
-`Training` from it and a config: the mesh, the training state as shapes with their places, and a step that brings its own
+`Training` from it and a config: the mesh, the training state as shapes with shardings, and a step that brings its own
 mesh and sharding. `rahf.train`, `rahf.diffusion.train`, `rahf.compile`, the benchmarks and the tests all use that one step.
 """
 
@@ -25,10 +25,12 @@ class Program:
 
     Attributes:
       init: key -> fresh parameters, boxed with their logical axis names (`flax.linen.with_logical_partitioning`).
-      loss: (params, rows, normalisers, key) -> (loss, metrics with "loss"). Over the parts of a batch they add up.
+      loss: (params, rows, normalisers, key) -> (loss, metrics with "loss"). Those of the parts of a batch add up to those of
+        the whole.
       normalisers: batch -> what the losses of its parts are divided by.
       batch_shapes: rows of the global batch -> {name: (shape, dtype)} of the batch.
       remat: the config keys that say whether a part is recomputed in the backward pass.
+      frozen: parameters that are never trained, as in `optimizer.freeze`.
     """
 
     init: Callable[[jax.Array], dict]
@@ -36,6 +38,7 @@ class Program:
     normalisers: Callable[[Mapping], dict[str, jax.Array]]
     batch_shapes: Callable[[int], dict[str, tuple[tuple[int, ...], str]]]
     remat: tuple[str, ...]
+    frozen: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,7 +46,7 @@ class Training:
     """A program assembled for one config and one mesh.
 
     Attributes:
-      config, program, mesh: what it was made of.
+      config: with the program's frozen parameters in `optimizer.freeze`. program, mesh: what it was made of.
       state: the training state as `jax.ShapeDtypeStruct`s with shardings: `step`, `params`, `opt_state`, and `ema` where
         `optimizer.ema_decay` is above 0.
       batch: {name: `jax.ShapeDtypeStruct`} of the global batch.
@@ -76,7 +79,7 @@ class Training:
         return init(self.init_key)
 
     def init_state(self, params) -> dict:
-        """The state of step 0 with these parameters. They are given up: the first step reuses their memory."""
+        """The state of step 0 with these parameters. Do not use them afterwards: the first step donates their memory."""
 
         def state_of(params):
             return _state_of(params, self._optimizer, ema="ema" in self.state)
@@ -84,7 +87,7 @@ class Training:
         return jax.jit(state_of, out_shardings=_shardings(self.state))(params)
 
     def step(self, state, rows: Mapping[str, np.ndarray]):
-        """One update: (the state, which is given up; this process's rows of the batch) -> (new state, metrics).
+        """One update: (state, this process's rows of the batch) -> (new state, metrics). The old state's memory is donated.
 
         The losses are normalised over the global batch, so neither the number of devices nor `train.accumulation_steps`
         changes the mathematics. Where the loss or the gradient is not finite, the metric `skipped` is 1 and only the step
@@ -114,6 +117,9 @@ def assemble(
     Raises:
       UserError: a mesh, batch size, optimiser or frozen part that cannot be.
     """
+    config = config.copy_and_resolve_references()
+    config.optimizer.freeze = tuple(dict.fromkeys((*program.frozen, *config.optimizer.freeze)))
+    _check_counts(config)
     mesh = partitioning.mesh_of(config.mesh) if mesh is None else mesh
     _check_batch_size(config, mesh)
     schedule = optimizers.make_schedule(config.optimizer, config.train.num_steps)
@@ -163,6 +169,15 @@ def _abstract_state(boxed_params, optimizer, config, mesh) -> dict:
 
 def _shardings(abstract):
     return jax.tree.map(lambda x: x.sharding, abstract)
+
+
+def _check_counts(config) -> None:
+    counts = ("batch_size", "num_steps", "accumulation_steps", "max_bad_steps")
+    numbers = {f"train.{name}": config.train[name] for name in counts}
+    numbers |= {name: config[name] for name in ("log_every", "checkpoint_every")}
+    for name, number in numbers.items():
+        if number < 1:
+            raise UserError(f"{name}: got {number}, expected 1 or more")
 
 
 def _check_batch_size(config, mesh) -> None:

@@ -14,7 +14,7 @@ from etils import epath
 
 from rahf import hosts
 from rahf.models.rahf import RAHFConfig
-from richhf_data import paths, schema, synthetic
+from richhf_data import json_files, paths, schema, synthetic
 from richhf_data import vocabulary as vocabularies
 from richhf_data.errors import UserError
 from richhf_data.synthetic import stream
@@ -138,9 +138,10 @@ def identity(config) -> dict:
     from richhf_data import builder, tasks
 
     found = {}
-    for folder in (_mixture(config) if config.data.source == "seqio" else {}) or [evaluation_dir(config)]:
+    trained_on = _mixture(config) if config.data.source == "seqio" else {}
+    for folder in dict.fromkeys((*trained_on, evaluation_dir(config))):
         records = tasks.report(folder)["records"]  # digests of the record files or tables that it was built from
-        info = json.loads((builder.dataset_dir(folder) / "dataset_info.json").read_text())
+        info = json_files.read(builder.dataset_dir(folder) / "dataset_info.json")
         splits = {split["name"]: _digest(split) for split in info["splits"]}
         about = {"name": info["name"], "version": info["version"], "splits": splits, "records": _digest(records)}
         found[str(len(found))] = about

@@ -20,6 +20,7 @@ from rahf import (
     hosts,
     loop,
     losses,
+    optimizers,
     partitioning,
     predictor,
     pretrained,
@@ -29,6 +30,7 @@ from rahf import (
 from rahf import program as programs
 from rahf.models import rahf as rahf_model
 from richhf_data import command
+from richhf_data.errors import UserError
 
 # What may differ when a run is resumed: nothing of this changes its result.
 RESUME_MAY_DIFFER = (
@@ -77,6 +79,8 @@ def train(config, workdir) -> dict[str, float]:
       SystemExit: as `loop.start`.
     """
     # ---- Model, mesh, training step ---------------------------------------------------------------------------------
+    if config.eval.every < 1:
+        raise UserError(f"eval.every: got {config.eval.every}, expected 1 or more")
     model_config = rahf_model.RAHFConfig.from_dict(config.model.to_dict())
     training = programs.assemble(program(config), config)
 
@@ -89,14 +93,15 @@ def train(config, workdir) -> dict[str, float]:
     vocabulary = sources.install_vocabulary(config, workdir)
     predictor.check_vocabulary(model_config, vocabulary)
     workdirs.record(workdir / "data.json", data | {"vocabulary": vocabulary.digest}, "data")
-    print_run(workdir, training, training.params)
+    print_run(workdir, training)
 
     def initialise():
         tensors = pretrained.starting_tensors(config.init, training.params, model_config)
         return pretrained.initialise(training.init_params(), tensors)
 
     batches_from = functools.partial(sources.training_batches, config, vocabulary, rows=training.own_rows)
-    evaluation = evaluate.Evaluation(config, vocabulary, "dev", config.eval.num_examples, training.mesh)
+    predict = predictor.Predictor(config, vocabulary, training.mesh)
+    evaluation = evaluate.Evaluation(predict, "dev", config.eval.num_examples)
 
     # ---- Steps; evaluation, the best checkpoint ---------------------------------------------------------------------
     results = {}
@@ -118,12 +123,13 @@ def train(config, workdir) -> dict[str, float]:
     return results
 
 
-def print_run(workdir, training: programs.Training, params) -> None:
-    """Prints on process 0 what runs where. params: those that are trained."""
+def print_run(workdir, training: programs.Training) -> None:
+    """Prints on process 0 what is trained, and where."""
     if jax.process_index() > 0:
         return
     devices = f"{jax.device_count()} {jax.devices()[0].platform} devices of {jax.process_count()} processes"
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    params, freeze = jax.tree_util.tree_leaves_with_path(training.params), training.config.optimizer.freeze
+    count = sum(leaf.size for path, leaf in params if not optimizers.is_frozen(path, freeze))
     sizes = " x ".join(f"{name} {size}" for name, size in partitioning.sizes(training.mesh).items())
     print(f"workdir {workdir}: {devices}, mesh {sizes}, {training.config.mesh.sharding}", flush=True)
     print(f"{count:,} parameters are trained", flush=True)
@@ -139,4 +145,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "For checkpoints, logs, evaluations; a killed run resumes from it.")
     hosts.define_flags()
     flags.mark_flag_as_required("workdir")
-    command.run(main, experiments.reader())
+    command.run(main, experiments.reader(kinds=("rahf",)))

@@ -1,11 +1,11 @@
-"""A workdir: the folder of one run, and what keeps another run out of it.
+"""A workdir: the folder of one run, and the checks that no other run continues in it.
 
     workdir/config.json          the config that the run was started with
     workdir/data.json            which data it reads: datasets and vocabulary (rahf.train)
     workdir/rewards.json         which rewards weight its images (rahf.diffusion.train)
-    workdir/vocabulary.model     the SentencePiece model that its text ids mean
+    workdir/vocabulary.model     the SentencePiece model that maps its text to ids
     workdir/checkpoints/, best/  see checkpoints.py
-    workdir/damaged/             checkpoints that do not read as they were saved
+    workdir/damaged/             checkpoints whose contents changed after they were saved
     workdir/bad_batches/         batches whose loss or gradient was not finite
 """
 
@@ -53,7 +53,12 @@ def open_workdir(workdir, config: ml_collections.ConfigDict, may_differ: Sequenc
 
 
 def check_config(workdir, config: ml_collections.ConfigDict, may_differ: Sequence[str] = ()) -> None:
-    """Refuses a config that contradicts the workdir's: UserError that names each key that differs."""
+    """Refuses a config that contradicts the workdir's: UserError that names each key that differs.
+
+    Raises UserError too where there is no run.
+    """
+    if is_new(workdir):
+        raise UserError(f"workdir: {workdir} has no config.json; expected a folder written by `python -m rahf.train`")
     held = json_files.read(epath.Path(workdir) / "config.json")
     old, new = (_flat(_upgraded(values)) for values in (held, config.to_dict()))
     differences = [
@@ -72,7 +77,7 @@ def check_config(workdir, config: ml_collections.ConfigDict, may_differ: Sequenc
 def record(file: epath.Path, found: Mapping, what: str) -> None:
     """Writes what a run reads, or refuses to go on with something else than the file says.
 
-    Process 0 writes. A workdir that has no such file gets one.
+    Process 0 writes. A workdir from before this file existed gets one, unchecked.
 
     Args:
       found: JSON. what: names it in errors: "data", "reward".
@@ -112,12 +117,18 @@ def read_config(workdir) -> ml_collections.ConfigDict:
 
 def _upgraded(config: Mapping) -> dict:
     """A config with the names and the options of today; an option that an older config lacks has its default."""
-    config = dict(config)
-    if "rules" in config.get("mesh", {}):
-        config["mesh"] = {"sharding" if name == "rules" else name: value for name, value in config["mesh"].items()}
+    config = _renamed(config)
     if config.get("kind", "rahf") == "rahf" and "model" in config:
         config["model"] = dataclasses.asdict(RAHFConfig.from_dict(config["model"]))
     return config
+
+
+def _renamed(config: Mapping) -> dict:
+    """`mesh.rules` is `mesh.sharding`, in nested configs too."""
+    renamed = {key: _renamed(value) if isinstance(value, Mapping) else value for key, value in config.items()}
+    if "rules" in (mesh := renamed.get("mesh") if isinstance(renamed.get("mesh"), dict) else {}):
+        mesh["sharding"] = mesh.pop("rules")
+    return renamed
 
 
 def _flat(config: Mapping) -> dict:

@@ -5,6 +5,7 @@ error stream. The docstring of a command names further codes.
 """
 
 import functools
+import pathlib
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -14,6 +15,7 @@ from absl import app, flags, logging
 from richhf_data.errors import UserError
 
 USER_ERROR = 2
+_OURS = tuple(str(pathlib.Path(__file__).parents[1] / name) for name in ("rahf", "richhf_data"))
 
 
 def run(main: Callable[[], object], read_arguments: Callable[[list[str]], list[str]] = list) -> None:
@@ -26,10 +28,13 @@ def run(main: Callable[[], object], read_arguments: Callable[[list[str]], list[s
 
 
 def message(error: Exception) -> str | None:
-    """The line that a user sees of an error; None for a fault of the code, which needs its traceback."""
+    """The line to print of an error that the user can mend; None for a fault of the code, which needs its traceback.
+
+    The first are a `UserError`, and what the machine refuses: a full disk, no right to write, no such file.
+    """
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError) and error.errno:  # the machine's: a full disk, no right to write, no such file
+    if isinstance(error, OSError) and error.errno and not str(error.filename).startswith(_OURS):
         return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
     return None
 
@@ -51,8 +56,12 @@ def _parse(read_arguments, argv):
         arguments = flags.FLAGS(left)
     except SystemExit as error:
         raise SystemExit(0 if wants_help else error.code) from None
-    except (flags.Error, UserError) as error:
+    except flags.Error as error:
         fail(f"{error}; --help lists the flags")
+    except (UserError, OSError) as error:
+        if (text := message(error)) is None:
+            raise
+        fail(f"{text}; --help lists the flags")
     if len(arguments) > 1:
         fail(f"unexpected arguments {arguments[1:]}: flags begin with --, and texts and patterns need quotes in a shell")
     return arguments
@@ -61,6 +70,7 @@ def _parse(read_arguments, argv):
 def _main(main, argv):
     del argv
     logging.set_verbosity(logging.WARNING)  # Orbax, seqio, TFDS and XManager log every step
+    logging.get_absl_logger().addFilter(lambda record: not record.exc_info)  # and the tracebacks of errors that they raise
     try:
         main()
     except (UserError, OSError) as error:

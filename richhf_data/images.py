@@ -119,7 +119,9 @@ def _opened(source: bytes | pathlib.Path, max_pixels: int) -> Iterator[PIL.Image
             yield image
     except PIL.UnidentifiedImageError as error:
         raise UserError("no known image format") from error
-    except Exception as error:  # Pillow's plugins raise any kind on a damaged file
+    except (AssertionError, AttributeError, MemoryError, NameError):  # faults of the code
+        raise
+    except Exception as error:  # Pillow's plugins raise any other kind on a damaged file
         message = "truncated" if "truncated" in str(error).lower() else str(error)[:80] or type(error).__name__
         raise UserError(message) from error
     finally:

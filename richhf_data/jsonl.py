@@ -55,8 +55,8 @@ def text_of(row: dict, name: str, expected: str, where: str, blank: bool = True)
     """A value that must be text.
 
     Raises:
-      UserError: it is missing, null, not text, or blank unless `blank`; or it holds a lone surrogate, which no encoding
-        can store.
+      UserError: it is missing, null, not text, blank (if `blank` is False), or holds a lone surrogate, which no encoding can
+        store.
     """
     if name not in row:
         raise UserError(f"{where}: got no {name!r} in {json.dumps(row)[:_SHOWN]}, expected {expected}")

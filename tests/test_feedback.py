@@ -71,7 +71,8 @@ TARGETS = {
 def test_each_kind_of_feedback_is_evaluated_on_what_it_has(kind, run, data_dirs):
     workdir, first = run
     model = predictor.load(workdir)
-    evaluation = evaluate.Evaluation(_config(data_dir=data_dirs[kind]), model.vocabulary, "dev", 6)
+    predict = predictor.Predictor(_config(data_dir=data_dirs[kind]), model.vocabulary)
+    evaluation = evaluate.Evaluation(predict, "dev", 6)
     results = evaluation.run(model.params)
     rows = {"this model": results} | evaluation.references()
     assert results["num_examples"] == 6

@@ -1,7 +1,7 @@
 """Evaluates the images of generators and compares them, for example before and after fine-tuning.
 
     python -m rahf.diffusion.evaluate --images=before --images=after --output=report \\
-        --reward=reward:DIR --clip=DIR --reference=real.parquet --features=clip:DIR --config=configs/reward_clip.py
+        --reward=reward:DIR --clip=DIR --reference=real.parquet --features=clip:DIR --config=reward_clip
 
 prints a table and writes results.json and report.html, a page that shows the images of the same prompts side by side.
 reward/image_table.py describes the formats of images, reward/specs.py those of rewards and features. In Python, `compare`

@@ -156,8 +156,8 @@ def model_config(config, of_folder: folder.Config) -> folder.Config:
     return dataclasses.replace(of_folder, unet=unet)
 
 
-def check(config):
-    """The config as it is meant, the UNet frozen where LoRA is trained. Raises UserError: settings out of their range."""
+def check(config) -> None:
+    """Refuses settings out of their range, or that do not go together."""
     limits = {
         "train.beta": (config.train.beta >= 0, "0 or more"),
         "train.pretraining_share": (0 < config.train.pretraining_share < 1, "above 0 and below 1"),
@@ -180,10 +180,6 @@ def check(config):
             f"train.pretraining_share: got {config.train.pretraining_share}, {rows} rows of train.batch_size="
             f"{config.train.batch_size}, expected some rows of both kinds"
         )
-    config = config.copy_and_resolve_references()
-    if config.lora.rank:
-        config.optimizer.freeze = ("unet", *config.optimizer.freeze)
-    return config
 
 
 def program(model: folder.Config, config) -> programs.Program:
@@ -195,4 +191,5 @@ def program(model: folder.Config, config) -> programs.Program:
         normalisers=normalisers_of,
         batch_shapes=lambda rows: {name: (shape, "float32") for name, shape in inputs.batch_shapes(model, rows).items()},
         remat=("model.remat",),
+        frozen=("unet",) if config.lora.rank else (),
     )

@@ -124,7 +124,6 @@ def guided(unet: Callable, context: Array, negative: Array | None, scale: Array)
     return predict_noise
 
 
-@functools.partial(jax.jit, static_argnames=("config", "grid", "partial", "on_step"))
 def _generate(config, params, rows, seed, steps, scale, *, grid, partial, on_step):
     """The compiled program of `generate`. Absent rows are None. partial: start from the noised image."""
     ids, negative_ids, image, mask = (rows[name] for name in ("ids", "negative_ids", "image", "mask"))
@@ -167,6 +166,13 @@ def _generate(config, params, rows, seed, steps, scale, *, grid, partial, on_ste
     latents = denoise(predict_noise, schedule, steps, latents, keys, blend, on_step)
     images = jnp.clip(apply("vae", latents, method="decode_latents"), -1, 1)
     return nn.with_logical_constraint(images, (None,) * 4)  # replicated over the mesh
+
+
+@functools.cache
+def _compiled(mesh: jax.sharding.Mesh | None) -> Callable:
+    """`_generate`, compiled for a mesh or for one device."""
+    static = {"static_argnames": ("config", "grid", "partial", "on_step")}
+    return jax.jit(_generate, **static) if mesh is None else partitioning.MeshFunction(_generate, mesh, **static)
 
 
 def generate(
@@ -249,14 +255,14 @@ def generate(
     inputs = rows, seed_data(seed), steps, np.float32(guidance_scale)
     options = {"grid": grid, "partial": image is not None and (mask is None or strength < 1), "on_step": on_step}
     if mesh is None:
-        return np.asarray(_generate(config, model.params, *inputs, **options))
+        return np.asarray(_compiled(None)(config, model.params, *inputs, **options))
     missing = -count % partitioning.sizes(mesh)["data"]
 
     def place(array):
         return partitioning.place(schema.pad_rows(array, count + missing), partitioning.batch_sharding(mesh))
 
-    with partitioning.activate(mesh):
-        return np.asarray(_generate(config, model.params, jax.tree.map(place, rows), *inputs[1:], **options))[:count]
+    placed = jax.tree.map(place, rows)
+    return np.asarray(_compiled(mesh)(config, model.params, placed, *inputs[1:], **options))[:count]
 
 
 def usual_strength(image, mask) -> float:

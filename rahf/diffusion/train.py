@@ -7,7 +7,7 @@ What is trained is in finetuning.py. The outputs of the frozen parts are compute
 
     workdir/cache/          the VAE's posteriors, the texts' embeddings, the rewards; --cache puts them elsewhere
     workdir/rewards.json    which rewards the run began with
-    workdir/samples/        grids of the same prompts and seeds as training goes on; in TensorBoard too
+    workdir/samples/        grids of the same prompts and seeds at several steps of the training; in TensorBoard too
     workdir/model/          at the end, the folder that diffusers and `rahf.diffusion.sample` read
 """
 
@@ -24,7 +24,7 @@ import PIL.Image
 from absl import flags
 from flax import linen as nn
 
-from rahf import experiments, hosts, loop, optimizers, partitioning, workdirs
+from rahf import experiments, hosts, loop, partitioning, workdirs
 from rahf import program as programs
 from rahf.diffusion import finetuning, folder, inputs, sample
 from rahf.diffusion import schedule as sampler
@@ -38,7 +38,7 @@ FROZEN = ("vae", "text_encoder")
 SAMPLED = ("seed", "steps", "sampler", "guidance_scale")
 # What may differ when a run is resumed: nothing of this changes its result.
 RESUME_MAY_DIFFER = (
-    "model.folder",  # of these, the section `identity` says what they hold
+    "model.folder",  # the section `identity` records the contents of these three
     "data.images",
     "data.pretraining",
     "reward.source",  # rewards.json says what it gives
@@ -63,13 +63,15 @@ def train(config, workdir, reward: Callable | None = None, cache=None) -> None:
       SystemExit: as `loop.start`.
     """
     # ---- Model, mesh, training step ---------------------------------------------------------------------------------
-    config, mesh = finetuning.check(config), partitioning.mesh_of(config.mesh)
+    finetuning.check(config)
+    mesh = partitioning.mesh_of(config.mesh)
     if not config.model.folder:
         raise UserError("model.folder: got '', expected a diffusers folder to start from: --config.model.folder=DIR")
     held = on_host(folder.read(config.model.folder), mesh)
     held = dataclasses.replace(held, config=finetuning.model_config(config, held.config))
     sampler.plan(held.config.schedule, config.sample.sampler, config.sample.steps)
     training = programs.assemble(finetuning.program(held.config, config), config, mesh)
+    config = training.config
 
     # ---- Data: what the frozen parts and the reward make of it ------------------------------------------------------
     data = inputs.Inputs.of(config, held)
@@ -82,8 +84,7 @@ def train(config, workdir, reward: Callable | None = None, cache=None) -> None:
     with config.unlocked():
         config.identity = data.identities
     batches_from = prepare_batches(config, workdir, data, reward, cache, training)
-    trained = jax.tree_util.tree_leaves_with_path(training.params)
-    print_run(workdir, training, [x for path, x in trained if not optimizers.is_frozen(path, config.optimizer.freeze)])
+    print_run(workdir, training)
 
     # ---- Parameters of step 0 ---------------------------------------------------------------------------------------
     def initialise():
@@ -197,4 +198,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("cache", None, "Where latents and texts' embeddings are kept, if not in the workdir.")
     hosts.define_flags()
     flags.mark_flag_as_required("workdir")
-    command.run(main, experiments.reader())
+    command.run(main, experiments.reader(kinds=("diffusion",)))

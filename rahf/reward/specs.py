@@ -140,7 +140,7 @@ def _python_reward(rest: str) -> Callable:
     found = _python("reward", rest)
     modules = dict.fromkeys((rest.partition(":")[0], getattr(found, "__module__", None)))
     files = [pathlib.Path(getattr(sys.modules.get(module), "__file__", None) or "") for module in modules]
-    if identity_of(found) is not None or not all(file.is_file() for file in files):
+    if hasattr(found, "identity") or not all(file.is_file() for file in files):
         return found
     reward = functools.partial(found)  # a partial can have attributes, a bound method cannot
     reward.identity = fingerprint("python", rest, *files)
@@ -152,11 +152,15 @@ def _python(what: str, rest: str) -> Callable:
     if not (module and colon and name):
         raise UserError(f"{what}: got python:{rest}, expected python:package.module:name")
     try:
-        found = functools.reduce(getattr, name.split("."), importlib.import_module(module))
-    except ImportError as error:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise  # of something that the module imports
         raise UserError(f"{what}: python:{rest}: {error}; is its folder on PYTHONPATH?") from error
-    except AttributeError as error:
-        raise UserError(f"{what}: python:{rest}: {error}") from error
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise UserError(f"{what}: python:{rest}: {found!r} has no attribute {part!r}")
+        found = getattr(found, part)
     if not callable(found):
         raise UserError(f"{what}: python:{rest} is a {type(found).__name__}, expected a function")
     return found

@@ -1,6 +1,6 @@
 """Trains paper B's reward model on binary feedback and compares it with CLIP score.
 
-    python -m rahf.reward.train --config=configs/reward_clip.py --feedback=FILE --clip=DIR --workdir=DIR
+    python -m rahf.reward.train --config=reward_clip --feedback=FILE --clip=DIR --workdir=DIR
 
     workdir/config.json, weights.safetensors    the weights of the best validation, for `rahf.reward.load`
     workdir/results.json, data_size.png         accuracy, F1 and AUC on the validation part, by number of training images
@@ -211,4 +211,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "For the weights, results and embeddings; a killed run continues from it.")
     flags.DEFINE_string("cache", None, "The folder for CLIP's embeddings; by default in the workdir.")
     flags.mark_flags_as_required(["feedback", "clip", "workdir"])
-    command.run(main, experiments.reader(default="reward_clip"))
+    command.run(main, experiments.reader(kinds=("reward",), default="reward_clip"))
