@@ -34,6 +34,7 @@ def test_a_bug_in_a_layer_keeps_its_traceback(tmp_path):
         (["--config=rahf_ci", "--config.optimizer.learning_rat=1"], "did you mean 'learning_rate'?"),
         (["--config=rahf_ci", "--config.train.batch_size=many"], "--config.train.batch_size=many"),
         (["--config=rahf_c"], "did you mean 'rahf_ci'?"),
+        (["--config=sd_reward"], "--config: sd_reward is of the kind 'diffusion', expected one of rahf"),
         (["--config=rahf_ci", "--configg=1"], "Unknown command line flag 'configg'"),
         (["--config=rahf_ci", "workdir"], "unexpected arguments ['workdir']"),
         ([], "--config: got none, expected --config=NAME, one of rahf_base, "),

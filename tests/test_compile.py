@@ -9,6 +9,7 @@ import pytest
 
 from rahf import compile as compiling
 from rahf import experiments, sources
+from rahf import program as programs
 from richhf_data.synthetic import stream
 
 PROMISED = [
@@ -54,6 +55,16 @@ def test_a_train_step_over_8_devices_adds_its_gradients_up():
     config.mesh.sharding = "data_parallel"
     whole = compiling.measure(config, "cpu", "train", jax.devices(), config.train.batch_size)
     assert whole["hbm_gib_by_kind"]["arguments"] * compiling.GIB > 3 * gradients
+
+
+def test_the_step_of_lora_has_moments_of_its_adapters_alone():
+    config = experiments.load("sd_reward")
+    config.lora.rank = 4
+    training = programs.assemble(compiling.program_of(config), config)
+    moments = sum(leaf.size for leaf in jax.tree.leaves(training.state["opt_state"]))
+    adapters = sum(leaf.size for leaf in jax.tree.leaves(training.params["lora"]))
+    assert training.config.optimizer.freeze == ("unet",)
+    assert moments < 2 * adapters + 10
 
 
 def test_collectives_are_counted_with_the_bytes_of_their_results():

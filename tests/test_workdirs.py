@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import ml_collections
 import numpy as np
 import pytest
 import tiny_data
@@ -83,3 +84,33 @@ def test_a_run_goes_on_with_the_data_that_it_began_with_alone(tmp_path):
     workdirs.record(file, identity(moved), "data")
     with pytest.raises(ValueError, match=r"(?s)holds a run with other data:.*datasets.0.splits.train.*Take another"):
         workdirs.record(file, identity(other), "data")
+
+
+def test_a_mixtures_identity_holds_what_it_evaluates_on(tmp_path):
+    config = experiments.load("rahf_ci")
+    config.data.mixture = ((tiny_data.built(), 0.5), (tiny_data.built(train=25), 0.5))
+    assert len(sources.identity(config)["datasets"]) == 2
+    shutil.copytree(tiny_data.built(), tmp_path / "dev")
+    config.data.data_dir = str(tmp_path / "dev")
+    assert len(sources.identity(config)["datasets"]) == 3
+
+
+def test_what_may_differ_on_resume_may_differ_in_an_evaluation():
+    assert set(train.RESUME_MAY_DIFFER) <= set(evaluate.EVALUATE_MAY_DIFFER)
+
+
+def test_the_old_name_of_a_nested_mesh_is_renamed(tmp_path):
+    config = ml_collections.ConfigDict({"kind": "other", "base": {"mesh": {"data": -1, "sharding": "fully_sharded"}}})
+    json_files.write(tmp_path / "config.json", {"kind": "other", "base": {"mesh": {"data": -1, "rules": "fully_sharded"}}})
+    workdirs.check_config(tmp_path, config)
+
+
+@pytest.mark.parametrize(
+    "key", ["train.batch_size", "train.accumulation_steps", "train.num_steps", "log_every", "checkpoint_every", "eval.every"]
+)
+def test_counts_below_1_are_refused_before_anything_is_written(key, tmp_path):
+    config = ci_config()
+    config.update_from_flattened_dict({key: 0})
+    with pytest.raises(ValueError, match=rf"{key}: got 0, expected 1 or more"):
+        train.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
