@@ -20,7 +20,7 @@ def get_config():
         heatmap_head=dict(filters=(8,), deconv_filters=(8, 4), output_hidden=4, strips=2),
     )
     config.data.num_workers = 0
-    config.optimizer.warmup_steps = 2
+    config.optimizer.update(kind="adamw", warmup_steps=2)  # quicker to compile than muon
     config.train.update(batch_size=8, num_steps=4)
     config.eval.update(every=2, batch_size=8, num_examples=8)
     return config

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from rahf.reward.feedback import Feedback, Pictures
+from rahf.reward.image_table import ImageTable, LabelledImages
 from tiny_data import annotation, image_of, png
 
 from rahf import predict
@@ -30,8 +30,8 @@ def annotated(path):
 READERS = {  # what reads prompts from a file: the file's name, the key of its text
     "predict": (predicted, "list.jsonl", "prompt"),
     "sample": (sample.read_prompts, "list.jsonl", "prompt"),
-    "pictures": (lambda path: Pictures(path).prompts, "list.jsonl", "prompt"),
-    "feedback": (lambda path: Feedback(path).prompts, "list.jsonl", "prompt"),
+    "pictures": (lambda path: ImageTable(path).prompts, "list.jsonl", "prompt"),
+    "feedback": (lambda path: LabelledImages(path).prompts, "list.jsonl", "prompt"),
     "captions": (captioned, "captions.jsonl", "caption"),
     "annotations": (annotated, "list.jsonl", "prompt"),
 }

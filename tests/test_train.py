@@ -97,7 +97,7 @@ def command(workdir, *arguments):
     return [
         sys.executable, "-m", "rahf.train", "--config=configs/rahf_ci.py", f"--workdir={workdir}",
         "--config.data.source=stream", "--config.train.num_steps=150", "--config.eval.every=150",
-        "--config.checkpoint_every=20", "--config.optimizer.ema_decay=0.9", *arguments,
+        "--config.checkpoint_every=20", "--config.optimizer.ema_decay=0.9", "--config.optimizer.kind=muon", *arguments,
     ]  # fmt: skip
 
 
