@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+import quick_xla
 import tensorflow_datasets as tfds
 from absl import flags
 from absl.testing import flagsaver
@@ -183,7 +184,7 @@ def test_a_mirror_trains_and_evaluates(tmp_path):
         ("evaluate", ["--split=test"]),
     ):
         command = [sys.executable, "-m", f"rahf.{module}", f"--workdir={tmp_path / 'run'}", *arguments]
-        one_device = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+        one_device = os.environ | {"XLA_FLAGS": quick_xla.FLAGS}
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=one_device)
         assert result.returncode == 0, result.stderr
     results = json.loads((tmp_path / "run" / "eval" / "test.json").read_text())

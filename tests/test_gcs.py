@@ -9,6 +9,7 @@ import sys
 import cv2
 import gcs
 import numpy as np
+import quick_xla
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -23,7 +24,7 @@ def test_a_run_lives_in_a_bucket(tmp_path):
         "EPATH_USE_TF": "false",  # whose file system cannot be told another address
         "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": quick_xla.FLAGS,
     }
 
     def run(module, *arguments):

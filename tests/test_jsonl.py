@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from rahf.reward.image_table import ImageTable, LabelledImages
 from tiny_data import annotation, image_of, png
 
 from rahf import predict
 from rahf.diffusion import sample
+from rahf.reward.image_table import ImageTable, LabelledImages
 from richhf_data import consolidate, image_sources, jsonl
 
 BOM = b"\xef\xbb\xbf"

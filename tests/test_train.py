@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+import quick_xla
 from flax import linen as nn
 
 from rahf import checkpoints, experiments, loop, partitioning, sources, train
@@ -127,7 +128,7 @@ def run_and_signal(workdir, number, environment):
 def test_a_run_killed_stopped_and_resumed_equals_the_uninterrupted_one(tmp_path):
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # one device
+        "XLA_FLAGS": quick_xla.FLAGS,  # one device
     }
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     subprocess.run(command(whole), cwd=ROOT, env=environment, check=True, capture_output=True)

@@ -29,6 +29,7 @@ import pathlib, sys
 import cv2
 import rahf, richhf_data
 from rahf import evaluate, predict
+import quick_xla
 
 assert all(pathlib.Path(module.__file__).is_relative_to(sys.argv[1]) for module in (rahf, richhf_data)), rahf.__file__
 assert evaluate.evaluate("run", "test", 8)["num_examples"] == 8
@@ -64,7 +65,7 @@ def wheel(tmp_path_factory):
     blocked.mkdir()
     (blocked / "sitecustomize.py").write_text(SITECUSTOMIZE)
     folder.mkdir()
-    one_device = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    one_device = {"XLA_FLAGS": quick_xla.FLAGS}
     environment = os.environ | one_device | {"PYTHONPATH": f"{blocked}{os.pathsep}{site}"}
 
     def run(*arguments):
