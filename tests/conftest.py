@@ -8,8 +8,9 @@ import tempfile
 import quick_xla
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-eight_devices = "--xla_force_host_platform_device_count=8"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {eight_devices} {quick_xla.FLAGS}"
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", quick_xla.FLAGS]
+)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["HF_HUB_OFFLINE"] = "1"
 

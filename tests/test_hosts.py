@@ -14,6 +14,7 @@ import hosts_worker
 import jax
 import numpy as np
 import pytest
+import quick_xla
 from tensorboard.backend.event_processing import event_accumulator
 from tiny_data import built
 
@@ -24,7 +25,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def environment(cache) -> dict:
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    flags = f"--xla_force_host_platform_device_count=4 {quick_xla.FLAGS}"
     return os.environ | {"XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": str(cache)}
 
 

@@ -15,6 +15,7 @@ import zipfile
 import cv2
 import numpy as np
 import pytest
+import quick_xla
 
 ROOT = pathlib.Path(__file__).parent.parent
 EXTRA = ("seqio", "tensorflow", "tensorflow_datasets", "tensorflow_text")  # modules of extra `data`
@@ -29,7 +30,6 @@ import pathlib, sys
 import cv2
 import rahf, richhf_data
 from rahf import evaluate, predict
-import quick_xla
 
 assert all(pathlib.Path(module.__file__).is_relative_to(sys.argv[1]) for module in (rahf, richhf_data)), rahf.__file__
 assert evaluate.evaluate("run", "test", 8)["num_examples"] == 8
