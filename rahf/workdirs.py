@@ -59,8 +59,8 @@ def check_config(workdir, config: ml_collections.ConfigDict, may_differ: Sequenc
     """
     if is_new(workdir):
         raise UserError(f"workdir: {workdir} has no config.json; expected a folder written by `python -m rahf.train`")
-    held = json_files.read(epath.Path(workdir) / "config.json")
-    old, new = (_flat(_upgraded(values)) for values in (held, config.to_dict()))
+    recorded = json_files.read(epath.Path(workdir) / "config.json")
+    old, new = (_flat(_upgraded(values)) for values in (recorded, config.to_dict()))
     differences = [
         f"  {key}: the workdir has {old.get(key, '(nothing)')!r}, this run {new.get(key, '(nothing)')!r}"
         for key in sorted(old.keys() | new.keys())

@@ -67,14 +67,14 @@ def train(config, workdir, reward: Callable | None = None, cache=None) -> None:
     mesh = partitioning.mesh_of(config.mesh)
     if not config.model.folder:
         raise UserError("model.folder: got '', expected a diffusers folder to start from: --config.model.folder=DIR")
-    held = on_host(folder.read(config.model.folder), mesh)
-    held = dataclasses.replace(held, config=finetuning.model_config(config, held.config))
-    sampler.plan(held.config.schedule, config.sample.sampler, config.sample.steps)
-    training = programs.assemble(finetuning.program(held.config, config), config, mesh)
+    base = on_host(folder.read(config.model.folder), mesh)
+    base = dataclasses.replace(base, config=finetuning.model_config(config, base.config))
+    sampler.plan(base.config.schedule, config.sample.sampler, config.sample.steps)
+    training = programs.assemble(finetuning.program(base.config, config), config, mesh)
     config = training.config
 
     # ---- Data: what the frozen parts and the reward make of it ------------------------------------------------------
-    data = inputs.Inputs.of(config, held)
+    data = inputs.Inputs.of(config, base)
     if "images" in data.tables and reward is None:
         if not config.reward.source:
             expected = "reward:DIR, rahf:DIR:SCORE or python:MODULE:NAME"
@@ -89,9 +89,9 @@ def train(config, workdir, reward: Callable | None = None, cache=None) -> None:
     # ---- Parameters of step 0 ---------------------------------------------------------------------------------------
     def initialise():
         params, places = {}, jax.tree.map(lambda x: x.sharding, training.params)
-        params["unet"] = jax.tree.map(partitioning.place, held.params["unet"], places["unet"])
+        params["unet"] = jax.tree.map(partitioning.place, base.params["unet"], places["unet"])
         if config.lora.rank:
-            fresh = functools.partial(finetuning.initial_params, held.config, config.lora.rank)
+            fresh = functools.partial(finetuning.initial_params, base.config, config.lora.rank)
             init = jax.jit(lambda key: nn.unbox(fresh(key))["lora"], out_shardings=places["lora"])
             params["lora"] = init(training.init_key)
         return params
@@ -106,7 +106,7 @@ def train(config, workdir, reward: Callable | None = None, cache=None) -> None:
         for step in run.steps():
             if not run.due(config.sample.every):
                 continue
-            model = dataclasses.replace(held, params=held.params | {"unet": merged(run.params)})
+            model = dataclasses.replace(base, params=base.params | {"unet": merged(run.params)})
             images = sample.generate(model, prompts, truncate=True, mesh=mesh, **settings)
             grid = grid_of(sample.to_uint8(images))
             run.writer.add_image("samples", grid, step, dataformats="HWC")

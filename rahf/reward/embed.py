@@ -115,17 +115,17 @@ class _Store:
     folder: pathlib.Path
 
     def __post_init__(self):
-        self.held, self._new = {}, {}
+        self.known, self._new = {}, {}
         for file in sorted(self.folder.glob("*.npz")):
             try:
                 with np.load(file, allow_pickle=False) as arrays:
-                    self.held |= dict(zip(arrays["keys"].tolist(), arrays["embeddings"], strict=True))
+                    self.known |= dict(zip(arrays["keys"].tolist(), arrays["embeddings"], strict=True))
             except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
                 raise UserError(f"cache: {file} is damaged ({error}); delete it, and the run computes it again") from error
 
     def add(self, found: dict[str, np.ndarray]) -> None:
         self._new |= found
-        self.held |= found
+        self.known |= found
         if len(self._new) >= FILE:
             self.save()
 
@@ -156,20 +156,20 @@ def embed_images(clip: Clip, rows: Iterable[tuple[str, bytes]], cache, total: in
     try:
         for where, encoded in tqdm(rows, desc="images", unit="image", total=total, dynamic_ncols=True):
             keys.append(key(encoded))
-            if keys[-1] not in store.held and keys[-1] not in waiting:
+            if keys[-1] not in store.known and keys[-1] not in waiting:
                 waiting[keys[-1]] = prepare(richhf_images.decode(encoded, where), clip.config.vision.image_size)
                 if len(waiting) == BATCH:
                     flush()
         flush()
     finally:
         store.save()
-    return keys, np.stack([store.held[name] for name in keys])
+    return keys, np.stack([store.known[name] for name in keys])
 
 
 def embed_texts(clip: Clip, texts: Sequence[str], cache) -> np.ndarray:
     """Embeddings, float32[n, E], of n texts, in order. Raises as `Clip.texts`."""
     store, keys = _Store(pathlib.Path(cache) / clip.digest[:16] / "text"), [key(text.encode()) for text in texts]
-    missing = {name: text for name, text in zip(keys, texts, strict=True) if name not in store.held}
+    missing = {name: text for name, text in zip(keys, texts, strict=True) if name not in store.known}
     names = list(missing)
     try:
         with tqdm(desc="texts", unit="text", total=len(texts), initial=len(texts) - len(names), dynamic_ncols=True) as bar:
@@ -179,7 +179,7 @@ def embed_texts(clip: Clip, texts: Sequence[str], cache) -> np.ndarray:
                 bar.update(len(batch))
     finally:
         store.save()
-    return np.stack([store.held[name] for name in keys])
+    return np.stack([store.known[name] for name in keys])
 
 
 def _digest(files: Iterable[pathlib.Path]) -> str:

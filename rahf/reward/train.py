@@ -167,13 +167,13 @@ def train(config, feedback_file, clip_folder, workdir, cache=None) -> list[dict]
     rows, validation = split(keys, config.eval.validation)
     identity = embed.key(repr((keys, feedback.prompts, feedback.labels)).encode())
     file = workdir / "results.json"
-    held = json_files.read(file) if file.exists() else {"feedback": identity, "results": []}
-    if held["feedback"] != identity:
+    stored = json_files.read(file) if file.exists() else {"feedback": identity, "results": []}
+    if stored["feedback"] != identity:
         raise UserError(f"workdir: {workdir} holds a run on other feedback than {feedback.path}; take another --workdir")
     print(f"{len(rows)} training and {len(validation)} validation images, {len(set(feedback.prompts))} prompts", flush=True)
 
     # ---- A training for each size; the whole part's weights are written ---------------------------------------------
-    results, mlp = held["results"], model.RewardMLP(tuple(config.model.hidden))
+    results, mlp = stored["results"], model.RewardMLP(tuple(config.model.hidden))
     for share in sizes[len(results) :]:
         part, whole = rows[: max(1, round(share * len(rows)))], share == 1
 

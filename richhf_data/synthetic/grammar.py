@@ -146,43 +146,43 @@ def write(rng: np.random.Generator, scene: Scene) -> Prompt:
     words: list[str] = []
     facts: dict[Fact, int] = {}
 
-    def say(text: str, fact: Fact | None = None):
+    def add(text: str, fact: Fact | None = None):
         for word in text.split():
             if fact and ("*" in word or " " not in text):
                 facts[fact] = len(words)
             words.append(word.strip("*"))
 
-    def say_group(index: int):
+    def add_group(index: int):
         group = scene.groups[index]
         rest = [word for word in (group.attribute, group.colour) if word]
         if group.count == 1 and rng.random() < 0.65:
-            say("an" if rest[0][0] in "aeiou" else "a")
+            add("an" if rest[0][0] in "aeiou" else "a")
         else:
-            say(NUMBERS[group.count - 1], Fact("count", index))
+            add(NUMBERS[group.count - 1], Fact("count", index))
         if group.attribute:
-            say(group.attribute, Fact("attribute", index))
-        say(group.colour, Fact("colour", index))
-        say(group.thing if group.count == 1 else PLURALS[group.thing], Fact("thing", index))
+            add(group.attribute, Fact("attribute", index))
+        add(group.colour, Fact("colour", index))
+        add(group.thing if group.count == 1 else PLURALS[group.thing], Fact("thing", index))
         if group.action:
-            say(group.action, Fact("action", index))
+            add(group.action, Fact("action", index))
 
     place_first = scene.background is not None and rng.random() < 0.2
     if place_first:
-        say(BACKGROUNDS[scene.background], Fact("background"))
+        add(BACKGROUNDS[scene.background], Fact("background"))
         words[-1] += ","
     elif rng.random() < 0.2:
-        say(pick(rng, OPENINGS))
-    say_group(0)
+        add(pick(rng, OPENINGS))
+    add_group(0)
     if len(scene.groups) == 2:
         if scene.relation:
-            say(pick(rng, RELATIONS[scene.relation]), Fact("relation"))
+            add(pick(rng, RELATIONS[scene.relation]), Fact("relation"))
         else:
-            say("and")
-        say_group(1)
+            add("and")
+        add_group(1)
     if scene.background and not place_first:
         if rng.random() < 0.3:
             words[-1] += ","
-        say(BACKGROUNDS[scene.background], Fact("background"))
+        add(BACKGROUNDS[scene.background], Fact("background"))
     text = " ".join(words) + ("." if rng.random() < 0.08 else "")
     assert len(keywords.tokenize(text)) == len(words)
     return Prompt(text, scene, facts)

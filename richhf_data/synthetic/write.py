@@ -89,8 +89,8 @@ def write(output, counts: dict[str, int], size: int, seed: int, workers: int | N
     output = pathlib.Path(output)
     arguments = {"counts": counts, "size": size, "seed": seed}
     marker, done = output / "arguments.json", output / "statistics.json"
-    if marker.is_file() and (held := json.loads(marker.read_text())) != arguments:
-        raise UserError(f"output: {output} holds RichHF-Synth of {held}, this is {arguments}; take another folder")
+    if marker.is_file() and (recorded := json.loads(marker.read_text())) != arguments:
+        raise UserError(f"output: {output} holds RichHF-Synth of {recorded}, this is {arguments}; take another folder")
     if not marker.is_file() and output.is_dir() and any(output.iterdir()):
         raise UserError(f"output: {output} holds other files; take an empty or a new folder")
     if done.is_file():
