@@ -32,6 +32,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+LONG = ("test_hosts.py", "test_train.py", "test_diffusion_train.py", "test_gcs.py", "test_builder.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files come first, so that the workers end together."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> pathlib.Path:
     """The folder of committed test data."""
