@@ -6,6 +6,9 @@ import sys
 
 import pytest
 
+from rahf import experiments
+from richhf_data.errors import UserError
+
 ROOT = pathlib.Path(__file__).parent.parent
 BUG = """
 import runpy, sys
@@ -31,13 +34,9 @@ def test_a_bug_in_a_layer_keeps_its_traceback(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config=rahf_ci", "--config.optimizer.learning_rat=1"], "did you mean 'learning_rate'?"),
         (["--config=rahf_ci", "--config.train.batch_size=many"], "--config.train.batch_size=many"),
-        (["--config=rahf_c"], "did you mean 'rahf_ci'?"),
-        (["--config=sd_reward"], "--config: sd_reward is of the kind 'diffusion', expected one of rahf"),
         (["--config=rahf_ci", "--configg=1"], "Unknown command line flag 'configg'"),
         (["--config=rahf_ci", "workdir"], "unexpected arguments ['workdir']"),
-        ([], "--config: got none, expected --config=NAME, one of rahf_base, "),
         (["--config=rahf_ci", "--config.model.vit.num_heads=7"], "vit.width: got 16, expected a multiple of"),
     ],
 )
@@ -46,6 +45,25 @@ def test_a_users_error_is_one_line(arguments, message, tmp_path):
     assert done.returncode == 2
     assert message in done.stderr and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=rahf_ci", "--config.optimizer.learning_rat=1"], r"learning_rat: the config has no such key; did you mean"),
+        (["--config=rahf_ci", "--config.train.batch_size.x=1"], r"--config.train.batch_size.x: the config has no such key"),
+        (["--config", "rahf_c"], r"no config 'rahf_c'; did you mean 'rahf_ci'\?"),
+        (["--config=setup.py"], r"setup.py has no function get_config\(\)"),
+        (["--config=sd_reward"], r"--config: sd_reward is of the kind 'diffusion', expected one of rahf"),
+        ([], r"--config: got none, expected --config=NAME, one of rahf_base, "),
+        (["--config.seed=1"], r"--config: got none, expected --config=NAME"),
+    ],
+)
+def test_a_config_that_cannot_be_is_refused(arguments, message, monkeypatch, tmp_path):
+    (tmp_path / "setup.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        experiments.reader(kinds=("rahf",))(["train", *arguments])
 
 
 def test_help_lists_the_flags_of_other_modules_too():

@@ -94,9 +94,6 @@ def test_batch_size_that_the_mesh_does_not_divide_is_refused(tmp_path):
         train.train(config, tmp_path)
 
 
-MUON = "--config.optimizer.kind=muon"
-
-
 def command(workdir, *arguments):
     return [
         sys.executable, "-m", "rahf.train", "--config=configs/rahf_ci.py", f"--workdir={workdir}",
@@ -120,7 +117,7 @@ def run_and_signal(workdir, number, environment):
     """Runs the command until it has saved another step, then sends the signal; returns its exit code and what it printed."""
     before = saved_steps(workdir)
     process = subprocess.Popen(
-        command(workdir, MUON), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        command(workdir), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
     while process.poll() is None and saved_steps(workdir)[-1:] == before[-1:]:
         time.sleep(0.005)
@@ -134,7 +131,7 @@ def test_a_run_killed_stopped_and_resumed_equals_the_uninterrupted_one(tmp_path)
         "XLA_FLAGS": quick_xla.FLAGS,  # one device
     }
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    subprocess.run(command(whole, MUON), cwd=ROOT, env=environment, check=True, capture_output=True)
+    subprocess.run(command(whole), cwd=ROOT, env=environment, check=True, capture_output=True)
 
     code, printed = run_and_signal(stopped, signal.SIGKILL, environment)
     assert code == -signal.SIGKILL, f"the run ended before it could be killed: {printed}"
@@ -146,7 +143,7 @@ def test_a_run_killed_stopped_and_resumed_equals_the_uninterrupted_one(tmp_path)
         assert f"resumed from step {step}" in printed
         assert f"{number.name}: saved step {saved_steps(stopped)[-1]} in " in printed
 
-    resumed = subprocess.run(command(stopped, MUON), cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+    resumed = subprocess.run(command(stopped), cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
     assert "resumed from step" in resumed.stdout
     jax.tree.map(np.testing.assert_array_equal, saved_state(whole, 50), saved_state(stopped, 50))
 
