@@ -50,7 +50,7 @@ def test_a_users_error_is_one_line(arguments, message, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config=rahf_ci", "--config.optimizer.learning_rat=1"], r"learning_rat: the config has no such key; did you mean"),
+        (["--config=rahf_ci", "--config.optimizer.learning_rat=1"], r"learning_rat: the config has no such key; did"),
         (["--config=rahf_ci", "--config.train.batch_size.x=1"], r"--config.train.batch_size.x: the config has no such key"),
         (["--config", "rahf_c"], r"no config 'rahf_c'; did you mean 'rahf_ci'\?"),
         (["--config=setup.py"], r"setup.py has no function get_config\(\)"),
