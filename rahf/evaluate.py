@@ -21,6 +21,7 @@ from richhf_data.errors import UserError
 CONSTANT_EXAMPLES = 500  # of the stream's training split, for the constant predictor's means
 # What may differ from the workdir's config: which data are read and how the model computes, not what was trained.
 EVALUATE_MAY_DIFFER = (
+    *workdirs.CONDUCT,  # not read: a batch is divided over all devices
     "data.data_dir",
     "data.mixture",
     "data.num_workers",
@@ -28,15 +29,11 @@ EVALUATE_MAY_DIFFER = (
     "data.truncate_long_prompts",
     "data.vocabulary",  # not read: the workdir has its own
     "eval",
-    "mesh",  # not read: a batch is divided over all devices
     "model.dtype",
     "model.heatmap_head.remat",
     "model.heatmap_head.strips",
     "model.t5.remat",
     "model.vit.remat",
-    "log_every",
-    "checkpoint_every",
-    "train.max_bad_steps",
 )
 
 

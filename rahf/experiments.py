@@ -6,15 +6,17 @@
 """
 
 import difflib
+import functools
 import importlib.util
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from richhf_data import command
 from richhf_data.errors import UserError
 
 FOLDER = pathlib.Path(__file__).parent / "configs"  # of the wheel
@@ -68,7 +70,7 @@ def reader(
             config = load(name or default)
         elif of_workdir and workdir:
             config = of_workdir(workdir)
-        elif overrides or (required and not re.search(r"(^| )--?help", " ".join(rest))):
+        elif overrides or (required and not command.wants_help(argv)):
             if of_workdir:
                 raise UserError("--workdir: got none, expected --workdir=DIR, whose config is used")
             raise UserError(f"--config: got none, expected --config=NAME, one of {', '.join(names())}, or of a file")
@@ -94,6 +96,26 @@ def check_key(config: ml_collections.ConfigDict, key: str) -> None:
             where = ".".join(["--config", *done, part])
             raise UserError(f"{where}: the config has no such key{_hint(part, known)}")
         node, done = node[part], [*done, part]
+
+
+def check_limits(config: ml_collections.ConfigDict, limits: Mapping[str, tuple[bool, str]]) -> None:
+    """Refuses values out of their range: UserError.
+
+    Args:
+      limits: key -> (whether its value is in range, what is expected in words).
+    """
+    for key, (holds, expected) in limits.items():
+        if not holds:
+            raise UserError(f"{key}: got {_value(config, key)!r}, expected {expected}")
+
+
+def check_counts(config: ml_collections.ConfigDict, keys: Iterable[str]) -> None:
+    """Refuses counts below 1: UserError."""
+    check_limits(config, {key: (_value(config, key) >= 1, "1 or more") for key in keys})
+
+
+def _value(config, key: str):
+    return functools.reduce(lambda node, part: node[part], key.split("."), config)
 
 
 def _hint(name: str, known: list[str]) -> str:

@@ -195,6 +195,11 @@ def param_shardings(mesh: Mesh, boxed_params, sharded: bool = False):
     )
 
 
+def placed_shapes(shapes, shardings):
+    """Shapes (`jax.ShapeDtypeStruct`s) with the place of each."""
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings)
+
+
 def optimizer_shardings(mesh: Mesh, abstract_opt_state, abstract_params, shardings):
     """Each leaf of the optimiser's state lives where its parameter does in `shardings`; any other is whole everywhere.
 

@@ -20,13 +20,8 @@ from absl import flags
 from tqdm.auto import tqdm
 
 from rahf import evaluate, experiments, hosts, predictor, report, workdirs
-from richhf_data import command, images, jsonl, keywords, metrics, paths, schema
+from richhf_data import command, images, json_files, jsonl, keywords, metrics, paths, schema
 from richhf_data.errors import UserError
-
-
-def read_image(path) -> np.ndarray:
-    """An image file as uint8[H, W, 3], RGB; see `richhf_data.images.read`."""
-    return images.read(path)
 
 
 def read_inputs(spec: str, prompt: str | None) -> list[tuple[str, str]]:
@@ -135,7 +130,7 @@ def evaluation_tables(workdir, split: str) -> list[list[list[str]]]:
     folder = paths.absolute(workdir) / "eval"
     if not (folder / f"{split}.references.json").is_file():
         return []
-    results, references = (json.loads((folder / f"{split}{end}.json").read_text()) for end in ("", ".references"))
+    results, references = (json_files.read(folder / f"{split}{end}.json") for end in ("", ".references"))
     return metrics.tables({"this model": results} | references)
 
 
@@ -154,7 +149,7 @@ def main():
         else:
             inputs = read_inputs(args.images, args.prompt)[: args.limit]
             count = len(inputs)
-            examples = ({"name": path, "image": read_image(path), "prompt": prompt} for path, prompt in inputs)
+            examples = ({"name": path, "image": images.read(path), "prompt": prompt} for path, prompt in inputs)
         items = predict_items(model, examples, min(args.batch_size, count))
         if jax.process_index() == 0:
             write(args.output, items, count, tables)

@@ -56,9 +56,7 @@ class Predictor:
         inputs = rahf_model.dummy_inputs(self.model_config, config.data.text_length)
         boxed = jax.eval_shape(lambda key: module.init(key, *inputs)["params"], jax.random.key(0))
         shardings = partitioning.param_shardings(self._mesh, boxed)
-        self.params = jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), nn.unbox(boxed), shardings
-        )
+        self.params = partitioning.placed_shapes(nn.unbox(boxed), shardings)
         self._gather = jax.jit(lambda params: params, out_shardings=shardings)
 
         def forward(params, image, text_ids):
@@ -82,36 +80,26 @@ class Predictor:
         inputs = (jax.ShapeDtypeStruct(*shapes[name], sharding=self._rows) for name in ("image", "text_ids"))
         return self._forward.lower(self.params, *inputs)
 
-    def predict_batch(self, params, batch) -> list[dict]:
-        """One dictionary a row: scores float32[4] and heatmaps float32[h, w, 2], both in [0, 1], keyword_ids int32[T]
-        and the labelled_prompt that they spell.
+    def predict_rows(self, params, examples: Iterable[dict], batch_size: int) -> Iterator[dict]:
+        """Predictions of any number of rows, in batches of one compiled shape.
 
         Args:
-          batch: `image` uint8[B, H, W, 3] at the model's size and `text_ids`, as schema.py describes. Any B: rows are
-            added up to a multiple of the devices and taken off again. On several hosts each is given the same rows.
+          examples: each a dictionary of `image` uint8[H, W, 3] at the model's size and `text_ids` int32[R, L]. On several
+            hosts each is given the same rows.
+
+        Yields:
+          One dictionary a row: scores float32[4] and heatmaps float32[h, w, 2], both in [0, 1], keyword_ids int32[T] and the
+          labelled_prompt that they spell.
         """
-        rows = len(batch["image"])
-        size = self.batch_size(rows)
-        inputs = {name: schema.pad_rows(batch[name], size) for name in ("image", "text_ids")}
+        examples, size = iter(examples), self.batch_size(batch_size)
         local = partitioning.local_rows(self._rows, size)
-        inputs = partitioning.shard_batch({name: array[local] for name, array in inputs.items()}, self._rows)
-        outputs = self._forward(params, inputs["image"], inputs["text_ids"])
-        scores, heatmaps, keyword_ids = (np.asarray(array)[:rows] for array in outputs)
-        return [
-            {"scores": s, "heatmaps": m, "keyword_ids": ids, "labelled_prompt": self.vocabulary.decode(ids)}
-            for s, m, ids in zip(scores, heatmaps, keyword_ids, strict=True)
-        ]
-
-    def predict_rows(self, params, examples: Iterable[dict], batch_size: int) -> Iterator[dict]:
-        """`predict_batch` over any number of rows, each a dictionary of `image` and `text_ids`.
-
-        The last batch is filled up to the one compiled shape, and cut again.
-        """
-        examples = iter(examples)
         while part := list(itertools.islice(examples, batch_size)):
-            filled = part + [part[-1]] * (batch_size - len(part))
-            batch = {name: np.stack([example[name] for example in filled]) for name in ("image", "text_ids")}
-            yield from self.predict_batch(params, batch)[: len(part)]
+            inputs = (schema.pad_rows(np.stack([row[name] for row in part]), size)[local] for name in ("image", "text_ids"))
+            placed = partitioning.shard_batch(dict(zip(("image", "text_ids"), inputs, strict=True)), self._rows)
+            outputs = self._forward(params, placed["image"], placed["text_ids"])
+            for scores, heatmaps, ids in zip(*(np.asarray(array)[: len(part)] for array in outputs), strict=True):
+                spelt = self.vocabulary.decode(ids)
+                yield {"scores": scores, "heatmaps": heatmaps, "keyword_ids": ids, "labelled_prompt": spelt}
 
 
 class Model:
@@ -161,7 +149,7 @@ class Model:
 
 
 def _feedback(rows: Sequence[dict], prompts: Sequence[str]) -> Feedback:
-    """Collects `predict_batch`'s rows."""
+    """Collects `predict_rows`' rows."""
     size = rows[0]["heatmaps"].shape[:2] if rows else (0, 0)
     scores = np.asarray([row["scores"] for row in rows], np.float32).reshape(-1, len(schema.SCORES))
     heatmaps = np.asarray([row["heatmaps"] for row in rows], np.float32).reshape(-1, *size, len(schema.HEATMAPS))

@@ -15,7 +15,7 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from rahf import optimizers, partitioning
+from rahf import experiments, optimizers, partitioning
 from richhf_data.errors import UserError
 
 
@@ -119,7 +119,8 @@ def assemble(
     """
     config = config.copy_and_resolve_references()
     config.optimizer.freeze = tuple(dict.fromkeys((*program.frozen, *config.optimizer.freeze)))
-    _check_counts(config)
+    counts = [f"train.{name}" for name in ("batch_size", "num_steps", "accumulation_steps", "max_bad_steps")]
+    experiments.check_counts(config, [*counts, "log_every", "checkpoint_every"])
     mesh = partitioning.mesh_of(config.mesh) if mesh is None else mesh
     _check_batch_size(config, mesh)
     schedule = optimizers.make_schedule(config.optimizer, config.train.num_steps)
@@ -164,20 +165,11 @@ def _abstract_state(boxed_params, optimizer, config, mesh) -> dict:
     moments = partitioning.optimizer_shardings(mesh, state["opt_state"], state["params"], like_params["opt_state"])
     places = like_params | {"step": partitioning.replicated(mesh), "opt_state": moments}
     places = {name: places[name] for name in state}
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places)
+    return partitioning.placed_shapes(state, places)
 
 
 def _shardings(abstract):
     return jax.tree.map(lambda x: x.sharding, abstract)
-
-
-def _check_counts(config) -> None:
-    counts = ("batch_size", "num_steps", "accumulation_steps", "max_bad_steps")
-    numbers = {f"train.{name}": config.train[name] for name in counts}
-    numbers |= {name: config[name] for name in ("log_every", "checkpoint_every")}
-    for name, number in numbers.items():
-        if number < 1:
-            raise UserError(f"{name}: got {number}, expected 1 or more")
 
 
 def _check_batch_size(config, mesh) -> None:

@@ -4,8 +4,6 @@
 `data.mixture` at their rates. "stream" needs no files and no TensorFlow.
 """
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -13,6 +11,7 @@ import numpy as np
 from etils import epath
 
 from rahf import hosts
+from rahf.fingerprint import fingerprint
 from rahf.models.rahf import RAHFConfig
 from richhf_data import json_files, paths, schema, synthetic
 from richhf_data import vocabulary as vocabularies
@@ -142,14 +141,10 @@ def identity(config) -> dict:
     for folder in dict.fromkeys((*trained_on, evaluation_dir(config))):
         records = tasks.report(folder)["records"]  # digests of the record files or tables that it was built from
         info = json_files.read(builder.dataset_dir(folder) / "dataset_info.json")
-        splits = {split["name"]: _digest(split) for split in info["splits"]}
-        about = {"name": info["name"], "version": info["version"], "splits": splits, "records": _digest(records)}
+        splits = {split["name"]: fingerprint(split) for split in info["splits"]}
+        about = {"name": info["name"], "version": info["version"], "splits": splits, "records": fingerprint(records)}
         found[str(len(found))] = about
     return {"datasets": found}
-
-
-def _digest(value) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def evaluation_dir(config) -> str:

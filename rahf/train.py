@@ -30,21 +30,17 @@ from rahf import (
 from rahf import program as programs
 from rahf.models import rahf as rahf_model
 from richhf_data import command
-from richhf_data.errors import UserError
 
 # What may differ when a run is resumed: nothing of this changes its result.
 RESUME_MAY_DIFFER = (
+    *workdirs.CONDUCT,
     "data.data_dir",  # data.json compares what the folder holds
     "data.vocabulary",
     "data.num_workers",
-    "mesh",
     "model.heatmap_head.remat",
     "model.heatmap_head.strips",
     "model.t5.remat",
     "model.vit.remat",
-    "log_every",
-    "checkpoint_every",
-    "train.max_bad_steps",
 )
 
 
@@ -79,8 +75,7 @@ def train(config, workdir) -> dict[str, float]:
       SystemExit: as `loop.start`.
     """
     # ---- Model, mesh, training step ---------------------------------------------------------------------------------
-    if config.eval.every < 1:
-        raise UserError(f"eval.every: got {config.eval.every}, expected 1 or more")
+    experiments.check_counts(config, ["eval.every"])
     model_config = rahf_model.RAHFConfig.from_dict(config.model.to_dict())
     training = programs.assemble(program(config), config)
 

@@ -12,6 +12,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import flax.traverse_util
 import jax
@@ -22,6 +23,9 @@ from rahf import hosts
 from rahf.models.rahf import RAHFConfig
 from richhf_data import json_files, paths
 from richhf_data.errors import UserError
+
+# How a run is divided, logged and saved: no result depends on it.
+CONDUCT = ("mesh", "log_every", "checkpoint_every", "train.max_bad_steps")
 
 
 def is_new(workdir) -> bool:
@@ -57,14 +61,10 @@ def check_config(workdir, config: ml_collections.ConfigDict, may_differ: Sequenc
 
     Raises UserError too where there is no run.
     """
-    if is_new(workdir):
-        raise UserError(f"workdir: {workdir} has no config.json; expected a folder written by `python -m rahf.train`")
-    recorded = json_files.read(epath.Path(workdir) / "config.json")
-    old, new = (_flat(_upgraded(values)) for values in (recorded, config.to_dict()))
     differences = [
-        f"  {key}: the workdir has {old.get(key, '(nothing)')!r}, this run {new.get(key, '(nothing)')!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not any(key == name or key.startswith(f"{name}.") for name in may_differ)
+        f"  {key}: the workdir has {old!r}, this run {new!r}"
+        for key, old, new in _differences(_upgraded(_read(workdir)), _upgraded(config.to_dict()))
+        if not any(key == name or key.startswith(f"{name}.") for name in may_differ)
     ]
     if differences:
         raise UserError(
@@ -82,15 +82,11 @@ def record(file: epath.Path, found: Mapping, what: str) -> None:
     Args:
       found: JSON. what: names it in errors: "data", "reward".
     """
-    found = json.loads(json.dumps(found))
     if jax.process_index() == 0 and not file.exists():
         json_files.write(file, found)
     hosts.wait(f"record {file}")
-    begun, now = _flat(json_files.read(file)), _flat(found)
     differences = [
-        f"  {key}: it began with {begun.get(key, '(nothing)')!r}, this is {now.get(key, '(nothing)')!r}"
-        for key in sorted(begun.keys() | now.keys())
-        if begun.get(key) != now.get(key)
+        f"  {key}: it began with {old!r}, this is {new!r}" for key, old, new in _differences(json_files.read(file), found)
     ]
     if differences:
         raise UserError(
@@ -106,13 +102,23 @@ def read_config(workdir) -> ml_collections.ConfigDict:
     Raises:
       UserError: the folder is neither.
     """
-    path = epath.Path(workdir) / "config.json"
-    if not path.is_file():
-        raise UserError(f"workdir: {workdir} has no config.json; expected a folder written by `python -m rahf.train`")
-    config = json_files.read(path)
+    config = _read(workdir)
     if (kind := config.get("kind", "rahf")) != "rahf":
         raise UserError(f"workdir: {workdir} holds the weights of a {kind}, expected those of a whole RAHF")
     return ml_collections.ConfigDict(_with_tuples(_upgraded(config))).lock()
+
+
+def _read(workdir) -> dict:
+    if is_new(workdir):
+        raise UserError(f"workdir: {workdir} has no config.json; expected a folder written by `python -m rahf.train`")
+    return json_files.read(epath.Path(workdir) / "config.json")
+
+
+def _differences(old: Mapping, new: Mapping) -> list[tuple[str, Any, Any]]:
+    """(key, old value, new value) of each entry that differs, sorted by key; "(nothing)" for a missing one."""
+    old, new = _flat(old), _flat(new)
+    keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    return [(key, old.get(key, "(nothing)"), new.get(key, "(nothing)")) for key in keys]
 
 
 def _upgraded(config: Mapping) -> dict:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 
 from absl import flags
 
-from richhf_data import command, keywords, paths, scan, schema, tables, vocabulary
+from richhf_data import command, json_files, keywords, paths, scan, schema, tables, vocabulary
 from richhf_data.errors import UserError
 from richhf_data.images import MAX_PIXELS
 from richhf_data.workers import start_worker
@@ -122,7 +122,7 @@ def build(
         if not table and not keep_parts:
             scan.remove(part_files)
     folder = builder.dataset_dir(data_dir)
-    report = json.loads((folder / "report.json").read_text())
+    report = json_files.read(folder / "report.json")
     _provide_vocabulary(pathlib.Path(data_dir) / "vocabulary.model", vocabulary_path, vocabulary_size, folder)
     return report
 
@@ -160,7 +160,7 @@ def _is_built(records, data_dir, identity) -> bool:
         for left in sorted(folder.parent.glob("incomplete.*")):
             print(f"left by an interrupted build, unless one is running: {left}; delete it to free its space")
         return False
-    if json.loads((folder / "report.json").read_text())["records"] != json.loads(json.dumps(identity)):
+    if json_files.read(folder / "report.json")["records"] != json.loads(json.dumps(identity)):
         raise UserError(
             f"data_dir: {folder} was built from other records than those of {records} now, expected the same; "
             "use another --data_dir, or delete that folder"
@@ -182,7 +182,7 @@ def _provide_vocabulary(path: pathlib.Path, given, size: int, folder: pathlib.Pa
                 "with it; delete it or use another --data_dir"
             )
     elif not path.exists():
-        prompts = json.loads((folder / "prompts.json").read_text())
+        prompts = json_files.read(folder / "prompts.json")
         if "train" not in prompts:
             raise UserError("vocabulary: got no train split to train one on; give --vocabulary=PATH")
         vocabulary.train(_vocabulary_texts(prompts["train"]), path, size)

@@ -39,6 +39,11 @@ def message(error: Exception) -> str | None:
     return None
 
 
+def wants_help(argv: list[str]) -> bool:
+    """Whether --help, --helpshort or another flag for help is given."""
+    return any(argument.startswith(("-help", "--help")) for argument in argv[1:])
+
+
 def fail(text: str) -> NoReturn:
     """Prints an error of the user and ends the command."""
     sys.stdout.flush()
@@ -47,7 +52,6 @@ def fail(text: str) -> NoReturn:
 
 
 def _parse(read_arguments, argv):
-    wants_help = any(argument.lstrip("-").startswith("help") for argument in argv[1:])
     try:
         left = read_arguments(argv)
         for name in list(flags.FLAGS):  # so that --help lists the flags of our other modules too
@@ -55,7 +59,7 @@ def _parse(read_arguments, argv):
                 flags.FLAGS.register_key_flag_for_module(argv[0], flags.FLAGS[name])
         arguments = flags.FLAGS(left)
     except SystemExit as error:
-        raise SystemExit(0 if wants_help else error.code) from None
+        raise SystemExit(0 if wants_help(argv) else error.code) from None
     except flags.Error as error:
         fail(f"{error}; --help lists the flags")
     except (UserError, OSError) as error:

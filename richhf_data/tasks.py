@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from richhf_data import builder, metrics, paths, preprocessors, schema, vocabulary
+from richhf_data import builder, json_files, metrics, paths, preprocessors, schema, vocabulary
 from richhf_data.errors import UserError
 from richhf_data.tensorflow_cpu import seqio, tf, tfds
 
@@ -176,13 +176,13 @@ def evaluate(targets, predictions, aux_values) -> dict[str, float]:
 
 def report(data_dir) -> dict:
     """The report of the build (see builder.py)."""
-    return json.loads((_built(data_dir) / "report.json").read_text())
+    return json_files.read(_built(data_dir) / "report.json")
 
 
 def references(data_dir) -> dict[str, dict[str, dict[str, float]]]:
     """Rows to print beside a result, {split: {row: {metric: value}}}; empty if the records have no references."""
     path = _built(data_dir) / "references.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return json_files.read(path) if path.is_file() else {}
 
 
 def constants(data_dir) -> dict[str, np.ndarray] | None:
@@ -200,7 +200,7 @@ def constants(data_dir) -> dict[str, np.ndarray] | None:
 
 def prompts(data_dir) -> dict[str, list[tuple[str, str, str]]]:
     """{split: [(uid, prompt, labelled prompt), ...]}, read without the images; a missing labelled prompt is ''."""
-    stored = json.loads((_built(data_dir) / "prompts.json").read_text())
+    stored = json_files.read(_built(data_dir) / "prompts.json")
     return {split: [tuple(row) for row in rows] for split, rows in stored.items()}
 
 
@@ -242,7 +242,7 @@ def _check_lengths(folder, pieces: vocabulary.Vocabulary, variant, text_length, 
     """Refuses texts that are too long, or logs them if they are to be truncated; logs texts with unknown characters."""
     limits = {"text_length": text_length, "keyword_length": keyword_length}
     too_long, unknown = {key: [] for key in limits}, []
-    for rows in json.loads((folder / "prompts.json").read_text()).values():
+    for rows in json_files.read(folder / "prompts.json").values():
         for uid, prompt, labelled in rows:
             if not pieces.knows(f"{prompt} {labelled}"):
                 unknown.append(uid)

@@ -24,6 +24,7 @@ from rahf.diffusion.schedule import Schedule, plan
 from rahf.diffusion.unet import DownBlock, UNet, UNetConfig
 from rahf.diffusion.vae import VAE, VAEConfig
 from rahf.models.clip import CLIP, VIT_L14
+from richhf_data import images as image_files
 
 ROOT = pathlib.Path(__file__).parent.parent
 TOLERANCE = 1e-5  # of the output's scale
@@ -377,7 +378,7 @@ def test_the_command_writes_pictures_that_predict_reads(tiny, tmp_path):
     inputs = predict.read_inputs(str(output / "images.jsonl"), None)
     assert [prompt for _, prompt in inputs] == prompts
     for (path, _), pixels in zip(inputs, sample.to_uint8(expected), strict=True):
-        assert np.abs(predict.read_image(path).astype(int) - pixels).max() <= 1
+        assert np.abs(image_files.read(path).astype(int) - pixels).max() <= 1
     status, _, err = command(tmp_path, *arguments, "--prompt=cat")
     assert status == 2 and err.splitlines()[-1].startswith("error: output: ") and "Traceback" not in err
 

@@ -111,8 +111,7 @@ def test_largest_replicated_names_what_no_rule_divides():
 
     def largest(mesh, sharded):
         shardings = partitioning.param_shardings(mesh, boxed, sharded)
-        shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), shardings)
-        return partitioning.largest_replicated(shapes)
+        return partitioning.largest_replicated(partitioning.placed_shapes(nn.unbox(boxed), shardings))
 
     assert largest(mesh, True) == [("table", 252), ("bias", 32)]
     assert largest(partitioning.make_mesh(1, 1, devices=jax.devices()[:1]), False) == []

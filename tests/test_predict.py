@@ -11,6 +11,7 @@ import tiny_model
 import rahf
 from rahf import convert, experiments, predict, predictor, train, workdirs
 from rahf.reward import specs
+from richhf_data import images as image_files
 from richhf_data import schema
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -103,7 +104,7 @@ def test_write_makes_lines_heatmaps_and_a_page(workdir, images, tmp_path):
     )
     inputs = predict.read_inputs(str(tmp_path / "list.jsonl"), None)
     model = rahf.load(workdir)
-    examples = ({"name": path, "image": predict.read_image(path), "prompt": prompt} for path, prompt in inputs)
+    examples = ({"name": path, "image": image_files.read(path), "prompt": prompt} for path, prompt in inputs)
     predict.write(tmp_path / "out", predict.predict_items(model, examples, 2), len(inputs))
 
     lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
@@ -147,7 +148,7 @@ def test_a_globbed_image_takes_the_prompt_beside_it_or_is_refused(tmp_path):
 def test_read_image_names_what_is_not_an_image(tmp_path):
     (tmp_path / "a.jpg").write_text("no image")
     with pytest.raises(ValueError, match=r"image: .*a.jpg is missing or is not a readable image"):
-        predict.read_image(tmp_path / "a.jpg")
+        image_files.read(tmp_path / "a.jpg")
 
 
 def test_load_refuses_what_is_no_workdir(tmp_path):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from rahf import experiments
 from rahf import program as programs
 from rahf.diffusion import folder, inputs
 from richhf_data.errors import UserError
@@ -163,12 +164,9 @@ def check(config) -> None:
         "train.pretraining_share": (0 < config.train.pretraining_share < 1, "above 0 and below 1"),
         "train.text_dropout": (0 <= config.train.text_dropout < 1, "0 or more and below 1"),
         "lora.rank": (config.lora.rank >= 0, "0 (train the whole UNet) or more"),
-        "sample.every": (config.sample.every > 0, "1 or more"),
     }
-    for name, (holds, expected) in limits.items():
-        if not holds:
-            section, _, entry = name.partition(".")
-            raise UserError(f"{name}: got {config[section][entry]!r}, expected {expected}")
+    experiments.check_limits(config, limits)
+    experiments.check_counts(config, ["sample.every"])
     if config.data.images and bool(config.data.pretraining) != (config.train.beta > 0):
         raise UserError(
             f"train.beta: got {config.train.beta} with data.pretraining={config.data.pretraining!r}; expected pre-training "

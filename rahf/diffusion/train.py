@@ -38,16 +38,13 @@ FROZEN = ("vae", "text_encoder")
 SAMPLED = ("seed", "steps", "sampler", "guidance_scale")
 # What may differ when a run is resumed: nothing of this changes its result.
 RESUME_MAY_DIFFER = (
+    *workdirs.CONDUCT,
     "model.folder",  # the section `identity` records the contents of these three
     "data.images",
     "data.pretraining",
     "reward.source",  # rewards.json says what it gives
     "model.remat",
-    "mesh",
     "sample",
-    "log_every",
-    "checkpoint_every",
-    "train.max_bad_steps",
 )
 
 

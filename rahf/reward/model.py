@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from tqdm.auto import tqdm
 
+from rahf import experiments
 from richhf_data import schema
 from richhf_data.errors import UserError
 
@@ -235,12 +236,6 @@ def _check(config, train, validation) -> None:
         "loss.classification_weight": (config.loss.classification_weight >= 0, "0 or more"),
         "loss.num_prompts": (config.loss.num_prompts >= 2, "2 or more, including the image's own prompt"),
         "model.hidden": (len(config.model.hidden) > 0, "at least one layer"),
-        "train.batch_size": (config.train.batch_size > 0, "1 or more"),
-        "train.num_steps": (config.train.num_steps > 0, "1 or more"),
-        "train.eval_every": (config.train.eval_every > 0, "1 or more"),
-        "train.patience": (config.train.patience > 0, "1 or more"),
     }
-    for name, (holds, expected) in limits.items():
-        if not holds:
-            section, _, entry = name.partition(".")
-            raise UserError(f"{name}: got {config[section][entry]!r}, expected {expected}")
+    experiments.check_limits(config, limits)
+    experiments.check_counts(config, [f"train.{name}" for name in ("batch_size", "num_steps", "eval_every", "patience")])

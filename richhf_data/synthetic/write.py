@@ -14,7 +14,7 @@ import pyarrow
 import pyarrow.parquet
 from tqdm.auto import tqdm
 
-from richhf_data import consolidate, paths, schema
+from richhf_data import consolidate, json_files, paths, schema
 from richhf_data.errors import UserError
 from richhf_data.synthetic import ceiling, example, stream
 
@@ -89,13 +89,13 @@ def write(output, counts: dict[str, int], size: int, seed: int, workers: int | N
     output = pathlib.Path(output)
     arguments = {"counts": counts, "size": size, "seed": seed}
     marker, done = output / "arguments.json", output / "statistics.json"
-    if marker.is_file() and (recorded := json.loads(marker.read_text())) != arguments:
+    if marker.is_file() and (recorded := json_files.read(marker)) != arguments:
         raise UserError(f"output: {output} holds RichHF-Synth of {recorded}, this is {arguments}; take another folder")
     if not marker.is_file() and output.is_dir() and any(output.iterdir()):
         raise UserError(f"output: {output} holds other files; take an empty or a new folder")
     if done.is_file():
         print(f"{output} is complete already")
-        return json.loads(done.read_text())
+        return json_files.read(done)
     (output / "images").mkdir(parents=True, exist_ok=True)
     _write_json(marker, arguments)
 
