@@ -118,6 +118,7 @@ class _StreamSplit:
         from richhf_data.synthetic import stream
 
         sizes = sources.image_arguments(config)
+        self._written = vocabulary.written
         self._seed, self._sizes = config.seed, (sizes["image_size"], sizes["heatmap_size"])
         self._examples = list(synthetic.examples(split, num_examples, self._seed, *self._sizes))
         self._targets = [example.decoded() for example in self._examples]
@@ -126,7 +127,7 @@ class _StreamSplit:
     def evaluate(self, predict) -> dict[str, float]:
         count = len(self._examples)
         inputs = ({name: self._batch[name][i] for name in ("image", "text_ids")} for i in range(count))
-        return metrics.evaluate(self._targets, predict(inputs, count))
+        return metrics.evaluate(self._targets, predict(inputs, count), self._written)
 
     def references(self) -> dict[str, dict[str, float]]:
         from richhf_data import synthetic

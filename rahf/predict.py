@@ -73,7 +73,7 @@ def write(output, items: Iterable[dict], count: int, tables: Sequence[Sequence[S
                 "prompt": item["prompt"],
                 "scores": {name: round(float(value), 6) for name, value in item["scores"].items()},
                 "labelled_prompt": item["labelled_prompt"],
-                "keywords": keywords.misaligned_words(tokens, keywords.read_labels(item["labelled_prompt"], tokens)),
+                "keywords": keywords.misaligned_words(tokens, report.predicted_labels(item)),
                 "heatmaps": files,
             }
             lines.write(json.dumps(row) + "\n")
@@ -93,6 +93,9 @@ def predict_items(model: predictor.Model, examples: Iterable[dict], batch_size: 
             "scores": dict(zip(schema.SCORES, row["scores"].tolist(), strict=True)),
             "heatmaps": {name: row["heatmaps"][..., i] for i, name in enumerate(schema.HEATMAPS)},
             "labelled_prompt": row["labelled_prompt"],
+            "labels": keywords.read_labels(
+                row["labelled_prompt"], keywords.tokenize(example["prompt"]), model.vocabulary.written
+            ),
         }
 
 

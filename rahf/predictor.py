@@ -6,7 +6,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import flax.traverse_util
 import jax
@@ -141,14 +141,14 @@ class Model:
         if len(images) != len(prompts):
             raise UserError(f"prompts: got {len(prompts)} for {len(images)} images, expected one each")
         inputs = (self.prepare(image, prompt) for image, prompt in zip(images, prompts, strict=True))
-        return _feedback(list(self.predict_rows(inputs, min(batch_size, len(images)))), prompts)
+        return _feedback(list(self.predict_rows(inputs, min(batch_size, len(images)))), prompts, self.vocabulary.written)
 
     def predict_rows(self, examples: Iterable[dict], batch_size: int) -> Iterator[dict]:
         """`Predictor.predict_rows` with the model's parameters."""
         return self.predictor.predict_rows(self.params, examples, batch_size)
 
 
-def _feedback(rows: Sequence[dict], prompts: Sequence[str]) -> Feedback:
+def _feedback(rows: Sequence[dict], prompts: Sequence[str], written: Callable[[str], str]) -> Feedback:
     """Collects `predict_rows`' rows."""
     size = rows[0]["heatmaps"].shape[:2] if rows else (0, 0)
     scores = np.asarray([row["scores"] for row in rows], np.float32).reshape(-1, len(schema.SCORES))
@@ -156,7 +156,7 @@ def _feedback(rows: Sequence[dict], prompts: Sequence[str]) -> Feedback:
     words = []
     for row, prompt in zip(rows, prompts, strict=True):
         tokens = keywords.tokenize(prompt)
-        words.append(keywords.misaligned_words(tokens, keywords.read_labels(row["labelled_prompt"], tokens)))
+        words.append(keywords.misaligned_words(tokens, keywords.read_labels(row["labelled_prompt"], tokens, written)))
     return Feedback(
         scores={name: scores[:, i] for i, name in enumerate(schema.SCORES)},
         heatmaps={name: heatmaps[..., i] for i, name in enumerate(schema.HEATMAPS)},

@@ -7,6 +7,7 @@ An item is a dictionary with the fields of `richhf_data.schema`:
   scores           {name: float in [0, 1]}, higher is better
   heatmaps         {name: float32[h, w] in [0, 1]} of any size; stretched over the image
   labelled_prompt  str, the prompt with `_0` on each misaligned word
+  labels           optional: what `keywords.read_labels` reads in it with the model's vocabulary
   name             str, optional: the file or the uid of the image
   truth            optional: the annotators' scores and heatmaps, as above, and labels (0 = misaligned, 1 = aligned, for each
                    token of the prompt); each is optional
@@ -90,7 +91,9 @@ def _view(i: int, item: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def predicted_labels(item: Mapping[str, Any]) -> list:
-    """The labels of the prompt's tokens, from the item's `labelled_prompt`."""
+    """The labels of the prompt's tokens: the item's, or those in its `labelled_prompt`."""
+    if "labels" in item:
+        return item["labels"]
     return keywords.read_labels(item["labelled_prompt"], keywords.tokenize(item["prompt"]))
 
 

@@ -9,6 +9,7 @@ records it does not read again the images that it has read.
 """
 
 import concurrent.futures
+import itertools
 import json
 import multiprocessing
 import os
@@ -186,15 +187,19 @@ def _provide_vocabulary(path: pathlib.Path, given, size: int, folder: pathlib.Pa
         if "train" not in prompts:
             raise UserError("vocabulary: got no train split to train one on; give --vocabulary=PATH")
         vocabulary.train(_vocabulary_texts(prompts["train"]), path, size)
-    print(f"vocabulary: {path} ({vocabulary.Vocabulary(path).size} pieces)")
+    pieces = vocabulary.Vocabulary(path)
+    rows = itertools.chain.from_iterable(json_files.read(folder / "prompts.json").values())
+    unknown = sum(not pieces.knows(f"{prompt} {labelled}") for _, prompt, labelled in rows)
+    lost = f"; {unknown} examples have characters that it does not know" if unknown else ""
+    print(f"vocabulary: {path} ({pieces.size} pieces){lost}")
 
 
 def _vocabulary_texts(rows: list[list[str]]) -> Iterator[str]:
     """The training prompts. Of captions: the captions, and their common prompt once."""
     constant = set()
     for _, prompt, labelled in rows:
-        written = [word.removesuffix(keywords.SUFFIX) for word in labelled.split()]
-        if labelled and written != keywords.tokenize(prompt):
+        written = [word for word, _ in keywords.read_words(labelled)]
+        if labelled and written != [word for token in keywords.tokenize(prompt) for word in keywords.written_words(token)]:
             constant.add(prompt)
             yield labelled
         else:

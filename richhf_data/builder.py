@@ -112,6 +112,9 @@ class Richhf(tfds.core.GeneratorBasedBuilder):
             valid = labels is not None and len(tokens) == len(labels)
             if labels is not None and not valid:
                 mismatches.append(f"{item.uid} ({len(labels)} labels, {len(tokens)} tokens)")
+            pairs = zip(tokens, labels, strict=True) if valid else ()
+            if blank := [token for token, label in pairs if label == keywords.MISALIGNED and not keywords.words(token)]:
+                mismatches.append(f"{item.uid} (misaligned, but no word to mark: {blank[0]!r})")
             labelled = item.caption or (keywords.label_prompt(tokens, labels.tolist()) if valid else "")
             prompts.append([item.uid, item.prompt, labelled])
             statistics.add(example, bool(labelled))

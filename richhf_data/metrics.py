@@ -11,12 +11,13 @@ Conventions for cases that the papers leave open:
   empty truth           (no pixel marked) only MSE is defined; the other metrics are nan, and leave the example out
   every pixel marked    AUC-Judd has no negatives: it is nan and leaves the example out; CC and NSS are 0
   nothing to average    nan
-  keywords              a precision or a recall of 0 / 0 is 0; nan if no target has labels
+  keywords              a precision or a recall of 0 / 0 is 0; nan if no target has labels; a token that cannot be written
+                        (white space alone) counts as aligned
   captions              (of captioning datasets; in no paper) F1 of the words of prediction and caption, as multisets
 """
 
 import collections
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import cv2
@@ -164,7 +165,9 @@ def _dot(a, b):
 # ------------------------------------------------------------------------------------------------------ a whole set
 
 
-def evaluate(targets: Sequence[Mapping[str, Any]], predictions: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def evaluate(
+    targets: Sequence[Mapping[str, Any]], predictions: Sequence[Mapping[str, Any]], written: Callable[[str], str] = str
+) -> dict[str, float]:
     """Every metric of a set of examples.
 
     Args:
@@ -174,6 +177,8 @@ def evaluate(targets: Sequence[Mapping[str, Any]], predictions: Sequence[Mapping
         excludes are ignored. A row without any target is padding and is ignored.
       predictions: as many, in the same order: scores float32[4], heatmaps float32[h, w, 2] in [0, 1] with the target's
         size, labelled_prompt str ("a yellow_0 cat"). Sizes may differ between examples.
+      written: how the decoder's vocabulary writes a text (`Vocabulary.written`), because words are compared as they are
+        written; by default unchanged.
 
     Returns:
       Floats (nan without anything to measure; see the conventions of the module) with the keys
@@ -204,8 +209,8 @@ def evaluate(targets: Sequence[Mapping[str, Any]], predictions: Sequence[Mapping
     return {
         **_evaluate_scores(pairs),
         **_evaluate_heatmaps(pairs),
-        **_evaluate_keywords(pairs),
-        **_evaluate_captions(pairs),
+        **_evaluate_keywords(pairs, written),
+        **_evaluate_captions(pairs, written),
         "num_examples": float(len(pairs)),
     }
 
@@ -293,7 +298,7 @@ def _chunks(pairs, k):
             yield rows[start : start + step]
 
 
-def _evaluate_keywords(pairs):
+def _evaluate_keywords(pairs, written):
     counts = []  # of true positives, predicted positives, positives, per prompt
     for target, prediction in pairs:
         if target["labels"] is None:
@@ -304,8 +309,9 @@ def _evaluate_keywords(pairs):
                 f"labels: got {len(target['labels'])} for the {len(tokens)} tokens of prompt {target['prompt']!r}, "
                 "expected one each (None if they are unknown)"
             )
-        truth = np.asarray(target["labels"]) == keywords.MISALIGNED
-        read = keywords.read_labels(prediction["labelled_prompt"], tokens)
+        writable = np.array([bool(keywords.written_words(token, written)) for token in tokens], bool)
+        truth = (np.asarray(target["labels"]) == keywords.MISALIGNED) & writable
+        read = keywords.read_labels(prediction["labelled_prompt"], tokens, written)
         predicted = np.array([label == keywords.MISALIGNED for label in read], bool)  # not copied (None): not predicted
         counts.append(((truth & predicted).sum(), predicted.sum(), truth.sum()))
     if not counts:
@@ -320,13 +326,14 @@ def _evaluate_keywords(pairs):
     }
 
 
-def _evaluate_captions(pairs):
+def _evaluate_captions(pairs, written):
     values = []
     for target, prediction in pairs:
         if target.get("caption") is None:
             continue
-        truth, written = (collections.Counter(text.split()) for text in (target["caption"], prediction["labelled_prompt"]))
-        values.append(_precision_recall_f1((truth & written).total(), written.total(), truth.total())[2])
+        truth = collections.Counter(keywords.written_words(target["caption"], written))
+        predicted = collections.Counter(keywords.words(prediction["labelled_prompt"]))
+        values.append(_precision_recall_f1((truth & predicted).total(), predicted.total(), truth.total())[2])
     return {"caption/word_f1": float(np.mean(values))} if values else {}
 
 
@@ -369,7 +376,8 @@ def constant_predictions(
             interpolation = cv2.INTER_AREA if height < mean_heatmaps.shape[0] else cv2.INTER_LINEAR
             heatmaps = cv2.resize(mean_heatmaps, (width, height), interpolation=interpolation)
             resized[height, width] = np.clip(heatmaps, 0, 1)  # area averages round to just above 1
-        copied = " ".join(keywords.tokenize(target["prompt"]))
+        tokens = keywords.tokenize(target["prompt"])
+        copied = keywords.label_prompt(tokens, [keywords.ALIGNED] * len(tokens))
         predictions.append({"scores": mean_scores, "heatmaps": resized[height, width], "labelled_prompt": copied})
     return predictions
 

@@ -6,6 +6,7 @@ follows the resize because it is cheaper on the smaller image. All randomness is
 """
 
 from richhf_data import schema
+from richhf_data import vocabulary as vocabularies
 from richhf_data.tensorflow_cpu import seqio, tf
 
 CROP_PROBABILITY, CROP_SHARE = 0.5, (0.8, 1.0)  # of width and of height
@@ -21,8 +22,7 @@ class SeqioVocabulary(seqio.SentencePieceVocabulary):
     """A vocabulary for seqio with the ids and texts of `richhf_data.vocabulary.Vocabulary`."""
 
     def _decode(self, ids) -> str:
-        dropped = (schema.PAD_ID, schema.UNK_ID, schema.EOS_ID)
-        return super()._decode([int(piece) for piece in ids if piece not in dropped])
+        return vocabularies.spell(self.tokenizer, [int(piece) for piece in ids])
 
 
 @seqio.map_over_dataset

@@ -109,7 +109,8 @@ def register(
     if task.name in seqio.TaskRegistry.names():
         return task
 
-    _check_lengths(folder, vocabulary.Vocabulary(path), variant, text_length, keyword_length, truncate_long_prompts)
+    texts = vocabulary.Vocabulary(path)
+    _check_lengths(folder, texts, variant, text_length, keyword_length, truncate_long_prompts)
     pieces = preprocessors.SeqioVocabulary(str(path))
     cut = {"vocabulary": pieces, "truncate": truncate_long_prompts}
     steps = [
@@ -134,7 +135,7 @@ def register(
             "heatmap_mask": seqio.ContinuousFeature(rank=1, dtype=tf.bool),
         },
         postprocess_fn=postprocess,
-        metric_fns=[] if augment else [evaluate],
+        metric_fns=[] if augment else [functools.partial(evaluate, written=texts.written)],
     )
     return task
 
@@ -159,19 +160,20 @@ def postprocess(text: str, *, example: dict, is_target: bool) -> dict | str:
     }
 
 
-def evaluate(targets, predictions, aux_values) -> dict[str, float]:
+def evaluate(targets, predictions, aux_values, written=str) -> dict[str, float]:
     """seqio metric function: every metric of `metrics.evaluate`.
 
     Args:
       targets: what `postprocess` returns.
       predictions: labelled prompts, str.
       aux_values: `scores` float32[n, 4] and `heatmaps` float32[n, h, h, 2], both in [0, 1].
+      written: as in `metrics.evaluate`.
     """
     predictions = [
         {"scores": scores, "heatmaps": heatmaps, "labelled_prompt": text}
         for text, scores, heatmaps in zip(predictions, aux_values["scores"], aux_values["heatmaps"], strict=True)
     ]
-    return metrics.evaluate(targets, predictions)
+    return metrics.evaluate(targets, predictions, written)
 
 
 def report(data_dir) -> dict:

@@ -1,7 +1,9 @@
 """SentencePiece vocabularies: T5's own from a file, or a small one trained on prompts. Imports no TensorFlow."""
 
+import functools
 import hashlib
 import io
+import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -10,6 +12,8 @@ from etils import epath
 
 from richhf_data import keywords, paths, schema
 from richhf_data.errors import UserError
+
+UNKNOWN = "⁇"  # what an unknown id reads as; SentencePiece writes it between spaces
 
 
 class Vocabulary:
@@ -63,18 +67,31 @@ class Vocabulary:
         return len(self._processor.encode(text)) + 1
 
     def knows(self, text: str) -> bool:
-        """Whether every piece of `text` is known, so that `decode` restores it."""
-        return schema.UNK_ID not in self._processor.encode(text)
+        """Whether `text` has the same words (`keywords.words`) after writing and reading, and no character is lost."""
+        pieces = self._processor.encode(text)
+        kept = schema.UNK_ID not in pieces and keywords.words(self._processor.decode(pieces)) == keywords.words(text)
+        return kept and not any(map(_is_deleted, set(text)))
+
+    def written(self, text: str) -> str:
+        """The text as `decode` gives it back."""
+        return spell(self._processor, self._processor.encode(text))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text before the first end id, without padding and unknown ids."""
-        pieces = []
-        for piece in np.asarray(ids).tolist():
-            if piece == schema.EOS_ID:
-                break
-            if piece not in (schema.PAD_ID, schema.UNK_ID) and piece < self.size:
-                pieces.append(piece)
-        return self._processor.decode(pieces)
+        """The text before the first end id, without padding; `UNKNOWN` for an unknown id and one out of range."""
+        return spell(self._processor, np.asarray(ids).tolist())
+
+
+def spell(processor: sentencepiece.SentencePieceProcessor, ids: Sequence[int]) -> str:
+    """`Vocabulary.decode` with a SentencePiece processor."""
+    pieces = itertools.takewhile(lambda piece: piece != schema.EOS_ID, ids)
+    kept = [piece if piece < processor.vocab_size() else schema.UNK_ID for piece in pieces if piece != schema.PAD_ID]
+    return processor.decode(kept).replace(f" {UNKNOWN} ", UNKNOWN)
+
+
+@functools.cache
+def _is_deleted(character: str) -> bool:
+    """Whether normalising deletes a character, as it does control characters that are no white space."""
+    return keywords.words(f"a{character}b") == ["ab"]
 
 
 def train(prompts: Iterable[str], path, size: int = 512) -> Vocabulary:

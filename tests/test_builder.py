@@ -93,18 +93,27 @@ def test_vocabulary_is_trained_on_the_train_prompts():
 
 
 def test_label_mismatch_is_kept_and_counted(tmp_path):
-    source = _sources(tmp_path, ["u0", "u1"], u1={"prompt_misalignment_label": "1 0"})
-    report = build.build(*source, tmp_path / "data", vocabulary_size=60)
-    tokens = len(keywords.tokenize(prompt_of("u1")))
+    labels = {"u1": "1 0", "u2": "1 0 0", "u3": "0 0 0"}
+    changes = {uid: {"prompt_misalignment_label": given} for uid, given in labels.items()}
+    where, _ = _sources(tmp_path, ["u0", "u1", "u2", "u3"], [], **changes)
+    prompts = {"u0": prompt_of("u0"), "u1": "a red cat", "u2": "a \n cat", "u3": "a\tb … ½"}
+    (tmp_path / "pictures").mkdir()
+    for uid in prompts:
+        (tmp_path / "pictures" / f"{uid}.png").write_bytes(png(image_of(uid)))
+    lines = (json.dumps({"uid": uid, "caption": prompt}) for uid, prompt in prompts.items())
+    (tmp_path / "pictures" / "captions.jsonl").write_text("\n".join(lines))
+    report = build.build(where, f"folder:{tmp_path}/pictures", tmp_path / "data", vocabulary_size=60)
     assert report["splits"]["train"]["label_mismatches"] == {
-        "count": 1,
-        "first": [f"u1 (2 labels, {tokens} tokens)"],
+        "count": 2,
+        "first": ["u1 (2 labels, 3 tokens)", "u2 (misaligned, but no word to mark: '\\n')"],
     }
+    written = {uid: labelled for uid, _, labelled in tasks.prompts(tmp_path / "data")["train"]}
+    assert (written["u2"], written["u3"]) == ("a cat_0", "a_0 b_0 ..._0 1\u20442_0")
     example = {example["uid"]: example for example in _load(tmp_path / "data", "train")}[b"u1"]
     assert not example["labels_valid"]
     assert example["labelled_prompt"] == b""
     assert example["labels"].tolist() == [1, 0]
-    assert "train: 1 label mismatches, first u1 (2 labels" in builder.report_table(report)
+    assert "train: 2 label mismatches, first u1 (2 labels" in builder.report_table(report)
 
 
 def test_record_files_may_be_named_one_by_one(tmp_path):
