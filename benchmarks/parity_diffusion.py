@@ -56,8 +56,8 @@ def write_vocabulary(path: pathlib.Path) -> None:
     pieces = chars + [char + "</w>" for char in chars] + [f"unused{i}" for i in range(49408 - 2 - 512)]
     pieces += ["<|startoftext|>", "<|endoftext|>"]
     path.mkdir()
-    (path / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
-    (path / "merges.txt").write_text("#version: 0.2\n")
+    (path / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}), encoding="utf-8")
+    (path / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
 
 
 def make_pipeline(path: pathlib.Path):

@@ -179,7 +179,7 @@ class Pod:
           CloudError: it failed, with what it wrote and what to do.
         """
         try:
-            done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+            done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", stdin=subprocess.DEVNULL)
         except FileNotFoundError as error:
             raise CloudError(f"{command[0]}: not installed", "https://cloud.google.com/sdk/docs/install") from error
         if done.returncode == 0:
@@ -233,14 +233,14 @@ def commit() -> str:
       UserError: no git checkout, or tracked files that differ from the commit.
     """
     git = ["git", "-C", str(ROOT)]
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, encoding="utf-8")
     if head.returncode:
         raise UserError(
             f"{ROOT}: got no git checkout, expected one: the workers install a commit; clone the repository: "
             f"{head.stderr.strip()}"
         )
     changed = subprocess.run(
-        [*git, "diff", "--name-only", "HEAD"], capture_output=True, text=True, check=True
+        [*git, "diff", "--name-only", "HEAD"], capture_output=True, encoding="utf-8", check=True
     ).stdout.split()
     if changed:
         raise UserError(

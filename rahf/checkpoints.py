@@ -80,8 +80,8 @@ def _clear_save_errors(checkpoints):
         good = checkpoints.latest_step()
         raise SaveError(
             f"checkpoint: could not write to {checkpoints.directory}: {_reason(error)}\n"
-            f"{'No checkpoint is there yet' if good is None else f'The last good one is of step {good}, intact'}. Make room "
-            "or restore the right to write there, then give the same command again."
+            f"  {'No checkpoint is there yet' if good is None else f'The last good one is of step {good}, intact'}. Make "
+            "room or restore the right to write there, then give the same command again."
         ) from error
 
 
@@ -163,7 +163,7 @@ def restore(checkpoints: ocp.CheckpointManager, step: int, abstract_state):
         message = f"checkpoint: {where} is damaged, it cannot be read: {_reason(error)}"
         if jax.process_count() > 1:  # the others may have read their parts of it, and would wait for this process
             raise hosts.EndNow(
-                f"{message}\nMove that folder away, or give the command once on one host: it resumes from the one before."
+                f"{message}\n  Move that folder away, or give the command once on one host: it resumes from the one before."
             ) from error
         raise UserError(message) from error
     check_shapes(found, wanted, where)
@@ -199,9 +199,9 @@ def restore_latest(checkpoints: ocp.CheckpointManager, abstract_state):
         return state, read_metadata(checkpoints, step)
     if failures:
         raise UserError(
-            "\n".join(str(error) for error in failures.values())
-            + f"\nNo training state is left in {checkpoints.directory}. Put a copy back, or train anew in another --workdir "
-            "(what was evaluated as best may still be there to predict with)."
+            "\n  ".join(str(error) for error in failures.values())
+            + f"\n  No training state is left in {checkpoints.directory}. Put a copy back, or train anew in another "
+            "--workdir (what was evaluated as best may still be there to predict with)."
         )
     return None, None
 

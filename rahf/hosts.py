@@ -78,7 +78,7 @@ def joined(preemptible: bool = False):
         except BaseException as error:
             text, lost = command.message(error), ""
             if isinstance(error, jax.errors.JaxRuntimeError):
-                text, lost = str(error).strip().partition("\n")[0][:400], f"\n{LOST}"
+                text, lost = str(error).strip().partition("\n")[0][:400], f"\n  {LOST}"
             elif text is None:
                 traceback.print_exc()
             silent()

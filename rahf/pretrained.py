@@ -146,7 +146,7 @@ def _check_same_function(pretrained: Pretrained, config: RAHFConfig, what: str) 
         if name.rpartition(".")[2] not in free and ours[name] != value
     ]
     if differ:
-        raise UserError(f"{what} is for another model:\n  " + "\n  ".join(differ[:MAX_NAMED]) + "\nset --config.KEY=VALUE")
+        raise UserError(f"{what} is for another model:\n  " + "\n  ".join(differ[:MAX_NAMED]) + "\n  set --config.KEY=VALUE")
 
 
 def _fitted(tensors: Tensors, ours: Mapping, prefix: str, what: str) -> Tensors:

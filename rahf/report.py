@@ -52,7 +52,7 @@ def write(
         tables=tables,
         items=[_view(i, item) for i, item in enumerate(items)],
     )
-    paths.replace(path, page.encode())
+    paths.replace(path, page.encode(errors="backslashreplace"))  # a file's name need not be UTF-8
 
 
 # ------------------------------------------------------------------------------------------------------ one item

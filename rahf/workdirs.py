@@ -70,7 +70,7 @@ def check_config(workdir, config: ml_collections.ConfigDict, may_differ: Sequenc
         raise UserError(
             f"workdir: {workdir} holds a run with another config:\n"
             + "\n".join(differences)
-            + "\nTake another --workdir, or pass the config that the workdir holds."
+            + "\n  Take another --workdir, or pass the config that the workdir holds."
         )
 
 
@@ -92,7 +92,7 @@ def record(file: epath.Path, found: Mapping, what: str) -> None:
         raise UserError(
             f"{what}: {file.parent} holds a run with other {what}:\n"
             + "\n".join(differences)
-            + f"\nTake another --workdir, or the {what} that the run began with."
+            + f"\n  Take another --workdir, or the {what} that the run began with."
         )
 
 

@@ -122,7 +122,7 @@ def write(path, cards: Sequence[dict], statistics: "Statistics", *, title: str, 
     page = _TEMPLATES.get_template("browse.html.jinja").render(
         title=title, subtitle=subtitle, cards=cards, plots=statistics.plots(), scores=schema.SCORES, fields=FIELDS
     )
-    paths.replace(path, page.encode())
+    paths.replace(path, page.encode(errors="backslashreplace"))
 
 
 def _card(example, found, thumbnail) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import numpy as np
 import tabulate
 from etils import epath
 
-from richhf_data import keywords, records, scan, schema
+from richhf_data import command, jsonl, keywords, records, scan, schema
 from richhf_data.errors import UserError
 from richhf_data.example_source import ExampleSource, Item
 from richhf_data.tensorflow_cpu import tf, tfds
@@ -163,13 +163,13 @@ class Richhf(tfds.core.GeneratorBasedBuilder):
         super()._download_and_prepare(dl_manager, download_config)
         # This is still TFDS's temporary folder: the dataset appears with all of these files or not at all.
         folder = pathlib.Path(self.data_dir)
-        (folder / "report.json").write_text(json.dumps(self._report, indent=2))
-        (folder / "prompts.json").write_text(json.dumps(self._prompts))
+        (folder / "report.json").write_text(json.dumps(self._report, indent=2), encoding="utf-8")
+        (folder / "prompts.json").write_text(json.dumps(self._prompts), encoding="utf-8")
         if self._constants is not None:
             np.savez(folder / "constants.npz", **self._constants)
         if self._source.references is not None and self._source.references.is_file():
             references = _read_references(self._source.references)
-            (folder / "references.json").write_text(json.dumps(references, indent=2))
+            (folder / "references.json").write_text(json.dumps(references, indent=2), encoding="utf-8")
 
 
 class RecordFiles:
@@ -351,7 +351,7 @@ def report_table(report: dict) -> str:
             counts = ", ".join(f"{name} {count}" for name, count in absent.items())
             notes.append(f"{split}: examples with the target, of {row['examples']}: {counts}")
     counted = ["", f"How many examples have each score, in {TWELFTHS}ths:", _table(scores)] if scores else []
-    return "\n".join([_table(splits), *notes, *counted])
+    return "\n".join([_table(splits), *map(command.printable, notes), *counted])
 
 
 def _table(rows: list[dict]) -> str:
@@ -379,10 +379,10 @@ def _decodes(image: bytes) -> bool:
 
 def _read_references(path: pathlib.Path) -> dict[str, dict[str, dict[str, float]]]:
     try:
-        references = json.loads(path.read_text())
+        references = jsonl.loads(path.read_bytes().decode("utf-8-sig"))
         return {
             split: {row: {metric: float(value) for metric, value in metrics.items()} for row, metrics in rows.items()}
             for split, rows in references.items()
         }
-    except (json.JSONDecodeError, AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{path}: got {error}, expected {{split: {{row: {{metric: number}}}}}}") from error

@@ -5,6 +5,7 @@ error stream. The docstring of a command names further codes.
 """
 
 import functools
+import io
 import pathlib
 import sys
 from collections.abc import Callable
@@ -33,10 +34,21 @@ def message(error: Exception) -> str | None:
     The first are a `UserError`, and what the machine refuses: a full disk, no right to write, no such file.
     """
     if isinstance(error, UserError):
-        return str(error)
+        return printable(str(error))
     if isinstance(error, OSError) and error.errno and not str(error.filename).startswith(_OURS):
-        return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+        return printable(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror))
     return None
+
+
+def printable(text: str) -> str:
+    r"""The text with escapes for characters that a terminal would obey or cannot show. Further lines begin with two spaces.
+
+    >>> print(printable("uid \x1b[2J\nof\n  a file"))
+    uid \x1b[2J\nof
+      a file
+    """
+    lines = text.split("\n  ")
+    return "\n  ".join("".join(one if one.isprintable() else repr(one)[1:-1] for one in line) for line in lines)
 
 
 def wants_help(argv: list[str]) -> bool:
@@ -47,11 +59,13 @@ def wants_help(argv: list[str]) -> bool:
 def fail(text: str) -> NoReturn:
     """Prints an error of the user and ends the command."""
     sys.stdout.flush()
-    print(f"error: {text}", file=sys.stderr, flush=True)
+    print(f"error: {printable(text)}", file=sys.stderr, flush=True)
     raise SystemExit(USER_ERROR)
 
 
 def _parse(read_arguments, argv):
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # not every locale has every character
     try:
         left = read_arguments(argv)
         for name in list(flags.FLAGS):  # so that --help lists the flags of our other modules too

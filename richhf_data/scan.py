@@ -217,8 +217,8 @@ def _check(todo) -> None:
         except UserError as error:
             faults.append(str(error))
     if faults:
-        more = f"\n... and {len(faults) - _NAMED} more faulty files" if len(faults) > _NAMED else ""
-        raise UserError("\n".join(faults[:_NAMED]) + more)
+        more = f"\n  and {len(faults) - _NAMED} more faulty files" if len(faults) > _NAMED else ""
+        raise UserError("\n  ".join(faults[:_NAMED]) + more)
 
 
 def _scanned(shards, left: set[str], job, workers: int, bar) -> Iterator:

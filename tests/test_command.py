@@ -1,5 +1,6 @@
 """Every command: a user's error is one line and exit code 2, a fault of the code keeps its traceback."""
 
+import ast
 import pathlib
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import pytest
 
 from rahf import experiments
+from richhf_data import command
 from richhf_data.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -71,3 +73,38 @@ def test_help_lists_the_flags_of_other_modules_too():
     assert done.returncode == 0
     for name in ("--config", "--workdir", "--coordinator", "SIGTERM"):
         assert name in done.stdout
+
+
+def test_errors_reach_the_terminal_without_control_characters(capsys):
+    for text, shown in (
+        ("uid \x1b[31m\x07\u202e\x9b2J\udcff: bad", r"error: uid \x1b[31m\x07\u202e\x9b2J\udcff: bad"),
+        ("images: no file a\nerror: all is well\r", r"error: images: no file a\nerror: all is well\r"),
+        ("annotations: bad lines:\n  line 1\n  line \n2", "error: annotations: bad lines:\n  line 1\n  line \\n2"),
+        ("caf\u00e9 \U0001f600 'x' \\n", "error: caf\u00e9 \U0001f600 'x' \\n"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            command.fail(text)
+        assert ended.value.code == 2 and capsys.readouterr().err == shown + "\n"
+    assert command.message(UserError("a\x1b")) == command.message(OSError(2, "a\x1b", "b")).replace("b: ", "") == r"a\x1b"
+
+
+def _opens_text(call: ast.Call) -> bool:
+    """Whether a call opens a file or a pipe as text, in the encoding of the locale. `epath` always takes UTF-8."""
+    function, name = ast.unparse(call.func), getattr(call.func, "attr", "")
+    given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+    modes = [ast.unparse(one) for one in call.args[:2]] + [given.get("mode", "")]
+    is_text = (
+        name in ("read_text", "write_text")
+        or (name in ("open", "fdopen") and any(mode in ("'r'", "'w'", "'a'", "'x'") for mode in modes))
+        or (function == "open" and not any(mode in ("'rb'", "'wb'", "'ab'", "'r+b'") for mode in modes))
+        or given.get("text") == "True"
+    )
+    return is_text and "encoding" not in given and "epath.Path(" not in function
+
+
+def test_every_text_file_is_opened_with_its_encoding():
+    files = [path for name in ("rahf", "richhf_data", "launch", "benchmarks") for path in (ROOT / name).rglob("*.py")]
+    calls = [(file, node) for file in files for node in ast.walk(ast.parse(file.read_bytes())) if isinstance(node, ast.Call)]
+    assert [f"{file}:{node.lineno}: {ast.unparse(node)}" for file, node in calls if _opens_text(node)] == []
+    for text in ("open(x)", "p.open('w')", "p.read_text()", "open(x, 'r')", "run(x, text=True)"):
+        assert _opens_text(ast.parse(text).body[0].value)

@@ -117,7 +117,7 @@ def kept(
     """
     done_file, done = place.with_suffix(".json"), 0
     place.parent.mkdir(parents=True, exist_ok=True)
-    with place.with_suffix(".lock").open("w") as lock:
+    with place.with_suffix(".lock").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             found = np.load(place, mmap_mode="r")
