@@ -30,6 +30,8 @@ def read_inputs(spec: str, prompt: str | None) -> list[tuple[str, str]]:
     Raises:
       UserError: nothing matches; a line is not {"image": ..., "prompt": ...}; an image without a prompt.
     """
+    if prompt is not None and not jsonl.is_text(prompt):
+        raise UserError(f"prompt: got {prompt!r}, which is not UTF-8, expected UTF-8")
     if spec.endswith(".jsonl"):
         rows = jsonl.read(spec, "images", '{"image": path, "prompt": text}', texts=("image", "prompt"))
         inputs = [(str(pathlib.Path(spec).parent / row["image"]), row["prompt"]) for row in rows]
@@ -61,7 +63,7 @@ def write(output, items: Iterable[dict], count: int, tables: Sequence[Sequence[S
     output = paths.absolute(output)
     (output / "heatmaps").mkdir(parents=True, exist_ok=True)
     shown = []
-    with paths.writing(output / "predictions.jsonl") as partial, partial.open("w") as lines:
+    with paths.writing(output / "predictions.jsonl") as partial, partial.open("w", encoding="utf-8") as lines:
         for index, item in enumerate(tqdm(items, total=count, desc="predict", unit="image")):
             files = {name: f"heatmaps/{index:05d}_{name}.png" for name in item["heatmaps"]}
             for name, file in files.items():

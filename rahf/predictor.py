@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from rahf import checkpoints, partitioning, sources, weights, workdirs
 from rahf.models import rahf as rahf_model
-from richhf_data import keywords, paths, schema
+from richhf_data import jsonl, keywords, paths, schema
 from richhf_data import vocabulary as vocabularies
 from richhf_data.errors import UserError
 
@@ -117,11 +117,13 @@ class Model:
         """One row of a batch from an RGB image uint8[H, W, 3] of any size and its prompt.
 
         Raises:
-          UserError: the image is not uint8[H, W, 3], or the prompt is longer than the model's text length.
+          UserError: the image is not uint8[H, W, 3], or the prompt is no text, or longer than the model's text length.
         """
         image = np.asarray(image)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
             raise UserError(f"image: got {image.dtype}{list(image.shape)}, expected uint8[H, W, 3], RGB")
+        if not jsonl.is_text(prompt):
+            raise UserError(f"prompt: got {prompt!r}, expected text")
         length = self.config.data.text_length
         texts = schema.task_prompts(prompt, self.model_config.variant)
         if (longest := max(map(self.vocabulary.num_ids, texts))) > length:

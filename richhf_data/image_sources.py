@@ -12,6 +12,7 @@ The columns of a table and of a captions table are given, or guessed from `parqu
 
 import csv
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -67,7 +68,9 @@ class ParquetShard:
     def check(self) -> None:
         """Raises UserError if it is not a parquet file or lacks the columns."""
         with self._open() as file:
-            self._columns(file.schema_arrow)
+            caption = self._columns(file.schema_arrow)[0]
+            if parquet.is_texts(parquet.leaves(file.schema_arrow)[caption]):
+                _say_first(caption)
 
     def sample(self) -> list[str]:
         with self._open() as file:
@@ -86,7 +89,10 @@ class ParquetShard:
             for group in range(file.num_row_groups):
                 try:
                     for uid, image in pairs:
-                        yield from _read_row_group(file, group, (uid, caption, image), wanted)
+                        where = f"images: {parquet.local(self.url)} row group {group}"
+                        yield from _read_row_group(file, group, (uid, caption, image), wanted, where)
+                except UserError:
+                    raise
                 except Exception as error:  # a file system's library raises its own
                     raise parquet.unreadable("images", self.url, error) from error
                 now = self.size * (group + 1) // file.num_row_groups
@@ -178,7 +184,12 @@ def shards(spec: str, wanted: Collection[str], columns: dict[str, str] | None = 
     ]
 
 
-def _read_row_group(file, group: int, columns: tuple[str, str, str], wanted: Collection[str]) -> Iterator[Row]:
+@functools.cache
+def _say_first(column: str) -> None:
+    print(f"images: the column {column!r} holds lists of texts; the first of each is taken")
+
+
+def _read_row_group(file, group: int, columns: tuple[str, str, str], wanted: Collection[str], where: str) -> Iterator[Row]:
     uid, caption, image = columns
     # Most row groups hold no wanted uid, and the uids are small to read.
     ids = parquet.values(file.read_row_group(group, columns=[uid]), uid).to_pylist()
@@ -190,7 +201,8 @@ def _read_row_group(file, group: int, columns: tuple[str, str, str], wanted: Col
         captions, encoded = parquet.values(batch, caption), parquet.values(batch, image)
         for row in range(start, start + batch.num_rows):
             if row in rows:
-                yield rows[row], captions[row - start].as_py(), encoded[row - start].as_py()
+                text, _ = parquet.first_text(captions[row - start], f"{where} row {row}: {caption}")
+                yield rows[row], text, encoded[row - start].as_py()
         start += batch.num_rows
         if start > last:
             return
@@ -198,6 +210,8 @@ def _read_row_group(file, group: int, columns: tuple[str, str, str], wanted: Col
 
 def _uid(value, wanted: Collection[str]) -> str | None:
     """The wanted uid that equals the value or the file name in it; None if there is none."""
+    if value is None:
+        return None
     value = str(value)
     path = pathlib.PurePosixPath(value)
     name = path.stem if path.suffix.lower() in EXTENSIONS else path.name
@@ -258,15 +272,22 @@ def _caption_rows(filesystem, path: str, columns: dict[str, str]) -> Iterator[tu
                 table = pyarrow.parquet.read_table(file)
             except (pyarrow.ArrowException, OSError) as error:
                 raise parquet.unreadable("images", path, error) from error
-        uid, prompt = names(parquet.leaves(table.schema))
-        yield from zip(parquet.values(table, uid).to_pylist(), parquet.values(table, prompt).to_pylist(), strict=True)
+        leaves = parquet.leaves(table.schema)
+        uid, prompt = names(leaves)
+        if parquet.is_texts(leaves[prompt]):
+            _say_first(prompt)
+        for row, values in enumerate(zip(parquet.values(table, uid), parquet.values(table, prompt), strict=True)):
+            yield tuple(parquet.first_text(value, f"images: {path} row {row}")[0] for value in values)
         return
     if path.endswith(".csv"):
         try:
             with filesystem.open(path, "r", encoding="utf-8-sig", newline="") as file:
                 yield from _csv_rows(csv.DictReader(file, strict=True), path, names)
-        except UnicodeDecodeError as error:
-            raise UserError(f"images: {path}: got text that is not UTF-8 ({error}), expected UTF-8") from error
+        except UnicodeDecodeError:
+            with filesystem.open(path, "rb") as file:
+                for number, line in enumerate(file, 1):
+                    jsonl.decode(line, f"images: {path} line {number}")
+            raise
         return
     expected, chosen = '{"uid": "...", "caption": "..."}', None
     with filesystem.open(path, "rb") as file:

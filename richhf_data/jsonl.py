@@ -8,6 +8,7 @@ The argument `where` of a function is the place that its errors name, for instan
 
 import codecs
 import json
+import math
 import pathlib
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -15,6 +16,7 @@ from typing import BinaryIO
 from richhf_data.errors import UserError
 
 _SHOWN = 80  # characters of a faulty line in an error
+_DIGITS = 300  # of an integer that a float can store
 
 
 def lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
@@ -35,6 +37,27 @@ def decode(data: bytes, where: str) -> str:
         raise UserError(f"{where}: got {shown!r}, which is not UTF-8 ({error}), expected UTF-8; save it as UTF-8") from error
 
 
+def loads(text: str):
+    """The value of a JSON text. Raises ValueError if it is not JSON, is nested too deeply, or holds NaN or a number that no
+    float can store, such as 1e400."""
+    try:
+        return json.loads(
+            text,
+            parse_constant=_finite,
+            parse_float=_finite,
+            parse_int=lambda digits: int(digits) if len(digits) < _DIGITS else _finite(digits),
+        )
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number[:_SHOWN]} is no finite number")
+    return value
+
+
 def parse(line: bytes, expected: str, where: str) -> dict:
     """The JSON object of a line.
 
@@ -43,8 +66,8 @@ def parse(line: bytes, expected: str, where: str) -> dict:
     """
     text = decode(line, where)
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = loads(text)
+    except ValueError as error:
         raise UserError(f"{where}: got {text[:_SHOWN]!r}, which is not JSON ({error}), expected {expected}") from error
     if not isinstance(value, dict):
         raise UserError(f"{where}: got {text[:_SHOWN]!r}, which is not an object, expected {expected}")

@@ -53,8 +53,10 @@ def open_file(what: str, url: str) -> pyarrow.parquet.ParquetFile:
 def unreadable(what: str, url: str, error: Exception) -> UserError:
     """The UserError to raise when reading a parquet file or reaching a URL raised `error`: what failed, and what to do."""
     said = " ".join(str(error).split())
+    if isinstance(error, UnicodeDecodeError):
+        return UserError(f"{what}: {local(url)}: got text that is not UTF-8 ({said}), expected UTF-8; write it again")
     of_pyarrow = type(error) is OSError and not error.errno  # a damaged page
-    if of_pyarrow or isinstance(error, pyarrow.ArrowException | UnicodeDecodeError):
+    if of_pyarrow or isinstance(error, pyarrow.ArrowException):
         again = "download it again (in a git clone: git lfs pull)"
         return UserError(f"{what}: {local(url)} is not a readable parquet file ({said}); {again}")
     return UserError(
@@ -72,7 +74,7 @@ def check_columns(given: Collection[str], roles: Collection[str] = tuple(GUESSES
 def choose_columns(
     leaves: dict[str, pyarrow.DataType], where: str, given: dict[str, str], guesses: dict[str, tuple[str, ...]] = GUESSES
 ) -> dict[str, str]:
-    """{role: column}: the given columns, and a guess by name and type for every other role.
+    """{role: column}: the given columns, and a guess by name and type for every other role. A prompt may be a list of texts.
 
     Args:
       leaves: {column: type} of the table. where: names the table in errors.
@@ -83,16 +85,17 @@ def choose_columns(
     """
     chosen, faults = {}, []
     for role, guessed in guesses.items():
-        fits, expected = _TYPES[role]
+        kinds, expected = _TYPES[role]
+        given_kinds = [*kinds, pyarrow.types.is_integer] if role == "uid" else kinds
         if column := given.get(role):
             column = f"{column}.bytes" if f"{column}.bytes" in leaves else column
             if column not in leaves:
                 faults.append(f"no column {column!r}")
-            elif not fits(leaves[column]) and not (role == "uid" and pyarrow.types.is_integer(leaves[column])):
+            elif not any(fits(leaves[column]) for fits in given_kinds):
                 faults.append(f"column {column!r} is {leaves[column]}, expected {expected}")
         else:
-            known = {name.lower().removesuffix(".bytes"): name for name, kind in leaves.items() if fits(kind)}
-            column = next((known[name] for name in guessed if name in known), None)
+            known = [{_plain(name): name for name, kind in leaves.items() if fits(kind)} for fits in kinds]
+            column = next((fitting[name] for fitting in known for name in guessed if name in fitting), None)
             if column is None:
                 names = ", ".join(guessed)
                 faults.append(f"no column for the {role}, expected {expected} called {names}, or --columns={role}=NAME")
@@ -100,6 +103,10 @@ def choose_columns(
     if faults:
         raise UserError(f"{where}: {'; '.join(faults)}. Columns there: {listed(leaves)}")
     return chosen
+
+
+def _plain(name: str) -> str:
+    return name.lower().removesuffix(".bytes")
 
 
 def listed(leaves: dict[str, pyarrow.DataType]) -> str:
@@ -124,11 +131,43 @@ def is_text(kind: pyarrow.DataType) -> bool:
     return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_string_view(kind)
 
 
+def is_list(kind: pyarrow.DataType) -> bool:
+    """Whether a column of this type holds lists."""
+    return pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_fixed_size_list(kind)
+
+
+def is_texts(kind: pyarrow.DataType) -> bool:
+    """Whether a column of this type holds lists of strings."""
+    return is_list(kind) and is_text(kind.value_type)
+
+
+def first_text(value: pyarrow.Scalar, where: str) -> tuple[str | None, int]:
+    """(a text, or the first of a list of texts; how many there are). None if it is null.
+
+    Args:
+      where: names the value in errors.
+
+    Raises:
+      UserError: it is not UTF-8, which Arrow does not check.
+    """
+    values = value.values if is_list(value.type) else [value]
+    if values is None or not len(values):
+        return None, 0
+    try:
+        return values[0].as_py(), len(values)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: got text that is not UTF-8 ({error}), expected UTF-8; write it again") from error
+
+
 def _is_binary(kind: pyarrow.DataType) -> bool:
     return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind) or pyarrow.types.is_binary_view(kind)
 
 
-_TYPES = {"uid": (is_text, "a string"), "prompt": (is_text, "a string"), "image": (_is_binary, "binary")}
+_TYPES = {
+    "uid": ([is_text], "a string"),
+    "prompt": ([is_text, is_texts], "a string or a list of strings"),
+    "image": ([_is_binary], "binary"),
+}
 
 
 def values(batch, column: str):

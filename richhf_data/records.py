@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import cv2
 import numpy as np
 
-from richhf_data import keywords, paths, schema
+from richhf_data import jsonl, keywords, paths, schema
 from richhf_data.errors import UserError
 from richhf_data.tensorflow_cpu import tf
 
@@ -125,11 +125,8 @@ def parse(serialized: bytes, where: str, allow_absent: bool = False) -> dict:
                 f"RichHF records come from google-research-datasets/richhf-18k; {_ABSENT}"
             )
         raw[key] = values[0]
-    try:
-        for key in {schema.RAW_UID, schema.RAW_LABELS} & raw.keys():
-            raw[key] = raw[key].decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: got text that is not UTF-8 ({error}), expected UTF-8") from error
+    for key in {schema.RAW_UID, schema.RAW_LABELS} & raw.keys():
+        raw[key] = jsonl.decode(raw[key], f"{where}: key {key!r}")
     return raw
 
 

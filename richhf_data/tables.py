@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import glob
 import hashlib
-import json
 import operator
 from collections.abc import Callable, Iterator
 
@@ -21,7 +20,7 @@ import fsspec
 import numpy as np
 import pyarrow
 
-from richhf_data import consolidate, images, keywords, parquet, schema
+from richhf_data import consolidate, images, jsonl, keywords, parquet, schema
 from richhf_data.errors import UserError
 from richhf_data.example_source import ExampleSource, Item
 
@@ -86,16 +85,17 @@ class ParquetTable:
         return found
 
     def rows(self) -> Iterator[tuple[str, bytes, dict]]:
-        """Yields (place, encoded image, arrow scalars of the prompt and of the further columns)."""
+        """Yields (place, encoded image, the prompt as `parquet.first_text` and arrow scalars of the further columns)."""
         for url, chosen in self._chosen.items():
             number = 0
             for batch in self._batches(url, [*chosen.values(), *self._kinds], _ROWS_AT_ONCE):
                 encoded = parquet.values(batch, chosen["image"])
-                others = {"prompt": parquet.values(batch, chosen["prompt"])}
-                others |= {name: batch.column(name) for name in self._kinds}
+                texts = parquet.values(batch, chosen["prompt"])
                 for row in range(batch.num_rows):
                     place = f"{parquet.local(url)} row {number}"
-                    yield place, encoded[row].as_py() or b"", {name: column[row] for name, column in others.items()}
+                    found = {"prompt": parquet.first_text(texts[row], f"{self.what}: {place}")}
+                    found |= {name: batch.column(name)[row] for name in self._kinds}
+                    yield place, encoded[row].as_py() or b"", found
                     number += 1
 
     def column(self, name: str) -> np.ndarray:
@@ -111,16 +111,12 @@ class ParquetTable:
                 raise parquet.unreadable(self.what, url, error) from error
 
 
-def _is_list(kind) -> bool:
-    return pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_fixed_size_list(kind)
-
-
 def _is_number(kind) -> bool:
     return pyarrow.types.is_floating(kind) or pyarrow.types.is_integer(kind)
 
 
 def _is_heatmap(kind) -> bool:
-    return _is_list(kind) and _is_list(kind.value_type) and _is_number(kind.value_type.value_type)
+    return parquet.is_list(kind) and parquet.is_list(kind.value_type) and _is_number(kind.value_type.value_type)
 
 
 _KINDS = {
@@ -145,13 +141,14 @@ class _Source:
     def _rows(self, split: str, tidied=lambda text: text) -> Iterator[tuple[str, str, bytes, dict, str]]:
         """Yields (uid, text, encoded image, row, place) of the rows of a split.
 
-        A repeated pair of image and text is dropped and noted. The uid of a row without an image is its place, so that
-        every such row counts.
+        A repeated pair of image and text is dropped and noted; a row of several texts is noted. The uid of a row without an
+        image is its place, so that every such row counts.
         """
         seen, notes = set(), collections.defaultdict(list)
         self._notes[split] = notes
         for where, image, row in self._table.rows():
-            text = tidied(row["prompt"].as_py() or "")
+            text, texts = row["prompt"]
+            text = tidied(text or "")
             picture = hashlib.sha256(image or where.encode()).hexdigest()[:16]
             if schema.split_of(picture, self._holdout) != split:
                 continue
@@ -160,6 +157,8 @@ class _Source:
                 notes["duplicates"].append(uid)
                 continue
             seen.add(uid)
+            if texts > 1:
+                notes["rows_with_several_texts_of_which_the_first_is_taken"].append(uid)
             yield uid, text, image, row, where
 
 
@@ -190,7 +189,7 @@ class Rapidata(_Source):
       max_pixels: larger images are scaled down.
 
     Raises:
-      UserError: as `ParquetTable`; a score column has values outside of [0, 1] and of [1, 5].
+      UserError: as `ParquetTable`; text that is not UTF-8; a score column has values outside of [0, 1] and of [1, 5].
     """
 
     SCORES = {"plausibility": "coherence_score", "alignment": "alignment_score", "aesthetics": "style_score"}  # noqa: RUF012
@@ -226,9 +225,12 @@ class Rapidata(_Source):
 
     def examples(self, split: str) -> Iterator[Item]:
         for uid, prompt, image, row, where in self._rows(split):
+            if not prompt.strip():
+                self._notes[split]["empty_prompts"].append(uid)
+                continue
             scores = [self._score(row, name, where) for name in schema.SCORES]
             maps = [self._heatmap(row, name, where) for name in schema.HEATMAPS]
-            labels, problem = self._labels(row["word_scores"].as_py(), prompt, where)
+            labels, problem = self._labels(parquet.first_text(row["word_scores"], f"{where}: word_scores")[0], prompt, where)
             if problem:
                 self._notes[split][problem].append(uid)
             targets = {
@@ -270,12 +272,12 @@ class Rapidata(_Source):
         if not text:
             return None, "without_word_scores"
         try:
-            pairs = [(str(word), float(score)) for word, score in json.loads(text)]
+            pairs = [_pair(*entry) for entry in jsonl.loads(text)]
         except (TypeError, ValueError) as error:
             raise UserError(
                 f"{where}: word_scores: got {text[:80]!r} ({error}), expected JSON such as [[\"cat\", 0.5], ...]"
             ) from error
-        if bad := [score for _, score in pairs if not 0 <= score < np.inf]:
+        if bad := [score for _, score in pairs if score < 0]:
             raise UserError(f"{where}: word_scores: got the score {bad[0]}, expected none below 0")
         scores = [score for word, score in pairs if word != NO_MISTAKES for _ in keywords.tokenize(word)]
         tokens = [token for word, _ in pairs if word != NO_MISTAKES for token in keywords.tokenize(word)]
@@ -286,6 +288,12 @@ class Rapidata(_Source):
             return None, "word_scores_without_weight"
         limit = self._threshold * (right[0] + max(scores))
         return [keywords.MISALIGNED if score > limit else keywords.ALIGNED for score in scores], None
+
+
+def _pair(word, score) -> tuple[str, float]:
+    if not isinstance(word, str) or type(score) not in (int, float):
+        raise TypeError(f"{[word, score]} in the place of a word and its score")
+    return word, float(score)
 
 
 class Captions(_Source):
@@ -378,9 +386,9 @@ class _TfdsTable:
         read = tfds.ReadConfig(interleave_cycle_length=1)  # in the files' order
         for number, example in enumerate(self._builder.as_dataset(split="train", decoders=self._decoders, read_config=read)):
             texts = np.atleast_1d(_part(example, self._caption).numpy()).tolist()
-            caption = pyarrow.scalar(texts[0].decode() if texts else "")
             where = f"{self._builder.info.full_name} example {number}"
-            yield where, _part(example, self._image).numpy(), {"prompt": caption}
+            caption = jsonl.decode(texts[0], f"captions: {where}") if texts else None
+            yield where, _part(example, self._image).numpy(), {"prompt": (caption, len(texts))}
 
 
 def _part(tree, name: str):

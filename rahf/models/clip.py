@@ -26,6 +26,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from rahf.models.layers import MASKED, Dense, LayerNorm, normalize_image, partitioned, to_patches
+from richhf_data import jsonl
 from richhf_data.errors import UserError
 
 Array = jax.Array
@@ -275,9 +276,15 @@ class Tokenizer:
 
     def num_ids(self, text: str) -> int:
         """The number of ids of a text with start and end id, without truncation."""
-        return len(self._tokenizer(text, truncation=False, verbose=False)["input_ids"])
+        return len(self._tokenizer(_text(text), truncation=False, verbose=False)["input_ids"])
 
     def __call__(self, texts: Sequence[str], length: int = 77) -> np.ndarray:
         """int32[B, length]: start id, pieces, end id, padding. A longer text loses its last pieces, never the end id."""
-        ids = self._tokenizer(list(texts), padding="max_length", truncation=True, max_length=length)["input_ids"]
+        ids = self._tokenizer(list(map(_text, texts)), padding="max_length", truncation=True, max_length=length)["input_ids"]
         return np.asarray(ids, np.int32)
+
+
+def _text(text) -> str:
+    if not jsonl.is_text(text):
+        raise UserError(f"prompt: got {text!r}, expected text")
+    return text

@@ -113,7 +113,7 @@ class ImageTable:
                 except UserError as error:
                     yield where, str(error)
 
-    def _parquet_rows(self, columns) -> Iterator[tuple[str, dict]]:
+    def _parquet_rows(self, columns) -> Iterator[tuple[str, dict | str]]:
         try:
             with pyarrow.parquet.ParquetFile(self.path) as file:
                 if missing := [name for name in self.columns if name not in file.schema_arrow.names]:
@@ -121,9 +121,14 @@ class ImageTable:
                     raise UserError(f"{self.name}: {self.path} has no column {', '.join(missing)}; it has {has}")
                 number = 0
                 for batch in file.iter_batches(_ROWS_AT_ONCE if "image" in columns else 2**14, columns=list(columns)):
-                    for row in batch.to_pylist():
+                    for place in range(batch.num_rows):
                         number += 1
-                        yield f"row {number}", row
+                        where = f"row {number}"
+                        try:
+                            (row,) = batch.slice(place, 1).to_pylist()
+                        except UnicodeDecodeError as error:
+                            row = f"{where}: got text that is not UTF-8 ({error}), expected UTF-8"
+                        yield where, row
         except (pyarrow.ArrowException, OSError) as error:
             raise parquet.unreadable(self.name, str(self.path), error) from error
 
