@@ -322,6 +322,8 @@ class Captions(_Source):
         tfds_data_dir: str | None = None,
         max_pixels: int = images.MAX_PIXELS,
     ):
+        if not jsonl.is_text(caption_prompt):
+            raise UserError(f"caption_prompt: got {caption_prompt!r}, expected text in UTF-8")
         if where.startswith("tfds:"):
             table = _TfdsTable(where.removeprefix("tfds:"), columns or {}, tfds_data_dir)
         else:

@@ -109,6 +109,14 @@ def test_label_mismatch_is_kept_and_counted(tmp_path):
     }
     written = {uid: labelled for uid, _, labelled in tasks.prompts(tmp_path / "data")["train"]}
     assert (written["u2"], written["u3"]) == ("a cat_0", "a_0 b_0 ..._0 1\u20442_0")
+    task = tasks.register(tmp_path / "data", image_size=8, heatmap_size=8)
+    examples = list(task.seqio_task.get_dataset(None, "train", shuffle=False).as_numpy_iterator())
+    targets = [tasks.postprocess("", example=one, is_target=True) for one in examples]
+    texts = [task.seqio_task.output_features["targets"].vocabulary.decode(one["targets"]) for one in examples]
+    ones = {"scores": np.zeros((4, 4)), "heatmaps": np.zeros((4, 8, 8, 2))}
+    (evaluate,) = task.seqio_task.metric_fns
+    found = evaluate(targets, texts, ones)  # of a decoder that writes its targets
+    assert found["keywords/micro/precision"] == found["keywords/micro/recall"] == 1
     example = {example["uid"]: example for example in _load(tmp_path / "data", "train")}[b"u1"]
     assert not example["labels_valid"]
     assert example["labelled_prompt"] == b""

@@ -60,6 +60,7 @@ def small_config(**changes):
 def test_prompt_reads_as_english_and_is_parsed_back(prompt, expected):
     assert prompts.text(prompts.ParsedPrompt(*prompt)) == expected
     assert WORDS.parse(expected.upper() + ".") == prompts.ParsedPrompt(*prompt)
+    assert WORDS.parse(expected.replace(" ", "\u00a0") + "\n") == prompts.ParsedPrompt(*prompt)
 
 
 def test_negatives_change_exactly_one_category():

@@ -8,6 +8,7 @@ Used by paper B's reward model.
 import dataclasses
 import functools
 import itertools
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -66,7 +67,8 @@ class Words:
         return found
 
     def parse(self, prompt_text: str) -> ParsedPrompt | None:
-        """The parts of a text; None for a text that these words do not make. Case and a final full stop are ignored."""
+        """The parts of a text; None for a text that these words do not make. Case, a final full stop, white space
+        and the forms of characters (NFKC) are ignored."""
         return self._by_text.get(_plain(prompt_text))
 
     def all(self) -> list[ParsedPrompt]:
@@ -129,4 +131,4 @@ def _plural(word: str) -> str:
 
 
 def _plain(prompt_text: str) -> str:
-    return " ".join(prompt_text.lower().split()).rstrip(".")
+    return " ".join(unicodedata.normalize("NFKC", prompt_text).lower().split()).rstrip(".")
