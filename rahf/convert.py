@@ -17,7 +17,7 @@ import shutil
 import numpy as np
 from absl import flags
 
-from rahf import export, predictor, pretrained
+from rahf import export, predictor, pretrained, weights
 from rahf.models.clip import TOKENIZER_FILES
 from rahf.models.rahf import RAHFConfig
 from rahf.pretrained import Pretrained
@@ -29,18 +29,20 @@ from richhf_data.errors import UserError
 FILES = ("config.json", "weights.safetensors", "predict.stablehlo", "vocabulary.model", *TOKENIZER_FILES)
 
 
-def convert(source: str, path, output, vocabulary=None) -> Pretrained:
+def convert(source: str, path, output, vocabulary=None, timeout: float = weights.TIMEOUT) -> Pretrained:
     """Reads weights and writes the folder `output`.
 
     Args:
       source: a key of `READERS`. path: the file or folder to read.
       vocabulary: T5's SentencePiece model, for `source="rahf-pytorch"`.
+      timeout: seconds that an address may take to answer, for `source="t5x"`.
 
     Raises:
       UserError: an input that is not of the format `source`; a RAHF without a vocabulary, or with too large a one; an output
         folder with a config.json of something else.
     """
-    converted, output = READERS[source](path), pathlib.Path(output)
+    options = {"timeout": timeout} if source == "t5x" else {}
+    converted, output = READERS[source](path, **options), pathlib.Path(output)
     config_file = output / "config.json"
     if output.absolute() == pathlib.Path(path).absolute() or (
         config_file.is_file() and "kind" not in json_files.read(config_file)
@@ -71,7 +73,7 @@ def convert(source: str, path, output, vocabulary=None) -> Pretrained:
 def main():
     """The command."""
     args = flags.FLAGS
-    converted = convert(args.source, args.input, args.output, args.vocabulary)
+    converted = convert(args.source, args.input, args.output, args.vocabulary, args.timeout)
     parameters = sum(int(np.prod(tensor.shape)) for tensor in converted.tensors.values())
     print(f"{args.output}: {converted.kind}, {parameters:,} parameters\n{json.dumps(converted.config, indent=2)}")
 
@@ -81,5 +83,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("input", None, "A file, a folder, or a gs:// address of a T5X checkpoint.")
     flags.DEFINE_string("output", None, "The folder to write.")
     flags.DEFINE_string("vocabulary", None, "rahf-pytorch: T5's SentencePiece model, or a tokenizer folder that has it.")
+    flags.DEFINE_float("timeout", weights.TIMEOUT, "t5x: seconds that a gs:// address may take to answer.", 1, 1e6)
     flags.mark_flags_as_required(["source", "input", "output"])
     command.run(main)

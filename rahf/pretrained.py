@@ -73,7 +73,8 @@ def matched(
       what: names the source in errors.
 
     Raises:
-      UserError: missing, extra or wrongly shaped tensors; names the first ones with both shapes.
+      UserError: missing, extra or wrongly shaped tensors, or of a type that no weights have; names the first ones with both
+        shapes.
     """
     problems, out, used = [], {}, set()
     for name, leaf in ours.items():
@@ -84,10 +85,13 @@ def matched(
             continue
         try:
             got = layout(np.broadcast_to(np.float32(0), tensor.shape)).shape
-        except (ValueError, IndexError):
+        except (ValueError, IndexError, TypeError):
             got = None
         if got != shape:
             problems.append(f"{name} {shape}: the tensor {their_name} has shape {tensor.shape}")
+        elif tensor.dtype not in weights.FLOATS:
+            expected = ", ".join(weights.FLOATS)
+            problems.append(f"{name} {shape}: the tensor {their_name} holds {tensor.dtype}, expected one of {expected}")
         out[name] = Tensor(shape, lambda tensor=tensor, layout=layout: layout(tensor.read()))
     for name in theirs.keys() - used:
         if not re.fullmatch(unused, name):

@@ -36,13 +36,18 @@ def vit_npz(path) -> Pretrained:
 
     A file without position embeddings belongs to a ViT with fixed ones (`posemb="sincos2d"`); they are made for 224 px.
     """
+    what = f"ViT {path}"
     theirs = {name.removeprefix("params/"): tensor for name, tensor in weights.open_npz(path).items()}
+    if any(name.startswith("img/") for name in theirs):
+        raise UserError(
+            f"{what}: holds the two towers of a big_vision model for images and texts, SigLIP say (params/img/...), which "
+            "is not supported; expected a ViT alone (params/embedding/...)"
+        )
     theirs = weights.unstacked(theirs, "Transformer/encoderblock", 0)
     theirs = {names.big_vision_name(name): tensor for name, tensor in theirs.items()}
-    what = f"ViT {path}"
     query = "Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query/kernel"
     mlp = "Transformer/encoderblock_0/MlpBlock_0/Dense_0/kernel"
-    _require(theirs, ("embedding/kernel", query, mlp), what)
+    _require_axes(theirs, {"embedding/kernel": 4, query: 3, mlp: 2}, what)
     patch_size, width = theirs["embedding/kernel"].shape[0], theirs["embedding/kernel"].shape[-1]
     config = ViTConfig(
         patch_size=patch_size,
@@ -55,6 +60,7 @@ def vit_npz(path) -> Pretrained:
     if "pos_embedding" not in theirs:
         fixed = sincos_positions(SINCOS_SIZE // patch_size, width)
         theirs["pos_embedding"] = Tensor(fixed.shape, lambda: fixed)
+    _require_axes(theirs, {"pos_embedding": 3}, what)
     length = theirs["pos_embedding"].shape[1]
     if config.class_token and round(length**0.5) ** 2 == length:
         # big_vision adds positions to the patches only, then prepends the class token.
@@ -89,7 +95,7 @@ def vit_hugging_face(path) -> Pretrained:
     theirs = {names.hugging_face_vit_name(name): tensor for name, tensor in weights.open_hugging_face(path).items()}
     config = vit_config_from_hugging_face(_hugging_face_config(path, "vit"))
     what = f"ViT {path}"
-    _require(theirs, ("embeddings.position_embeddings",), what)
+    _require_axes(theirs, {"embeddings.position_embeddings": 3}, what)
     ours = _vit_shapes(config, theirs["embeddings.position_embeddings"].shape[1], what)
     table = names.vit_from_hugging_face(config)
     return _vit(config, matched(theirs, table, ours, r"(classifier|pooler|decoder)\..*|embeddings\.mask_token", what))
@@ -113,9 +119,13 @@ def vit_config_from_hugging_face(config: Mapping) -> ViTConfig:
 
 
 # ---- T5 -------------------------------------------------------------------------------------------------------------
-def t5_t5x(path) -> Pretrained:
-    """A T5 from a T5X checkpoint of `examples/t5` or `examples/scalable_t5` (UMT5), with separate or scanned layers."""
-    theirs, what = weights.open_t5x(path), f"T5 {path}"
+def t5_t5x(path, timeout: float = weights.TIMEOUT) -> Pretrained:
+    """A T5 from a T5X checkpoint of `examples/t5` or `examples/scalable_t5` (UMT5), with separate or scanned layers.
+
+    Args:
+      timeout: seconds that an address may take to answer.
+    """
+    theirs, what = weights.open_t5x(path, timeout), f"T5 {path}"
     tables = {}
     for stack in ("encoder", "decoder"):
         for scanned in (f"{stack}/{stack}", f"{stack}/layers"):
@@ -131,7 +141,7 @@ def t5_t5x(path) -> Pretrained:
     gated = wi in theirs
     wi = wi if gated else "encoder/layers_0/mlp/wi/kernel"
     query, bias = "encoder/layers_0/attention/query/kernel", "encoder/relpos_bias/rel_embedding"
-    _require(theirs, (embedding, wi, query, bias), what)
+    _require_axes(theirs, {embedding: 2, wi: 2, query: 2, bias: 2}, what)
     num_heads, num_buckets = theirs[bias].shape[-2:]
     config = T5Config(
         vocab_size=theirs[embedding].shape[0],
@@ -156,7 +166,9 @@ def _tables_of_layers(theirs: Tensors, stack: str) -> tuple[np.ndarray | None, T
     found = {int(match[1]): name for name in theirs if (match := re.fullmatch(pattern, name))}
     if not found:
         return None, theirs
-    table = np.stack([np.asarray(theirs[found[i]].read(), np.float32) for i in sorted(found)])
+    if len(shapes := {theirs[name].shape for name in found.values()}) > 1:
+        raise UserError(f"T5: {stack} has relative position tables of shapes {sorted(shapes)}, expected one for all layers")
+    table = np.stack([theirs[found[i]].read() for i in sorted(found)])
     return table, {name: tensor for name, tensor in theirs.items() if name not in found.values()}
 
 
@@ -367,6 +379,14 @@ def _release_config(theirs: Tensors, num_heads: int | None, what: str) -> RAHFCo
 def _require(theirs: Mapping, needed: Iterable[str], what: str) -> None:
     if missing := [name for name in needed if name not in theirs]:
         raise UserError(f"{what}: lacks {missing}, has {sorted(theirs)[: pretrained.MAX_NAMED]} ...; is it another format?")
+
+
+def _require_axes(theirs: Tensors, needed: Mapping[str, int], what: str) -> None:
+    """needed: name of a tensor -> how many axes it has at least."""
+    _require(theirs, needed, what)
+    for name, axes in needed.items():
+        if len(shape := theirs[name].shape) < axes:
+            raise UserError(f"{what}: the tensor {name} has shape {shape}, expected at least {axes} axes")
 
 
 def _count(theirs: Tensors, pattern: str) -> int:

@@ -1,18 +1,18 @@
 """Reads named tensors from files of several formats and writes safetensors files, one tensor at a time.
 
 Reading runs no code from a file: npz without pickles, safetensors, torch files with `weights_only`, T5X's tensorstore
-layout. `open_*` read names and shapes only and `Tensor.read` loads one tensor, so a conversion needs as much memory as the
-largest tensor.
+layout. `open_*` read names, shapes and types only and `Tensor.read` loads one tensor, so a conversion needs as much memory
+as the largest tensor. What a file says of its sizes is compared with what it holds before anything is allocated.
 """
 
 import contextlib
 import dataclasses
 import functools
 import json
+import math
 import pathlib
-import pickle
+import re
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 
 import flax.traverse_util
@@ -24,16 +24,29 @@ from rahf import checkpoints
 from richhf_data import json_files, paths
 from richhf_data.errors import UserError
 
+FLOATS = ("float16", "bfloat16", "float32", "float64")
 NPY_HEADERS = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
-INDEX = ".index.json"
+DEFLATE = 1032  # the most bytes that zip's compression makes of one
+INDEX = re.compile(r"\.index(\.fp16)?\.json$")
+EXPECTED = "one *.safetensors or *.bin, or an index of several (*.index.json, *.index.fp16.json)"
+TIMEOUT = 60  # seconds
+SMALL = 2**20  # numbers; a chunk may be larger than a small array
+SPEED = 2**20  # bytes a second; an address that sends less counts as one that does not answer
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor of a file: its shape, and `read()`, which loads it as an np.ndarray in the file's dtype."""
+    """A tensor of a file.
+
+    Attributes:
+      read: loads it as a float32 np.ndarray. For other people's files it raises UserError, with the tensor's name, where
+        they hold no weights: numbers that are not finite, or of another type than `FLOATS`.
+      dtype: its type in the file.
+    """
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
+    dtype: str = "float32"
 
 
 Tensors = dict[str, Tensor]
@@ -44,6 +57,28 @@ def unreadable(path, error) -> UserError:
     return UserError(f"weights: {path} cannot be read, it is damaged or of another format ({error}); fetch it again")
 
 
+def _tensor(path, name: str, shape: tuple[int, ...], dtype: str, read: Callable[[], np.ndarray]) -> Tensor:
+    """A tensor of the file `path`; `read` loads it in the file's type."""
+    what = f"weights: {path}: the tensor {name}"
+    if 0 in shape:
+        raise UserError(f"{what} is empty, its shape is {tuple(shape)}; expected weights, save or fetch it again")
+    return Tensor(tuple(shape), functools.partial(_read_weights, what, dtype, read), dtype)
+
+
+def _read_weights(what, dtype, read) -> np.ndarray:
+    if dtype not in FLOATS:
+        raise UserError(f"{what} holds {dtype}, expected weights of {', '.join(FLOATS)}")
+    with np.errstate(over="ignore"):
+        array = np.asarray(read(), np.float32)
+    if not np.isfinite([array.min(), array.max()]).all():  # NaN is the least and the greatest
+        count = array.size - np.count_nonzero(np.isfinite(array))
+        raise UserError(
+            f"{what} holds {count} numbers of {array.size} that are not finite in float32 (NaN or infinity), expected only "
+            "finite ones; take another file"
+        )
+    return array
+
+
 def open_npz(path) -> Tensors:
     """The arrays of an .npz file.
 
@@ -52,31 +87,49 @@ def open_npz(path) -> Tensors:
     """
     path, tensors = _existing(path), {}
     with _damage_named(path), zipfile.ZipFile(path) as archive:
-        for member in archive.namelist():
-            with archive.open(member) as file:
+        members = archive.infolist()
+        if sum(member.compress_size for member in members) > path.stat().st_size:
+            raise unreadable(path, "its members are larger than the file")
+        for member in members:
+            where = f"{path}, {member.filename}"
+            with _damage_named(where), archive.open(member) as file:
                 version = np.lib.format.read_magic(file)
                 shape, _, dtype = NPY_HEADERS[version[0]](file)
+                start = file.tell()
             if dtype.hasobject:
-                raise UserError(f"weights: {path} has the pickled object {member}, expected plain arrays")
-            tensors[member.removesuffix(".npy")] = Tensor(shape, functools.partial(_read_npz, path, member))
+                raise UserError(f"weights: {path} has the pickled object {member.filename}, expected plain arrays")
+            # zipfile compares the checksum when the last byte is read.
+            size = start + math.prod(shape) * dtype.itemsize
+            if member.file_size != size or size > start + DEFLATE * member.compress_size:
+                raise unreadable(where, f"its header says {dtype}{list(shape)}, its size another")
+            kind = "bfloat16" if dtype == "V2" else dtype.name  # npz cannot name bfloat16
+            name, read = member.filename.removesuffix(".npy"), functools.partial(_read_npz, path, member.filename)
+            tensors[name] = _tensor(path, name, shape, kind, read)
     return tensors
 
 
 def _read_npz(path, member) -> np.ndarray:
-    with _damage_named(path), zipfile.ZipFile(path) as archive, archive.open(member) as file:
+    with _damage_named(f"{path}, {member}"), zipfile.ZipFile(path) as archive, archive.open(member) as file:
         array = np.lib.format.read_array(file, allow_pickle=False)
-    return array.view(ml_dtypes.bfloat16) if array.dtype == "V2" else array  # npz cannot name bfloat16
+    return array.view(ml_dtypes.bfloat16) if array.dtype == "V2" else array
 
 
 @contextlib.contextmanager
 def _damage_named(path):
-    """Turns every exception that a damaged npz file can cause into a UserError with its path."""
+    """Turns whatever a reader of other people's files raises into a UserError with the path."""
     try:
         yield
     except UserError:
         raise
-    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, OSError, ValueError) as error:
-        raise unreadable(path, error) from error
+    except Exception as error:  # damage reaches every part of a reader
+        raise unreadable(path, _reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of an error, without what TensorStore and torch append to it."""
+    text = str(error).removeprefix("Weights only load failed.").partition("WeightsUnpickler error:")
+    text = re.split(r"\. | \[source|\n", (text[2] or text[0]).strip(), maxsplit=1)[0][:300]
+    return text if " " in text else f"{type(error).__name__} {text}".strip()
 
 
 def open_hugging_face(path) -> Tensors:
@@ -87,11 +140,11 @@ def open_hugging_face(path) -> Tensors:
     """
     path = pathlib.Path(path)
     path = _weights_file(path) if path.is_dir() else path
-    if not path.name.endswith(INDEX):
+    if not INDEX.search(path.name):
         return _open_file(path)
     parts = json_files.read(_existing(path)).get("weight_map")
-    if not isinstance(parts, dict):
-        raise UserError(f"weights: {path} has no weight_map, expected an index as Hugging Face writes it")
+    if not isinstance(parts, dict) or not all(isinstance(part, str) for part in parts.values()):
+        raise UserError(f"weights: {path} has no weight_map, expected an index of files as Hugging Face writes it")
     tensors = {}
     # Some indexes name tensors that no part has: `pretrained.matched` finds those that are needed.
     for part in dict.fromkeys(parts.values()):
@@ -103,17 +156,24 @@ def open_hugging_face(path) -> Tensors:
 
 def _weights_file(folder: pathlib.Path) -> pathlib.Path:
     """The weights file of a Hugging Face folder: one with a usual name, or the only one with its ending."""
-    for ending in (f".safetensors{INDEX}", ".safetensors", f".bin{INDEX}", ".bin"):
-        for usual in ("model", "pytorch_model"):
-            if (folder / f"{usual}{ending}").is_file():
-                return folder / f"{usual}{ending}"
-        found = sorted(folder.glob(f"*{ending}"))
-        if len(found) == 1:
-            return found[0]
-        if found:
-            break
-    names = [file.name for file in found]
-    raise UserError(f"weights: {folder} has the files {names}, expected one *.safetensors or *.bin, or an index")
+    for kind in (".safetensors", ".bin"):
+        for ending in (f"{kind}.index.json", f"{kind}.index.fp16.json", kind):
+            for usual in ("model", "pytorch_model"):
+                if (folder / f"{usual}{ending}").is_file():
+                    return folder / f"{usual}{ending}"
+            found = sorted(folder.glob(f"*{ending}"))
+            if len(found) == 1:
+                return found[0]
+            if found:
+                raise no_weights(folder, EXPECTED)
+    raise no_weights(folder, EXPECTED)
+
+
+def no_weights(folder: pathlib.Path, expected: str) -> UserError:
+    """The error for a folder whose files are not the weights that are expected."""
+    names = sorted(file.name for file in folder.glob("*") if file.is_file() and file.name != "config.json")
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return UserError(f"weights: {folder} has the files {names[:8]}{more}, expected {expected}; no other is supported")
 
 
 def _open_file(path) -> Tensors:
@@ -126,15 +186,15 @@ def open_safetensors(path) -> Tensors:
     Raises:
       UserError: no such file, or a truncated one.
     """
-    path = _existing(path)
-    try:
+    path, tensors = _existing(path), {}
+    with _damage_named(path):
         file = safetensors.safe_open(path, framework="np")
-    except safetensors.SafetensorError as error:
-        raise unreadable(path, error) from error
-    return {
-        name: Tensor(tuple(file.get_slice(name).get_shape()), lambda name=name: file.get_tensor(name))
-        for name in file.keys()  # noqa: SIM118  (a safetensors file is not a mapping)
-    }
+        for name in file.keys():  # noqa: SIM118  (a safetensors file is not a mapping)
+            part = file.get_slice(name)
+            dtype = part.get_dtype()
+            dtype = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}.get(dtype, dtype)
+            tensors[name] = _tensor(path, name, part.get_shape(), dtype, functools.partial(file.get_tensor, name))
+    return tensors
 
 
 def open_torch(path) -> Tensors:
@@ -144,72 +204,139 @@ def open_torch(path) -> Tensors:
       UserError: no such file, torch is not installed, a damaged file, or one that holds more than plain tensors.
     """
     path = _existing(path)
+    with path.open("rb") as file:
+        start = file.read(16)
+    if not start.startswith((b"PK", b"\x80")):
+        raise unreadable(path, f"it begins with {start!r}, no torch file does")
+    if zipped := zipfile.is_zipfile(path):
+        _check_sums(path)
     try:
         import torch
     except ImportError as error:
         raise UserError(f"weights: {path} needs torch to be read; pip install 'rahf[parity]'") from error
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"weights: {path} is a pickle with more than plain tensors; it could run code when loaded and is refused. "
-            "Save its state_dict alone, or as safetensors"
-        ) from error
-    except (RuntimeError, EOFError) as error:
-        raise unreadable(path, str(error).partition(".")[0]) from error
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # damage reaches every part of a reader
+        if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise UserError(
+                f"weights: {path} is a pickle with more than plain tensors ({code[1]}); it could run code when loaded and "
+                "is refused. Save its state_dict alone, or as safetensors"
+            ) from error
+        raise unreadable(path, _reason(error)) from error
     for key in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
     if not isinstance(state, Mapping):
         raise UserError(f"weights: {path} holds a {type(state).__name__}, expected a state_dict of tensors")
-    other = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
+    other = [name for name, value in state.items() if not isinstance(name, str) or not isinstance(value, torch.Tensor)]
     if other:
-        raise UserError(f"weights: {path} has entries that are no tensors: {other[:5]}; expected a state_dict")
-
-    def read(tensor):
-        tensor = tensor.detach()
-        return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-    return {name: Tensor(tuple(tensor.shape), functools.partial(read, tensor)) for name, tensor in state.items()}
+        raise UserError(f"weights: {path} has entries that are no tensors with a name: {other[:5]}; expected a state_dict")
+    return {name: _torch_tensor(path, name, tensor.detach()) for name, tensor in state.items()}
 
 
-def open_t5x(path) -> Tensors:
+def _check_sums(path) -> None:
+    """Compares the checksums of a torch file in zip format, which torch does not."""
+    with _damage_named(path), zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if sum(member.file_size for member in members) > path.stat().st_size:
+            raise unreadable(path, "its members are larger than the file")
+        # torch writes zeros where it was told to compute none.
+        if any(member.CRC for member in members) and (wrong := archive.testzip()):
+            raise unreadable(path, f"the checksum of {wrong} is another")
+
+
+def _torch_tensor(path, name, tensor) -> Tensor:
+    kind = str(tensor.layout).removeprefix("torch.")
+    for is_one, other in ((tensor.is_nested, "nested"), (tensor.is_quantized, "quantized"), (tensor.is_meta, "meta")):
+        kind = other if is_one else kind
+    if kind != "strided":
+        raise UserError(f"weights: {path}: the tensor {name} is {kind}, expected a plain one; save it as such")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise UserError(f"weights: {path}: the tensor {name} has shape {tuple(tensor.shape)}, more than the file holds")
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return _tensor(path, name, tuple(tensor.shape), dtype, lambda: tensor.resolve_neg().float().numpy())
+
+
+def open_t5x(path, timeout: float = TIMEOUT) -> Tensors:
     """The parameters of a T5X checkpoint, local or gs://, with names joined by "/". The optimiser's state is not read.
 
+    Args:
+      timeout: seconds that an address may take to answer.
+
     Raises:
-      UserError: the folder holds no T5X checkpoint, or lacks an array that its index names.
+      UserError: the folder holds no T5X checkpoint, or lacks a part of an array that its index names; no answer.
     """
     import flax.serialization
     import tensorstore
 
     folder = str(path).rstrip("/")
     url = folder if "://" in folder else pathlib.Path(folder).absolute().as_uri()
-    store = tensorstore.KvStore.open(url + "/").result()
-    index = store.read("checkpoint").result()
+    retries = {"max_retries": 6, "initial_delay": "1s", "max_delay": "8s"}  # TensorStore's own take hours
+    context = tensorstore.Context({f"{protocol}_request_retries": retries for protocol in ("gcs", "http", "s3")})
+    answer = functools.partial(_answer, timeout=timeout, remote="://" in folder)
+    with _damage_named(folder):
+        store = answer(tensorstore.KvStore.open(url + "/", context=context), folder)
+    index = answer(store.read("checkpoint"), folder)
     if index.state != "value":
         raise UserError(f"weights: {folder} has no file `checkpoint`, expected a T5X folder such as checkpoint_1000000")
-    try:
+    with _damage_named(f"{folder}/checkpoint"):
         tree = flax.serialization.msgpack_restore(index.value)
         target = flax.traverse_util.flatten_dict(tree["optimizer"]["target"], is_leaf=_is_t5x_leaf, sep="/")
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise unreadable(folder, error) from error
-    tensors = {}
+    arrays, tensors = {}, {}
+    for name, leaf in target.items():
+        if not isinstance(leaf, np.ndarray):
+            arrays[name] = f"target.{name.replace('/', '.')}"
+            part = store / f"{arrays[name]}/"
+            # By default, a chunk that is missing after an interrupted download reads as zeros.
+            spec = {"driver": "zarr", "kvstore": part.spec().to_json(), "fill_missing_data_reads": False}
+            tensors[name] = part.list(), tensorstore.open(spec, context=context)  # all at once
     for name, leaf in target.items():
         if isinstance(leaf, np.ndarray):  # the index holds small arrays itself
-            tensors[name] = Tensor(leaf.shape, lambda leaf=leaf: leaf)
+            tensors[name] = _tensor(f"{folder}/checkpoint", name, leaf.shape, leaf.dtype.name, lambda leaf=leaf: leaf)
             continue
-        array = f"target.{name.replace('/', '.')}"
-        header = store.read(f"{array}/.zarray").result()
-        if header.state != "value":
-            raise UserError(f"weights: {folder} lacks the array {array}, which its index names; fetch it again")
-        # By default, a chunk that is missing after an interrupted download reads as zeros.
-        spec = {"driver": "zarr", "kvstore": f"{url}/{array}/", "fill_missing_data_reads": False}
-        try:
-            shape = tuple(json.loads(header.value)["shape"])
-        except (ValueError, KeyError) as error:
-            raise unreadable(f"{folder}/{array}/.zarray", error) from error
-        tensors[name] = Tensor(shape, lambda spec=spec: tensorstore.open(spec).result().read().result())
-    return tensors
+        files, array = tensors[name]
+        if b".zarray" not in (files := answer(files, folder)):
+            raise UserError(f"weights: {folder} lacks the array {arrays[name]}, which its index names; fetch it again")
+        where = f"{folder}/{arrays[name]}"
+        array = answer(array, f"{where}/.zarray")
+        size = _check_zarr(array, len(files) - 1, where)
+        read = functools.partial(lambda array, *rest: answer(array.read(), *rest), array, where, size)
+        tensors[name] = _tensor(folder, arrays[name], array.shape, array.dtype.name, read)
+    return {name: tensors[name] for name in target}
+
+
+def _answer(future, what, size=0, *, timeout, remote):
+    """What a TensorStore's future gives. size: in bytes, of the answer."""
+    seconds = timeout + size / SPEED
+    try:
+        return future.result(timeout=seconds)
+    except TimeoutError as error:
+        raise UserError(
+            f"weights: {what} did not answer within {seconds:.0f} seconds; check the network and the credentials, or allow "
+            "more with --timeout=SECONDS"
+        ) from error
+    except Exception as error:
+        if not remote:
+            raise unreadable(what, _reason(error)) from error
+        raise UserError(
+            f"weights: {what} cannot be read ({_reason(error)}); check the address, the network and the credentials"
+        ) from error
+
+
+def _check_zarr(array, files: int, where) -> int:
+    """The size of an array in bytes; refuses one that claims more than its files can hold. files: how many chunks it has.
+
+    TensorStore ends the process where it cannot allocate what an array claims.
+    """
+    shape, chunk = array.shape, array.chunk_layout.read_chunk.shape
+    wanted = math.prod(-(-length // step) for length, step in zip(shape, chunk, strict=True))
+    claims = f"its .zarray says shape {list(shape)} in chunks of {list(chunk)}"
+    if files < wanted or math.prod(chunk) > max(math.prod(shape), SMALL):
+        raise unreadable(where, f"{claims}, it has {files} files")
+    try:
+        return np.empty((2, *shape), array.dtype.numpy_dtype).nbytes // 2  # room for the array and for its chunks
+    except (MemoryError, ValueError) as error:
+        raise unreadable(where, f"{claims}, which no memory holds") from error
 
 
 def _is_t5x_leaf(path, value) -> bool:
@@ -233,7 +360,10 @@ def open_orbax(folder) -> Tensors:
         args = ocp.args.PyTreeRestore(item=item, restore_args=kinds, partial_restore=True)
         return flax.traverse_util.flatten_dict(checkpointer.restore(folder, args=args), sep="/")[name]
 
-    return {name: Tensor(tuple(leaf.shape), functools.partial(read, name)) for name, leaf in tree.items()}
+    return {
+        name: _tensor(folder, name, leaf.shape, np.dtype(leaf.dtype).name, functools.partial(read, name))
+        for name, leaf in tree.items()
+    }
 
 
 def unstacked(theirs: Tensors, prefix: str, axis: int, layers: str = "") -> Tensors:
@@ -256,10 +386,12 @@ def unstacked(theirs: Tensors, prefix: str, axis: int, layers: str = "") -> Tens
         if not name.startswith(prefix + "/"):
             out[name] = tensor
             continue
+        if len(tensor.shape) <= axis:
+            raise UserError(f"weights: the tensor {name} has shape {tensor.shape}, expected the layers on axis {axis}")
         shape = tensor.shape[:axis] + tensor.shape[axis + 1 :]
         for i in range(tensor.shape[axis]):
             one = f"{layers or prefix}_{i}/{name.removeprefix(prefix + '/')}"
-            out[one] = Tensor(shape, lambda read=tensor.read, i=i: layer(read, i))
+            out[one] = Tensor(shape, lambda read=tensor.read, i=i: layer(read, i), tensor.dtype)
     return out
 
 

@@ -38,8 +38,14 @@ from richhf_data.errors import UserError
 INDEX = "model_index.json"
 FORMAT = "0.42.1"  # the version of diffusers whose format we write
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
-WEIGHTS = [f"{name}{end}" for name in ("diffusion_pytorch_model", "model") for end in (".safetensors", ".fp16.safetensors")]
-WEIGHTS += ["diffusion_pytorch_model.bin", "pytorch_model.bin"]  # in order of preference
+KINDS = [(name, "safetensors") for name in ("diffusion_pytorch_model", "model")]
+KINDS += [(name, "bin") for name in ("diffusion_pytorch_model", "pytorch_model")]
+WEIGHTS = [  # in order of preference
+    file
+    for name, ending in KINDS
+    for variant in ("", ".fp16")
+    for file in (f"{name}{variant}.{ending}", f"{name}.{ending}.index{variant}.json")
+]
 VOCABULARY = (*TOKENIZER_FILES, "special_tokens_map.json", "tokenizer_config.json", "added_tokens.json")
 
 
@@ -286,7 +292,8 @@ def _shapes(config: Config) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
 def _open_part(folder: pathlib.Path, part: str) -> Tensors:
     found = [folder / part / name for name in WEIGHTS if (folder / part / name).is_file()]
     if not found:
-        raise UserError(f"model: {folder / part} has no weights, expected one of {WEIGHTS}; fetch the folder again")
+        expected = ", ".join(f"{name}.{ending}" for name, ending in KINDS)
+        raise weights.no_weights(folder / part, f"{expected}, or one of these as *.fp16.* or as an index of its parts")
 
     def current(theirs):  # their name in current versions
         if part == "vae":
