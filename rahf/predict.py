@@ -89,7 +89,8 @@ def write(output, items: Iterable[dict], count: int, tables: Sequence[Sequence[S
 def predict_items(model: predictor.Model, examples: Iterable[dict], batch_size: int) -> Iterator[dict]:
     """Items of rahf/report.py from examples: dictionaries of `image` (RGB, any size), `prompt`, `name`, maybe `truth`."""
     shown, prepared = itertools.tee(examples)
-    rows = model.predict_rows((model.prepare(example["image"], example["prompt"]) for example in prepared), batch_size)
+    inputs = (model.prepare(item["image"], item["prompt"]) | {"name": item["name"]} for item in prepared)
+    rows = model.predict_rows(inputs, batch_size)
     for example, row in zip(shown, rows, strict=True):
         yield example | {
             "scores": dict(zip(schema.SCORES, row["scores"].tolist(), strict=True)),

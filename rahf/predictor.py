@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import flax.traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 from flax import linen as nn
@@ -87,19 +88,32 @@ class Predictor:
           examples: each a dictionary of `image` uint8[H, W, 3] at the model's size and `text_ids` int32[R, L]. On several
             hosts each is given the same rows.
 
+            `name`, where there is one, names a row in errors.
+
         Yields:
           One dictionary a row: scores float32[4] and heatmaps float32[h, w, 2], both in [0, 1], keyword_ids int32[T] and the
           labelled_prompt that they spell.
+
+        Raises:
+          UserError: a prediction that is not finite.
         """
         examples, size = iter(examples), self.batch_size(batch_size)
-        local = partitioning.local_rows(self._rows, size)
+        local, done = partitioning.local_rows(self._rows, size), 0
         while part := list(itertools.islice(examples, batch_size)):
             inputs = (schema.pad_rows(np.stack([row[name] for row in part]), size)[local] for name in ("image", "text_ids"))
             placed = partitioning.shard_batch(dict(zip(("image", "text_ids"), inputs, strict=True)), self._rows)
             outputs = self._forward(params, placed["image"], placed["text_ids"])
-            for scores, heatmaps, ids in zip(*(np.asarray(array)[: len(part)] for array in outputs), strict=True):
+            outputs = (np.asarray(array)[: len(part)] for array in outputs)
+            for number, (row, scores, heatmaps, ids) in enumerate(zip(part, *outputs, strict=True), done):
+                if not np.isfinite(scores).all() or not np.isfinite(heatmaps).all():
+                    name = row.get("name", f"row {number}")
+                    raise UserError(
+                        f"prediction: got scores or heatmaps that are not finite for {name}; the weights are damaged, or "
+                        "too large for model.dtype: train or convert them again"
+                    )
                 spelt = self.vocabulary.decode(ids)
                 yield {"scores": scores, "heatmaps": heatmaps, "keyword_ids": ids, "labelled_prompt": spelt}
+            done += len(part)
 
 
 class Model:
@@ -138,11 +152,13 @@ class Model:
         """Feedback for B RGB images, uint8[H, W, 3] of any sizes, and their B prompts.
 
         Raises:
-          UserError: different numbers of images and prompts; an image or a prompt that `prepare` refuses.
+          UserError: different numbers of images and prompts; an image or a prompt that `prepare` refuses; a prediction that
+            is not finite.
         """
         if len(images) != len(prompts):
             raise UserError(f"prompts: got {len(prompts)} for {len(images)} images, expected one each")
-        inputs = (self.prepare(image, prompt) for image, prompt in zip(images, prompts, strict=True))
+        pairs = enumerate(zip(images, prompts, strict=True))
+        inputs = (self.prepare(image, prompt) | {"name": f"images[{i}]"} for i, (image, prompt) in pairs)
         return _feedback(list(self.predict_rows(inputs, min(batch_size, len(images)))), prompts, self.vocabulary.written)
 
     def predict_rows(self, examples: Iterable[dict], batch_size: int) -> Iterator[dict]:
@@ -174,7 +190,7 @@ def load(workdir, config=None) -> Model:
       config: the workdir's by default.
 
     Raises:
-      UserError: the folder holds no run, or no checkpoint, or one of another architecture.
+      UserError: the folder holds no run, or no checkpoint, or one of another architecture, or weights that are not finite.
     """
     workdir = paths.absolute(workdir)
     config = workdirs.read_config(workdir) if config is None else config
@@ -183,7 +199,19 @@ def load(workdir, config=None) -> Model:
         if "://" in str(workdir):
             raise UserError(f"workdir: {workdir} holds weights of rahf.convert, expected them on a disk; copy the folder")
         return Model(predictor, _read_params(file, predictor.params))
-    return Model(predictor, checkpoints.restore_params(workdir, predictor.params))
+    params = checkpoints.restore_params(workdir, predictor.params)
+    for name, array in flax.traverse_util.flatten_dict(params, sep="/").items():
+        if count := int(_not_finite(array)):
+            raise UserError(
+                f"workdir: {workdir}: the parameter {name} holds {count} numbers that are not finite (NaN or infinity); "
+                "train again in another --workdir"
+            )
+    return Model(predictor, params)
+
+
+@jax.jit  # as in checkpoints.py, one small program for each shape
+def _not_finite(array):
+    return jnp.sum(~jnp.isfinite(array), dtype=jnp.int32)
 
 
 def _read_params(file, targets):

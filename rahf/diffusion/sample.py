@@ -39,6 +39,8 @@ from richhf_data.errors import UserError
 
 Array = jax.Array
 INITIAL, IMAGE, MASKED, STEPS = range(4)  # uses of noise
+MAX_GUIDANCE = 1000  # far beyond what gives pictures
+SEEDS = 2**32  # JAX takes others modulo this
 
 
 def noise(keys: Array, purpose: int, shape: tuple[int, ...]) -> Array:
@@ -164,7 +166,8 @@ def _generate(config, params, rows, seed, steps, scale, *, grid, partial, on_ste
     negative = None if negative_ids is None else apply("text_encoder", negative_ids, method="text_tokens")
     predict_noise = guided(unet, context, negative, scale)
     latents = denoise(predict_noise, schedule, steps, latents, keys, blend, on_step)
-    images = jnp.clip(apply("vae", latents, method="decode_latents"), -1, 1)
+    images = apply("vae", latents, method="decode_latents")
+    images = jnp.where(jnp.isfinite(images), jnp.clip(images, -1, 1), jnp.nan)
     return nn.with_logical_constraint(images, (None,) * 4)  # replicated over the mesh
 
 
@@ -199,7 +202,7 @@ def generate(
     Args:
       seed, first: row b is image number `first` + b of the seed.
       steps: the number of steps from pure noise to an image. sampler: one of `schedule.SAMPLERS`.
-      guidance_scale: 1 or less = no guidance; the negative prompt is ignored.
+      guidance_scale: 0 to `MAX_GUIDANCE`; 1 or less = no guidance, and the negative prompt is ignored.
       height, width: in pixels, if there is no image; by default the size of the UNet's training images.
       image: uint8[H, W, 3], or float in [-1, 1], or B of them: the image to start from or to inpaint.
       mask: bool[H, W], or B of them: True = inpaint here. An inpainting model reads the image outside of the mask; for any
@@ -215,8 +218,10 @@ def generate(
       float32[B, H, W, 3] in [-1, 1].
 
     Raises:
-      UserError: a size that the VAE's factor does not divide, a prompt that is too long, inputs that contradict each other.
+      UserError: a size that the VAE's factor does not divide, a prompt that is too long, inputs that contradict each other,
+        an image that is not finite.
     """
+    check_numbers(seed, guidance_scale)
     config, count = model.config, len(prompts)
     if not count:
         raise UserError("prompts: got none, expected one or more")
@@ -236,6 +241,8 @@ def generate(
             raise UserError(f"image: got {image.shape[1:3]} pixels for height {height} and width {width}; leave these out")
         height, width = image.shape[1:3]
     grid = config.vae.grid(height, width)
+    if height * width > (most := images.MAX_PIXELS):
+        raise UserError(f"image: got {height} by {width} pixels (height by width), expected at most {most:,} in all")
     if mask is not None:
         mask = np.asarray(mask)
         if mask.dtype != bool or mask.shape[-2:] != (height, width) or mask.shape[:-2] not in ((), (1,), (count,)):
@@ -254,15 +261,29 @@ def generate(
     }
     inputs = rows, seed_data(seed), steps, np.float32(guidance_scale)
     options = {"grid": grid, "partial": image is not None and (mask is None or strength < 1), "on_step": on_step}
-    if mesh is None:
-        return np.asarray(_compiled(None)(config, model.params, *inputs, **options))
-    missing = -count % partitioning.sizes(mesh)["data"]
+    if mesh is not None:
+        missing = -count % partitioning.sizes(mesh)["data"]
 
-    def place(array):
-        return partitioning.place(schema.pad_rows(array, count + missing), partitioning.batch_sharding(mesh))
+        def place(array):
+            return partitioning.place(schema.pad_rows(array, count + missing), partitioning.batch_sharding(mesh))
 
-    placed = jax.tree.map(place, rows)
-    return np.asarray(_compiled(mesh)(config, model.params, placed, *inputs[1:], **options))[:count]
+        inputs = jax.tree.map(place, rows), *inputs[1:]
+    drawn = np.asarray(_compiled(mesh)(config, model.params, *inputs, **options))[:count]
+    for number, (prompt, pixels) in enumerate(zip(prompts, drawn, strict=True), first):
+        if not np.isfinite(pixels).all():
+            raise UserError(
+                f"sample: image {number} of seed {seed}, of the prompt {prompt[:80]!r}, is not finite; lower the guidance "
+                f"scale ({guidance_scale}), compute in float32, or take another model"
+            )
+    return drawn
+
+
+def check_numbers(seed: int, guidance_scale: float) -> None:
+    """Refuses a seed or a guidance scale out of its range: UserError."""
+    if not 0 <= seed < SEEDS:
+        raise UserError(f"seed: got {seed}, expected 0 to {SEEDS - 1}")
+    if not 0 <= guidance_scale <= MAX_GUIDANCE:
+        raise UserError(f"guidance_scale: got {guidance_scale}, expected 0 (no guidance) to {MAX_GUIDANCE}")
 
 
 def usual_strength(image, mask) -> float:
@@ -330,6 +351,7 @@ def run(args) -> None:
     Raises:
       UserError: as `generate`; no prompt; an output folder with images of other settings.
     """
+    check_numbers(args.seed, args.guidance_scale)
     output = pathlib.Path(args.output)
     prompts = [*(args.prompt or []), *(read_prompts(args.prompts) if args.prompts else [])]
     if not prompts:
@@ -396,11 +418,11 @@ if __name__ == "__main__":
     flags.DEFINE_integer("batch_size", 4, "Images at a time.", lower_bound=1)
     flags.DEFINE_integer("steps", 50, "The number of steps from pure noise to an image.", lower_bound=1)
     flags.DEFINE_enum("sampler", "ddim", SAMPLERS, "The sampler; dpm++ needs about half the steps.")
-    flags.DEFINE_float("guidance_scale", 7.5, "Weight of classifier-free guidance; 1 = no guidance.")
+    flags.DEFINE_float("guidance_scale", 7.5, "Weight of classifier-free guidance, at most 1000; 1 = no guidance.")
     flags.DEFINE_string("negative_prompt", "", "A prompt that guidance leads away from.")
     flags.DEFINE_integer("seed", 0, "The seed of the noise.")
-    flags.DEFINE_integer("height", None, "In pixels; by default that of the model's training images, or of --image.")
-    flags.DEFINE_integer("width", None, "In pixels; default as for --height.")
+    flags.DEFINE_integer("height", None, "In pixels; by default that of the model's training images, or of --image.", 1)
+    flags.DEFINE_integer("width", None, "In pixels; default as for --height.", 1)
     flags.DEFINE_string("image", None, "An image to start from, or to inpaint.")
     flags.DEFINE_string("mask", None, "An image of the size of --image, white where to inpaint.")
     flags.DEFINE_float("strength", None, "Change of the image, above 0 and at most 1; by default 0.8, or 1 with a mask.")

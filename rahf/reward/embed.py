@@ -55,15 +55,23 @@ class Clip:
             method: jax.jit(functools.partial(_unit, module, method)) for method in ("encode_image", "encode_text")
         }
 
-    def images(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """B images, each uint8[H, W, 3] of any size -> their embeddings, float32[B, E] of unit length."""
-        return self._batches("encode_image", [prepare(image, self.config.vision.image_size) for image in images])
+    def images(self, images: Sequence[np.ndarray], names: Sequence[str] = ()) -> np.ndarray:
+        """B images, each uint8[H, W, 3] of any size -> their embeddings, float32[B, E] of unit length.
+
+        Args:
+          names: what to call each image in errors.
+
+        Raises:
+          UserError: an embedding that is not finite.
+        """
+        names = names or [f"images[{i}]" for i in range(len(images))]
+        return self._batches("encode_image", [prepare(image, self.config.vision.image_size) for image in images], names)
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """B texts -> their embeddings, float32[B, E] of unit length.
 
         Raises:
-          UserError: a text is longer than the text tower reads.
+          UserError: a text is longer than the text tower reads, or its embedding is not finite.
         """
         length = self.config.text.length
         for text in texts:
@@ -71,14 +79,18 @@ class Clip:
                 raise UserError(
                     f"prompt: {text[:80]!r} takes {count} ids with its start and end, CLIP reads {length}; shorten it"
                 )
-        return self._batches("encode_text", self.tokenizer(texts, length) if len(texts) else [])
+        names = [f"prompt {text[:80]!r}" for text in texts]
+        return self._batches("encode_text", self.tokenizer(texts, length) if len(texts) else [], names)
 
-    def _batches(self, method, rows) -> np.ndarray:
+    def _batches(self, method, rows, names) -> np.ndarray:
         out = [np.zeros((0, self.config.projection_dim), np.float32)]
         for i in range(0, len(rows), BATCH):
             batch = np.stack(rows[i : i + BATCH])
             out.append(np.asarray(self._encode[method](self._params, schema.pad_rows(batch, BATCH)))[: len(batch)])
-        return np.concatenate(out)
+        out = np.concatenate(out)
+        if len(wrong := np.flatnonzero(~np.isfinite(out).all(axis=1))):
+            raise UserError(f"{names[wrong[0]]}: CLIP's embedding is not finite; its weights are damaged, convert it again")
+        return out
 
 
 def _unit(module, method, params, x):
@@ -150,14 +162,16 @@ def embed_images(clip: Clip, rows: Iterable[tuple[str, bytes]], cache, total: in
 
     def flush():
         if waiting:
-            store.add(dict(zip(waiting, clip.images(list(waiting.values())), strict=True)))
+            names, arrays = zip(*waiting.values(), strict=True)
+            store.add(dict(zip(waiting, clip.images(arrays, names), strict=True)))
             waiting.clear()
 
     try:
         for where, encoded in tqdm(rows, desc="images", unit="image", total=total, dynamic_ncols=True):
             keys.append(key(encoded))
             if keys[-1] not in store.known and keys[-1] not in waiting:
-                waiting[keys[-1]] = prepare(richhf_images.decode(encoded, where), clip.config.vision.image_size)
+                image = prepare(richhf_images.decode(encoded, where), clip.config.vision.image_size)
+                waiting[keys[-1]] = where, image
                 if len(waiting) == BATCH:
                     flush()
         flush()

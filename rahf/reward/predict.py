@@ -36,13 +36,19 @@ class Reward:
 
         Raises:
           UserError: different numbers of images and prompts, an image that is not uint8[H, W, 3], a prompt too long for
-            CLIP.
+            CLIP, a reward that is not finite.
         """
         if len(images) != len(prompts):
             raise UserError(f"reward: got {len(images)} images and {len(prompts)} prompts, expected as many")
         rows = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         texts = self.clip.texts(list(rows))[[rows[prompt] for prompt in prompts]]
-        return model.predict(self.model, self.params, self.clip.images(images), texts)
+        rewards = model.predict(self.model, self.params, self.clip.images(images), texts)
+        if len(wrong := np.flatnonzero(~np.isfinite(rewards))):
+            raise UserError(
+                f"reward: got {rewards[wrong[0]]} for images[{wrong[0]}] and the prompt {prompts[wrong[0]][:80]!r}; the "
+                "weights are damaged or too large: train the reward again"
+            )
+        return rewards
 
 
 def load(workdir, clip=None) -> Reward:
