@@ -208,8 +208,9 @@ def open_torch(path) -> Tensors:
         start = file.read(16)
     if not start.startswith((b"PK", b"\x80")):
         raise unreadable(path, f"it begins with {start!r}, no torch file does")
-    if zipped := zipfile.is_zipfile(path):
-        _check_sums(path)
+    with _damage_named(path):
+        if zipped := zipfile.is_zipfile(path):
+            _check_sums(path)
     try:
         import torch
     except ImportError as error:
@@ -236,7 +237,7 @@ def open_torch(path) -> Tensors:
 
 def _check_sums(path) -> None:
     """Compares the checksums of a torch file in zip format, which torch does not."""
-    with _damage_named(path), zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         if sum(member.file_size for member in members) > path.stat().st_size:
             raise unreadable(path, "its members are larger than the file")
@@ -448,6 +449,6 @@ def _existing(path) -> pathlib.Path:
         start = file.read(64)
     if start.startswith(b"version https://git-lfs"):
         raise UserError(f"weights: {path} is a Git LFS pointer, not the file; run `git lfs pull` in its repository")
-    if start.lstrip().startswith(b"<"):
+    if re.match(rb"\s*<[!?a-zA-Z]", start):
         raise UserError(f"weights: {path} is a web page, not weights; open it to see why the download failed")
     return path

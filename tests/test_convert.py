@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -210,6 +211,48 @@ def test_a_t5x_index_that_is_damaged_is_refused(unpacked, tmp_path):
             readers.t5_t5x(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"chunks": [10**9, 10**9]},
+        {"chunks": [60, 10**9]},
+        {"shape": [10**9, 10**9]},
+        {"shape": [10**9, 32], "chunks": [10**9, 32]},
+        {"shape": [10**9, 10**9], "chunks": [10**9, 10**9]},
+        {"shape": [61, 32], "chunks": [1, 32]},
+        {"shape": [10**30, 32]},
+        {"shape": [-1, 32]},
+        {"shape": None},
+        {"shape": []},
+        {"dtype": "|O"},
+        {"dtype": "|b1"},
+        {"dtype": "<i4"},
+        {"dtype": "<c8"},
+        {"dtype": "|V1000000000"},
+        {"dtype": [["a", "<f4"], ["b", "<i4"]]},
+        {"compressor": None},
+    ],
+)
+def test_a_t5x_array_that_claims_what_its_files_do_not_hold_is_refused(change, unpacked, tmp_path):
+    shutil.copytree(unpacked("t5x_v1_1_tiny") / "checkpoint_0", tmp_path / "t5")
+    file = tmp_path / "t5" / "target.token_embedder.embedding" / ".zarray"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match=r"embedding"):
+        dict(weights.read_all(readers.t5_t5x(tmp_path / "t5").tensors))
+
+
+def test_a_t5x_array_that_is_not_finite_or_lacks_a_chunk_is_named(unpacked, tmp_path):
+    arrays = dict(weights.read_all(readers.t5_t5x(unpacked("t5x_v1_1_tiny") / "checkpoint_0").tensors))
+    arrays["token_embedder/embedding"] = np.where(np.eye(*arrays["token_embedder/embedding"].shape), np.nan, 1)
+    write_t5x(tmp_path, arrays)
+    found, count = readers.t5_t5x(tmp_path).tensors, min(arrays["token_embedder/embedding"].shape)
+    with pytest.raises(ValueError, match=rf"tensor target.token_embedder.embedding holds {count} numbers of \d+ that"):
+        found["token_embedder/embedding"].read()
+    (tmp_path / "target.token_embedder.embedding" / "0.0").unlink()
+    with pytest.raises(ValueError, match=r"target.token_embedder.embedding cannot be read, .* it has 0 files"):
+        readers.t5_t5x(tmp_path)
+
+
 # ---- big_vision's varieties -----------------------------------------------------------------------------------------
 def big_vision(unpacked, tmp_path, change):
     """The golden big_vision file with `change` made to its arrays, and it unchanged; both converted."""
@@ -227,6 +270,20 @@ def test_a_class_token_without_a_position_gets_zeros(unpacked, tmp_path):
     positions = tree(with_token)["pos_embedding"]
     np.testing.assert_array_equal(positions[:, 0], 0)
     np.testing.assert_array_equal(positions[:, 1:], tree(without)["pos_embedding"])
+
+
+def test_two_towers_and_tensors_without_axes_are_named(unpacked, tmp_path):
+    def two_towers(arrays):
+        for name in list(arrays):
+            arrays[name.replace("params/", "params/img/")] = arrays.pop(name)
+
+    with pytest.raises(ValueError, match=r"SigLIP say \(params/img/...\), which is not supported; expected a ViT alone"):
+        big_vision(unpacked, tmp_path, two_towers)
+    block = "Transformer/encoderblock_0"
+    kernels = (f"{block}/MultiHeadDotProductAttention_0/query/kernel", f"{block}/MlpBlock_0/Dense_0/kernel")
+    for name in ("embedding/kernel", "pos_embedding", "embedding/bias", *kernels):
+        with pytest.raises(ValueError, match=rf"{name}.* has shape \(\)"):
+            big_vision(unpacked, tmp_path, lambda arrays: arrays.update({f"params/{name}": np.float32(1)}))
 
 
 def test_fixed_positions_are_made_where_the_file_has_none(unpacked, tmp_path):
@@ -432,6 +489,10 @@ def hugging_face_vit(folder, change=lambda state: None):
             lambda state: state.update({"lora.weight": np.zeros((2, 8), np.float32)}),
             r"lora.weight \(2, 8\): no parameter of ours takes it",
         ),
+        (
+            lambda state: state.update({"layernorm.bias": np.ones(8, np.int32)}),
+            r"encoder_norm/bias \(8,\): the tensor layernorm.bias holds I32, expected one of float16, bfloat16",
+        ),
     ],
 )
 def test_missing_extra_and_wrong_tensors_are_named_and_nothing_is_written(change, message, tmp_path):
@@ -440,6 +501,13 @@ def test_missing_extra_and_wrong_tensors_are_named_and_nothing_is_written(change
         convert.convert("vit-hf", folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     convert.convert("vit-hf", hugging_face_vit(tmp_path / "whole"), tmp_path / "out")
+
+
+def test_weights_that_are_not_finite_do_not_pass(tmp_path):
+    folder = hugging_face_vit(tmp_path / "in", lambda state: state["layernorm.bias"].fill(np.nan))
+    with pytest.raises(ValueError, match=r"model.safetensors: the tensor layernorm.bias holds 8 numbers of 8 that are not"):
+        convert.convert("vit-hf", folder, tmp_path / "out")
+    assert not (tmp_path / "out" / "config.json").exists()
 
 
 def test_a_truncated_safetensors_file_is_refused_before_anything_is_written(tmp_path):

@@ -341,6 +341,12 @@ def test_generate_names_wrong_inputs(tiny):
         (["cat", long], {}, r"prompt: 'cat cat .* takes 82 ids with its start and end, the text encoder reads 77"),
         (["cat"], {"negative_prompt": long}, r"takes 82 ids"),
         (["cat"], {"height": 15}, r"image: got 15 by 16 pixels"),
+        (["cat"], {"height": 10**6, "width": 10**6}, r"image: got 1000000 by 1000000 pixels .*, expected at most 20,000"),
+        (["cat"], {"guidance_scale": 1e38}, r"guidance_scale: got 1e\+38, expected 0 \(no guidance\) to 1000"),
+        (["cat"], {"guidance_scale": np.nan}, r"guidance_scale: got nan"),
+        (["cat"], {"guidance_scale": -1.0}, r"guidance_scale: got -1.0"),
+        (["cat"], {"seed": 2**32}, r"seed: got 4294967296, expected 0 to 4294967295"),
+        (["cat"], {"seed": -1}, r"seed: got -1"),
         (["cat"], {"image": image[:15]}, r"image: got 15 by 16 pixels"),
         (["cat"], {"image": image, "width": 8}, r"image: got \(16, 16\) pixels for height None and width 8"),
         (["cat"], {"image": image[..., 0]}, r"image: got shape \(16, 16\), expected \[H, W, 3\], or 1 of them"),
@@ -356,6 +362,16 @@ def test_generate_names_wrong_inputs(tiny):
     with pytest.raises(ValueError, match=r"mask: got none for an inpainting model"):
         sample.generate(inpainting, ["cat"], image=image)
     assert model.text_ids([long], truncate=True).shape == (1, 77)
+
+
+def test_an_image_that_is_not_finite_is_named_by_prompt_and_seed(tiny):
+    model = folder.read(tiny("first"))
+    bias = np.asarray(model.params["vae"]["decoder"]["conv_out"]["bias"])
+    for value in (np.nan, np.inf):
+        params = jax.tree.map(lambda leaf: leaf, model.params)
+        params["vae"]["decoder"]["conv_out"]["bias"] = np.full_like(bias, value)
+        with pytest.raises(ValueError, match=r"sample: image 7 of seed 5, of the prompt 'red cat', is not finite; lower"):
+            sample.generate(dataclasses.replace(model, params=params), PROMPTS, seed=5, first=7, steps=1)
 
 
 def command(tmp_path, *arguments):
@@ -482,6 +498,22 @@ def test_old_files_read_as_new_ones(tiny, tmp_path):
     assert jax.tree.leaves(model.params)[0].dtype == np.float32
 
 
+def test_half_precision_files_and_files_in_parts_are_read(tiny, tmp_path):
+    made = damaged(tiny, tmp_path)
+    file = made / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors, parts = safetensors.numpy.load_file(file), {}
+    for part in range(2):
+        name = f"diffusion_pytorch_model.fp16-0000{part + 1}-of-00002.safetensors"
+        safetensors.numpy.save_file({key: tensors[key] for key in sorted(tensors)[part::2]}, file.with_name(name))
+        parts |= dict.fromkeys(sorted(tensors)[part::2], name)
+    file.unlink()
+    file.with_name(f"{file.name}.index.fp16.json").write_text(json.dumps({"weight_map": parts}))
+    file = made / "vae" / "diffusion_pytorch_model.safetensors"
+    file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    jax.tree.map(np.testing.assert_array_equal, folder.read(made).params, folder.read(tiny("first")).params)
+    assert {"diffusion_pytorch_model.fp16.bin", "pytorch_model.bin.index.json"} < set(folder.WEIGHTS)
+
+
 def without(part_name, tensor, replacement=None):
     def change(part, tensors):
         if part == part_name:
@@ -520,7 +552,10 @@ def test_folders_that_do_not_fit_are_refused(tiny, tmp_path, change, configs, me
 def test_folders_that_lack_a_file_are_refused(tiny, tmp_path):
     made = damaged(tiny, tmp_path)
     (made / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"model: .*vae has no weights, expected one of"):
+    with pytest.raises(ValueError, match=r"weights: .*vae has the files \[\], expected diffusion_pytorch_model.safetensors"):
+        folder.read(made)
+    (made / "vae" / "diffusion_pytorch_model.non_ema.safetensors").touch()
+    with pytest.raises(ValueError, match=r"vae has the files \['diffusion_pytorch_model.non_ema.safetensors'\], .* no o"):
         folder.read(made)
     (made / "unet" / "config.json").unlink()
     with pytest.raises(ValueError, match=r"model: no .*unet/config.json, expected a diffusers folder"):

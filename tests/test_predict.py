@@ -9,7 +9,7 @@ import pytest
 import tiny_model
 
 import rahf
-from rahf import convert, experiments, predict, predictor, train, workdirs
+from rahf import checkpoints, convert, experiments, predict, predictor, train, workdirs
 from rahf.reward import specs
 from richhf_data import images as image_files
 from richhf_data import schema
@@ -92,6 +92,30 @@ def test_refuses_what_it_cannot_read(workdir, images):
         model.predict([np.zeros((4, 4, 3))], ["a cat"])
     with pytest.raises(ValueError, match=r"the model reads data.text_length=24; shorten it"):
         model.predict(images[:1], ["zebra " * 30])
+
+
+def test_a_prediction_that_is_not_finite_names_its_image(workdir, images):
+    model = rahf.load(workdir)
+    head = next(name for name in model.params if name.startswith("score_head"))
+    model.params[head]["output"]["bias"] *= np.nan
+    with pytest.raises(ValueError, match=r"prediction: got scores or heatmaps that are not finite for images\[0\]; the"):
+        model.predict(images, PROMPTS)
+    items = [{"image": image, "prompt": "a cat", "name": f"{i}.png"} for i, image in enumerate(images)]
+    with pytest.raises(ValueError, match=r"prediction: got .* that are not finite for 0.png; the weights"):
+        list(predict.predict_items(model, items, 2))
+
+
+def test_weights_that_are_not_finite_are_refused_on_load(workdir, monkeypatch):
+    restore = checkpoints.restore_params
+
+    def damaged(*args):
+        params = restore(*args)
+        params["vit"]["pos_embedding"] *= np.inf
+        return params
+
+    monkeypatch.setattr(checkpoints, "restore_params", damaged)
+    with pytest.raises(ValueError, match=r"workdir: .*: the parameter vit/pos_embedding holds \d+ numbers that are not"):
+        rahf.load(workdir)
 
 
 def test_write_makes_lines_heatmaps_and_a_page(workdir, images, tmp_path):

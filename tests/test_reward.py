@@ -265,6 +265,21 @@ def test_a_text_too_long_for_clip_is_named(clip):
         clip.texts(["1 2 " * 30])
 
 
+def test_an_embedding_that_is_not_finite_names_its_picture_or_prompt(clip, tmp_path, monkeypatch):
+    params = jax.tree.map(lambda leaf: leaf, clip._params)
+    params["image_projection"]["kernel"] *= np.nan
+    monkeypatch.setattr(clip, "_params", params)
+    image = np.zeros((16, 16, 3), np.uint8)
+    with pytest.raises(ValueError, match=r"images\[0\]: CLIP's embedding is not finite; its weights are damaged"):
+        clip.images([image])
+    with pytest.raises(ValueError, match=r"row 1: CLIP's embedding is not finite"):
+        embed.embed_images(clip, [("row 1", png(0))], tmp_path, 1)
+    assert np.isfinite(clip.texts(["a red cat"])).all()
+    params["text_projection"]["kernel"] *= np.nan
+    with pytest.raises(ValueError, match=r"prompt 'a red cat': CLIP's embedding is not finite"):
+        clip.texts(["a red cat"])
+
+
 def test_the_cache_goes_on_after_a_kill_and_embeds_nothing_twice(clip, tmp_path, monkeypatch):
     monkeypatch.setattr(embed, "BATCH", 4)
     monkeypatch.setattr(embed, "FILE", 8)
@@ -282,9 +297,9 @@ def test_the_cache_goes_on_after_a_kill_and_embeds_nothing_twice(clip, tmp_path,
 
     embedded = []
 
-    def counted(images):
+    def counted(images, names):
         embedded.append(len(images))
-        return type(clip).images(clip, images)
+        return type(clip).images(clip, images, names)
 
     with pytest.raises(Kill):
         embed.embed_images(clip, killed(), tmp_path / "cache", 21)
