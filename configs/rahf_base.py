@@ -21,6 +21,7 @@ def get_config():
         dtype="bfloat16",  # of the computation; parameters, losses and softmax are float32
         decoder_attends="fused",  # "text": the prompt alone, as in the first author's PyTorch release
         mask_padding=True,  # False in that release
+        image_projection=False,  # True: also between equal widths of ViT and T5, as in that release
         vit=dict(
             patch_size=16,
             width=768,

@@ -75,7 +75,9 @@ def main():
     args = flags.FLAGS
     converted = convert(args.source, args.input, args.output, args.vocabulary, args.timeout)
     parameters = sum(int(np.prod(tensor.shape)) for tensor in converted.tensors.values())
-    print(f"{args.output}: {converted.kind}, {parameters:,} parameters\n{json.dumps(converted.config, indent=2)}")
+    found = f": {converted.found}" if converted.found else ""
+    config = json.dumps(converted.config, indent=2)
+    print(f"{args.output}: {converted.kind}, {parameters:,} parameters{found}\n{config}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ def export_stablehlo(converted: Pretrained, path: pathlib.Path) -> None:
 
     `jax.export.deserialize(bytes).call(weights, image, text_ids)` returns scores, heatmaps and keyword_ids. `weights` is the
     dictionary that safetensors reads, image uint8[B, H, W, 3], text_ids int32[B, R, L] with R = 1, or 7 in the
-    augmented-prompt variant.
+    augmented-prompt variants.
     """
     model_config = RAHFConfig.from_dict(converted.config["model"])
     module, lengths = RAHF(model_config), converted.config["data"]

@@ -33,11 +33,13 @@ class Pretrained:
       kind: "vit", "t5", "clip" or "rahf".
       config: the configuration, as JSON.
       tensors: our parameter name, joined by "/" -> tensor.
+      found: the architecture in words, where the source does not name it.
     """
 
     kind: str
     config: dict
     tensors: Tensors
+    found: str = ""
 
 
 def write(pretrained: Pretrained, folder) -> None:

@@ -17,7 +17,7 @@ A decoded example is a dictionary with
 A batch for the model is a dictionary of numpy arrays (letters as in the README's table of names):
 
   image        uint8[B, H, W, 3]
-  text_ids     int32[B, R, L], R = 1, or 7 in the augmented-prompt variant (order `TASKS`); 0 = padding, 1 = end
+  text_ids     int32[B, R, L], R = 1, or 7 in the augmented-prompt variants (order `TASKS`); 0 = padding, 1 = end
   keyword_ids  int32[B, T], the labelled prompt ("a yellow_0 cat") or the caption, ending in 1; all 0 without
   scores       float32[B, 4]          score_mask    bool[B, 4]
   heatmaps     uint8[B, h, w, 2]      heatmap_mask  bool[B, 2]
@@ -41,7 +41,13 @@ TASKS = (
     *(f"{name} heatmap" for name in HEATMAPS),
     "misalignment sequence",
 )
-VARIANTS = ("multi_head", "augmented_prompt")
+# The same in the single-head models of the first author's PyTorch release; the decoder reads the plain prompt.
+PYTORCH_TASKS = (
+    *(f"<output> SCORE: {name} </output> " for name in SCORES),
+    *(f"<output> HEATMAP: {name} </output> " for name in HEATMAPS),
+    "",
+)
+VARIANTS = ("multi_head", "augmented_prompt", "augmented_prompt_pytorch")
 
 SPLITS = ("train", "dev", "test")
 PUBLISHED_COUNTS = {"train": 15_810, "dev": 995, "test": 955}
@@ -89,7 +95,7 @@ def num_texts(variant: str) -> int:
     """R, the texts that the model reads for one prompt.
 
     >>> [num_texts(variant) for variant in VARIANTS]
-    [1, 7]
+    [1, 7, 7]
     """
     return len(task_prompts("", variant))
 
@@ -101,9 +107,14 @@ def task_prompts(prompt: str, variant: str) -> list[str]:
     ['a cat']
     >>> task_prompts("a cat", "augmented_prompt")[4]
     'implausibility heatmap a cat'
+    >>> texts = task_prompts("a cat", "augmented_prompt_pytorch")
+    >>> texts[4], texts[-1]
+    ('<output> HEATMAP: implausibility </output> a cat', 'a cat')
     """
     if variant == "multi_head":
         return [prompt]
     if variant == "augmented_prompt":
         return [f"{task} {prompt}" for task in TASKS]
+    if variant == "augmented_prompt_pytorch":
+        return [task + prompt for task in PYTORCH_TASKS]
     raise UserError(f"variant: got {variant!r}, expected one of {VARIANTS}")

@@ -1,4 +1,4 @@
-"""seqio tasks of built datasets, for both variants of the model.
+"""seqio tasks of built datasets, for all variants of the model.
 
 The task features of an example, which `rahf.features.RAHFFeatureConverter` turns into the batch of schema.py:
 

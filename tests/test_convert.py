@@ -41,9 +41,12 @@ def release(data_dir):
     return theirs, dict(np.load(data_dir / "richhf_pytorch_tiny_golden.npz"))
 
 
+HEADS = {"vit": {"num_attention_heads": 4}}
+
+
 def test_the_pytorch_release_is_reproduced_with_its_quirks(release):
     theirs, golden = release
-    converted = readers.rahf_from_release(theirs, num_heads=4, what="release")
+    converted = readers.rahf_from_release(theirs, HEADS, what="release")
     config = RAHFConfig.from_dict(converted.config["model"])
     assert config.mask_padding  # ours by default; the release attends to padding
     model, params = RAHF(dataclasses.replace(config, mask_padding=False)), {"params": tree(converted)}
@@ -111,7 +114,8 @@ def test_the_release_at_its_real_size_is_the_config_for_it(torch):
                 shapes |= conv(f"{readout}.{j}", outputs, outputs) | norm(f"{readout}.{j + 1}", outputs)
         shapes |= conv(f"{head}.last_conv1", 192, 192) | conv(f"{head}.last_conv2", 1, 192)
 
-    converted = readers.rahf_from_release({name: Tensor(shape, None) for name, shape in shapes.items()}, None, "release")
+    tensors = {name: Tensor(shape, lambda shape=shape: np.broadcast_to(0, shape)) for name, shape in shapes.items()}
+    converted = readers.rahf_from_release(tensors, {}, "release")
     config = RAHFConfig.from_dict(experiments.load("rahf_pytorch").model.to_dict())
     found = RAHFConfig.from_dict(converted.config["model"])
     assert found == dataclasses.replace(config, dtype=found.dtype)
@@ -565,8 +569,10 @@ def test_t5_with_another_epsilon_is_refused():
 
 
 def test_a_release_of_unknown_width_needs_its_heads(release):
-    with pytest.raises(ValueError, match=r'a ViT of width \d+, whose number of heads is unknown; .*"num_heads": 16'):
-        readers.rahf_from_release(release[0], num_heads=None, what="release")
+    with pytest.raises(
+        ValueError, match=r'a ViT of \d+ layers and width \d+, whose number of heads is unknown; .*"num_heads": 16'
+    ):
+        readers.rahf_from_release(release[0], {}, what="release")
 
 
 def test_the_command_converts_and_refuses(tmp_path):
@@ -581,7 +587,7 @@ def test_the_command_converts_and_refuses(tmp_path):
 
 
 def test_a_release_without_its_vocabulary_is_refused(release, tmp_path, monkeypatch):
-    converted = readers.rahf_from_release(release[0], num_heads=4, what="release")
+    converted = readers.rahf_from_release(release[0], HEADS, what="release")
     monkeypatch.setitem(readers.READERS, "rahf-pytorch", lambda path: converted)
     with pytest.raises(ValueError, match=r"vocabulary: got none, .* pass --vocabulary=PATH"):
         convert.convert("rahf-pytorch", "rahf_model.pt", tmp_path / "out")

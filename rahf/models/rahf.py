@@ -5,11 +5,12 @@
     texts --embedding--> [B, R, L, D] ------+                               |
                                               its image tokens as a map [B, R, h, w, D] --heads--> scores, heatmaps
 
-Two variants, which differ in their texts and heads:
+Three variants, which differ in their texts and heads:
 
-  multi_head        R = 1: the prompt. One head for each score and each heatmap.
-  augmented_prompt  R = 7: the prompt with the name of each task of `schema.TASKS` before it. One score head and one
-                    heatmap head, which read the texts of their tasks.
+  multi_head                R = 1: the prompt. One head for each score and each heatmap.
+  augmented_prompt          R = 7: the prompt with the name of each task of `schema.TASKS` before it. One score head and
+                            one heatmap head, which read the texts of their tasks.
+  augmented_prompt_pytorch  The same with the names of `schema.PYTORCH_TASKS`, as in the first author's PyTorch release.
 
 The ViT reads an image once. Its R texts are R rows of the encoder's batch. The decoder reads the last text.
 
@@ -52,6 +53,7 @@ class RAHFConfig:
     dtype: str = "float32"  # of the computation; parameters, scores, heatmaps and logits are float32
     decoder_attends: str = "fused"  # or "text": only the prompt's positions, as in the first author's PyTorch release
     mask_padding: bool = True  # False: encoder and decoder attend to the prompt's padding, as in that release
+    image_projection: bool = False  # True: project image tokens even where ViT and T5 are equally wide, as in that release
     vit: ViTConfig = dataclasses.field(default_factory=ViTConfig)
     t5: T5Config = dataclasses.field(default_factory=T5Config)
     score_head: ScoreHeadConfig = dataclasses.field(default_factory=ScoreHeadConfig)
@@ -79,6 +81,11 @@ class RAHFConfig:
     def grid(self) -> int:
         """h = w, the side of the feature map."""
         return self.image_size // self.vit.patch_size
+
+    @property
+    def projects_image(self) -> bool:
+        """Whether a projection takes the image tokens to the width of T5."""
+        return self.image_projection or self.vit.width != self.t5.emb_dim
 
     @property
     def heatmap_size(self) -> int:
@@ -120,7 +127,7 @@ def _from_dict(cls, values: Mapping, prefix: str):
 
 
 class Outputs(typing.NamedTuple):
-    """The result of a forward pass, in both variants."""
+    """The result of a forward pass, in all variants."""
 
     scores: Array  # float32[B, 4] in [0, 1]
     heatmaps: Array  # float32[B, h, w, 2] in [0, 1]
@@ -134,7 +141,7 @@ def dummy_inputs(config: RAHFConfig, length: int = 2) -> tuple[np.ndarray, np.nd
 
 
 class RAHF(nn.Module):
-    """The model. Parameters: vit, t5, image_projection (if the widths differ), score_head*, heatmap_head*."""
+    """The model. Parameters: vit, t5, image_projection (if it has one), score_head*, heatmap_head*."""
 
     config: RAHFConfig
 
@@ -142,12 +149,12 @@ class RAHF(nn.Module):
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         self.vit = ViT(config.vit, dtype)
         self.t5 = T5(config.t5, dtype)
-        if config.vit.width != config.t5.emb_dim:
+        if config.projects_image:
             axes, init = ("image_embed", "embed"), nn.initializers.lecun_normal()
             self.image_projection = Projection((config.t5.emb_dim,), axes, dtype=dtype, kernel_init=init)
 
         scores, heatmaps = [f"_{name}" for name in schema.SCORES], [f"_{name}" for name in schema.HEATMAPS]
-        if config.variant == "augmented_prompt":
+        if config.variant != "multi_head":
             scores = heatmaps = [""]
         self.score_heads = [ScoreHead(config.score_head, dtype, name=f"score_head{suffix}") for suffix in scores]
         self.heatmap_heads = [HeatmapHead(config.heatmap_head, dtype, name=f"heatmap_head{suffix}") for suffix in heatmaps]
@@ -162,7 +169,7 @@ class RAHF(nn.Module):
         if image.ndim != 4 or image.shape[1:] != (size, size, 3):
             raise UserError(f"image: got shape {image.shape}, expected [B, {size}, {size}, 3] (config image_size)")
         tokens = self.vit(normalize_image(image), train)  # [B, P, width of the ViT]
-        if self.config.vit.width != self.config.t5.emb_dim:
+        if self.config.projects_image:
             tokens = self.image_projection(tokens)  # [B, P, D]
         return tokens
 
@@ -190,8 +197,8 @@ class RAHF(nn.Module):
 
         Args:
           image: uint8[B, H, W, 3], or float in [-1, 1].
-          text_ids: int32[B, R, L], R = `config.num_texts`; the texts of the augmented-prompt variant in the order of
-            `schema.TASKS`.
+          text_ids: int32[B, R, L], R = `config.num_texts`; the texts of the augmented-prompt variants in the order
+            of `schema.TASKS`.
           keyword_ids: int32[B, T], the targets. They are shifted right here: position t is predicted from the ids before t.
           train: whether dropout is on (needs the "dropout" random stream).
 
@@ -249,8 +256,8 @@ class RAHF(nn.Module):
     def _predict_tasks(self, heads: list[ScoreHead] | list[HeatmapHead], grid: Array, tasks: range) -> Array:
         """grid [B, R, h, w, D] -> the heads' outputs, stacked on the last axis in the order of `tasks`.
 
-        multi_head: each task has a head, which reads the image's one text. augmented_prompt: one head reads the texts of
-        these tasks as one batch.
+        multi_head: each task has a head, which reads the image's one text. Otherwise one head reads the texts of these
+        tasks as one batch.
         """
         if self.config.variant == "multi_head":
             return jnp.stack([head(grid[:, 0]) for head in heads], axis=-1)
