@@ -5,7 +5,6 @@ names.py. Names and shapes are checked; values are read later, one tensor at a t
 """
 
 import dataclasses
-import math
 import pathlib
 import re
 from collections.abc import Iterable, Mapping
@@ -284,6 +283,9 @@ PIXELS = {
     "google/vit-": {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]},
     "facebook/dino-vit": {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]},
 }
+# Hugging Face's keys that are no sizes of tensors -> their types
+KINDS = {"num_attention_heads": int, "layer_norm_eps": float, "layer_norm_epsilon": float}
+KINDS |= {"relative_attention_max_distance": int, "tie_word_embeddings": bool, "scale_decoder_outputs": bool}
 SHORT_KEYS = {"num_heads": "num_attention_heads", "num_layers": "num_hidden_layers", "mlp_dim": "intermediate_size"}
 
 
@@ -419,23 +421,26 @@ def _with_our_pixels(theirs: Tensors, pixels: Mapping, size: int, what: str) -> 
     Args:
       pixels: Hugging Face's preprocessor_config.json, or {} for p / 127.5 - 1. size: of the image, in pixels.
     """
+    pixels = {name: value for name, value in pixels.items() if value is not None}
     for name, allowed in (
         ("do_resize", (True,)),
         ("do_center_crop", (False,)),
-        ("resample", (PIL.Image.Resampling.BILINEAR,)),
+        ("do_rescale", (True, False)),
+        ("do_normalize", (True, False)),
+        ("resample", (int(PIL.Image.Resampling.BILINEAR),)),
         ("size", (size, {"height": size, "width": size})),
     ):
-        if (value := pixels.get(name)) is not None and value not in allowed:
-            raise UserError(f"{what}: its ViT's preprocessor has {name} {value!r}, expected one of {list(allowed)}")
+        if name in pixels and pixels[name] not in allowed:
+            raise UserError(f"{what}: its ViT's preprocessor has {name} {pixels[name]!r}, expected one of {list(allowed)}")
     mean, std = (pixels.get(name, [0.5] * 3) for name in ("image_mean", "image_std"))
     factor = pixels.get("rescale_factor", 1 / 255)
     for name, value, length in (("image_mean", mean, 3), ("image_std", std, 3), ("rescale_factor", [factor], 1)):
         good = isinstance(value, list) and all(_is_number(x) and (x > 0 or name == "image_mean") for x in value)
         if not good or len(value) != length:
             raise UserError(f"{what}: its ViT's preprocessor has {name} {value!r}, expected {length} finite numbers above 0")
-    if pixels.get("do_normalize") is False:
+    if not pixels.get("do_normalize", True):
         mean, std = [0.0] * 3, [1.0] * 3
-    if pixels.get("do_rescale") is False:
+    if not pixels.get("do_rescale", True):
         factor = 1.0
     # factor * p = half * (x + 1), where x is what we read
     half, mean, std = 127.5 * factor, np.asarray(mean), np.asarray(std)
@@ -452,7 +457,7 @@ def _with_our_pixels(theirs: Tensors, pixels: Mapping, size: int, what: str) -> 
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) < 1e9
 
 
 def _release_config(theirs: Tensors, notes: Mapping, tied: bool, what: str) -> RAHFConfig:
@@ -506,7 +511,7 @@ def _release_config(theirs: Tensors, notes: Mapping, tied: bool, what: str) -> R
             f"{what}: its notes say that T5 has one matrix for embedding and logits (tie_word_embeddings), its "
             "t5.lm_head.weight is another"
         )
-    t5["scale_decoder_outputs"] = bool(scaled)
+    t5["scale_decoder_outputs"] = scaled
 
     variant, score, heatmap = _release_heads(theirs, notes.get("multi_heads"), what)
     for name in (f"{score}.conv_layers.0", f"{score}.linear_layers.0", f"{heatmap}.conv_layers.0"):
@@ -539,11 +544,12 @@ def _with_notes(sizes: Mapping, notes: Mapping, part: str, what: str) -> dict:
     for name, size in sizes.items():
         if notes.get(name) not in (None, size):
             raise UserError(f"{what}: its notes say {name} {notes[name]!r} of the {part}, its tensors {size}")
-    for name, kind in (("num_attention_heads", int), ("layer_norm_eps", float), ("layer_norm_epsilon", float)):
-        if (value := notes.get(name)) is not None and not (
-            _is_number(value) and value > 0 and isinstance(value, (kind, int))
-        ):
-            raise UserError(f"{what}: its notes say {name} {value!r} of the {part}, expected a number above 0")
+    for name, kind in KINDS.items():
+        if (value := notes.get(name)) is None or (kind is bool and isinstance(value, bool)):
+            continue
+        if kind is bool or not _is_number(value) or value <= 0 or (kind is int and not isinstance(value, int)):
+            expected = "true or false" if kind is bool else f"{kind.__name__} above 0"
+            raise UserError(f"{what}: its notes say {name} {value!r} of the {part}, expected {expected}")
     return {name: value for name, value in notes.items() if value is not None} | sizes
 
 

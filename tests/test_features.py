@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import seqio
+import tiny_model
 from tiny_data import built, image_of, png, prompt_of, raw_record, write_parquet, write_sources
 
 from rahf import features
@@ -40,7 +41,7 @@ def _uids(batches):
     return [known[row.tobytes()] for batch in batches for row in batch["scores"]]
 
 
-@pytest.mark.parametrize("variant", schema.VARIANTS)
+@pytest.mark.parametrize("variant", tiny_model.VARIANTS)
 def test_batches_are_as_the_schema_says(variant):
     task = tasks.register(built(), **SMALL, variant=variant, augment=True)
     batch = next(features.training_batches(task, 5, seed=0))
@@ -59,7 +60,7 @@ def test_batches_are_as_the_schema_says(variant):
     assert batch["heatmap_mask"].all()
 
 
-@pytest.mark.parametrize("variant", schema.VARIANTS)
+@pytest.mark.parametrize("variant", tiny_model.VARIANTS)
 def test_batches_hold_the_records_values(variant):
     task = tasks.register(built(), **SMALL, variant=variant)
     pieces = vocabulary.Vocabulary(task.vocabulary)
@@ -213,7 +214,7 @@ def _perfect(dataset, model_feature_shapes=None):
     }
 
 
-@pytest.mark.parametrize("variant", schema.VARIANTS)
+@pytest.mark.parametrize("variant", tiny_model.VARIANTS)
 def test_evaluator_gives_a_perfect_model_full_marks(variant):
     task = tasks.register(built(), **SMALL, variant=variant)
     evaluator = features.evaluator(task, "dev")

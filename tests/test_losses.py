@@ -64,7 +64,7 @@ def test_a_batch_without_targets_gives_zero_loss_and_gradient():
     assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(gradient))
 
 
-@pytest.mark.parametrize("variant", schema.VARIANTS)
+@pytest.mark.parametrize("variant", tiny_model.VARIANTS)
 def test_microbatches_add_up_to_the_full_batch(variant):
     config = tiny_model.config(variant)
     model, params = tiny_model.model_and_params(config)

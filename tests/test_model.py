@@ -81,7 +81,7 @@ def test_param_shapes_names_every_parameter():
 # ---- Both variants --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", schema.VARIANTS)
+@pytest.mark.parametrize("variant", tiny_model.VARIANTS)
 def test_bfloat16_keeps_float32_outputs(variant):
     config = tiny_model.config(variant, dtype="bfloat16")
     model, params = tiny_model.model_and_params(config)
@@ -93,7 +93,7 @@ def test_bfloat16_keeps_float32_outputs(variant):
     assert min(differences) > 1e-5 and max(differences) < 0.05  # it computed otherwise, and nearly the same
 
 
-@pytest.mark.parametrize("variant", schema.VARIANTS)
+@pytest.mark.parametrize("variant", tiny_model.VARIANTS)
 def test_padding_the_prompt_or_the_batch_changes_no_prediction(variant):
     config = tiny_model.config(variant)
     model, params = tiny_model.model_and_params(config)

@@ -17,7 +17,7 @@ from richhf_data import schema
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
-@pytest.fixture(scope="module", params=schema.VARIANTS)
+@pytest.fixture(scope="module", params=tiny_model.VARIANTS)
 def workdir(request, tmp_path_factory, standard_promotion):
     folder = tmp_path_factory.mktemp(request.param)
     config = experiments.load("rahf_ci")

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 import quick_xla
+import tiny_model
 from flax import linen as nn
 
 from rahf import checkpoints, experiments, loop, partitioning, sources, train
@@ -63,14 +64,14 @@ def assert_same_step(a, b):
         np.testing.assert_allclose(x / scale, y / scale, atol=1e-4, err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("variant", schema.VARIANTS)
+@pytest.mark.parametrize("variant", tiny_model.VARIANTS)
 def test_loss_and_gradient_on_8_devices_equal_those_on_1(variant, tmp_path):
     config = ci_config(variant, batch_size=16)
     batch = make_batch(config, tmp_path)
     assert_same_step(gradient_step(config, batch, jax.devices()[:1]), gradient_step(config, batch, jax.devices()))
 
 
-@pytest.mark.parametrize("variant", schema.VARIANTS)
+@pytest.mark.parametrize("variant", tiny_model.VARIANTS)
 def test_accumulation_over_4_microbatches_equals_the_full_batch(variant, tmp_path):
     config = ci_config(variant)
     batch = make_batch(config, tmp_path)

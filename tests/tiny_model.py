@@ -10,8 +10,10 @@ import safetensors.numpy
 
 from rahf.models import rahf
 from rahf.predictor import load
+from richhf_data import schema
 
 VOCAB = 40
+VARIANTS = schema.VARIANTS[:2]  # the third differs from the second in its texts alone
 INPUTS = ("image", "text_ids", "keyword_ids")
 
 
