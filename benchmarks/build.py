@@ -22,7 +22,7 @@ import psutil
 import tabulate
 from absl import flags
 
-from richhf_data import command
+from richhf_data import command, ranges
 
 ROOT = pathlib.Path(__file__).parent.parent
 SIDE = 512  # pixels
@@ -176,8 +176,8 @@ def main():
 
 
 if __name__ == "__main__":
-    flags.DEFINE_integer("shards", 20, "Number of generated shards.")
-    flags.DEFINE_integer("megabytes", 500, "Size of all shards together.")
-    flags.DEFINE_integer("rows_per_group", 25, "Rows of a row group; a row has two images.")
-    flags.DEFINE_integer("workers", 2, "The build's --workers.")
+    ranges.flag("shards", 20, "Number of generated shards.", ranges.COUNT)
+    ranges.flag("megabytes", 500, "Size of all shards together.", ranges.COUNT)
+    ranges.flag("rows_per_group", 25, "Rows of a row group; a row has two images.", ranges.COUNT)
+    ranges.flag("workers", 2, "The build's --workers.", ranges.PROCESSES)
     command.run(main)

@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from rahf import compile as compiling
 from rahf.models.heads import HeatmapHead, HeatmapHeadConfig
-from richhf_data import command
+from richhf_data import command, ranges
 
 CLOCK = 940e6  # Hz, of a TPU v3
 
@@ -51,6 +51,6 @@ def main():
 
 if __name__ == "__main__":
     flags.DEFINE_string("topology", "v3:2x2", "Topology of the TPU.")
-    flags.DEFINE_integer("images", 2, "Images on one core.", lower_bound=1)
-    flags.DEFINE_integer("strips", 4, "`model.heatmap_head.strips`.", lower_bound=1)
+    ranges.flag("images", 2, "Images on one core.", ranges.ROWS)
+    ranges.flag("strips", 4, "`model.heatmap_head.strips`.", ranges.ROWS)
     command.run(main)

@@ -13,7 +13,7 @@ import tabulate
 from absl import flags
 
 from rahf import features
-from richhf_data import command, tasks
+from richhf_data import command, ranges, tasks
 from richhf_data.tensorflow_cpu import seqio, tf
 
 
@@ -63,10 +63,10 @@ def main():
 
 if __name__ == "__main__":
     flags.DEFINE_string("data_dir", None, "What richhf_data.build wrote.")
-    flags.DEFINE_integer("image_size", 224, "Side in pixels.")
-    flags.DEFINE_integer("heatmap_size", 224, "Side in pixels.")
-    flags.DEFINE_integer("batch_size", 64, "Rows of the global batch.")
-    flags.DEFINE_integer("num_shards", 1, "Hosts that share a batch; the first one is measured.")
-    flags.DEFINE_integer("examples", 2000, "Number of timed examples.")
+    ranges.flag("image_size", 224, "Side in pixels.", ranges.PIXELS)
+    ranges.flag("heatmap_size", 224, "Side in pixels.", ranges.PIXELS)
+    ranges.flag("batch_size", 64, "Rows of the global batch.", ranges.ROWS)
+    ranges.flag("num_shards", 1, "Hosts that share a batch; the first one is measured.", ranges.ROWS)
+    ranges.flag("examples", 2000, "Number of timed examples.", ranges.COUNT)
     flags.mark_flag_as_required("data_dir")
     command.run(main)

@@ -9,7 +9,7 @@ import numpy as np
 from absl import flags
 from tabulate import tabulate
 
-from richhf_data import command, metrics
+from richhf_data import command, metrics, ranges
 
 
 def random_maps(rng, n, size):
@@ -64,8 +64,8 @@ def main():
 
 
 if __name__ == "__main__":
-    flags.DEFINE_integer("maps", 1000, "Number of maps.", lower_bound=1)
-    flags.DEFINE_integer("size", 384, "Height and width in pixels.", lower_bound=16)
-    flags.DEFINE_integer("batch", 50, "Maps in memory at a time.", lower_bound=1)
-    flags.DEFINE_integer("slow_maps", 1, "Maps for the loop over thresholds, at most --batch.", lower_bound=1)
+    ranges.flag("maps", 1000, "Number of maps.", ranges.COUNT)
+    ranges.flag("size", 384, "Height and width in pixels.", ranges.Range(16, 2**13, whole=True))
+    ranges.flag("batch", 50, "Maps in memory at a time.", ranges.COUNT)
+    ranges.flag("slow_maps", 1, "Maps for the loop over thresholds, at most --batch.", ranges.COUNT)
     command.run(main)

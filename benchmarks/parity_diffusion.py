@@ -21,7 +21,7 @@ import transformers
 from absl import flags
 
 from rahf.diffusion import folder, sample
-from richhf_data import command
+from richhf_data import command, ranges
 
 UNET = {
     "sample_size": 64,
@@ -166,5 +166,5 @@ def main():
 
 
 if __name__ == "__main__":
-    flags.DEFINE_integer("steps", 3, "Steps of the samplers.", lower_bound=1)
+    ranges.flag("steps", 3, "Steps of the samplers.", ranges.COUNT)
     command.run(main)

@@ -25,7 +25,7 @@ import numpy as np
 import tabulate
 from absl import flags
 
-from richhf_data import command
+from richhf_data import command, ranges
 
 ROOT = pathlib.Path(__file__).parent.parent
 CHECKPOINT_EVERY = 3  # steps; a save is in progress nearly all the time
@@ -182,7 +182,7 @@ def main():
 
 
 if __name__ == "__main__":
-    flags.DEFINE_integer("times", 20, "Number of kills, and of corruptions.")
-    flags.DEFINE_integer("steps", 600, "Steps of the run, a multiple of 3.")
-    flags.DEFINE_integer("seed", 0, "Seed of the moments, files and positions.")
+    ranges.flag("times", 20, "Number of kills, and of corruptions.", ranges.COUNT)
+    ranges.flag("steps", 600, "Steps of the run, a multiple of 3.", ranges.Range(3, 2**31 - 1, whole=True))
+    ranges.flag("seed", 0, "Seed of the moments, files and positions.", ranges.SEED)
     command.run(main)

@@ -15,7 +15,7 @@ from absl import flags
 
 from rahf import experiments, partitioning, sources, train
 from rahf import program as programs
-from richhf_data import command
+from richhf_data import command, ranges
 
 
 def main():
@@ -58,5 +58,5 @@ def main():
 
 
 if __name__ == "__main__":
-    flags.DEFINE_integer("steps", 10, "Timed steps.", lower_bound=1)
+    ranges.flag("steps", 10, "Timed steps.", ranges.COUNT)
     command.run(main, experiments.reader())

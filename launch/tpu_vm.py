@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 
+from richhf_data import command, ranges
 from richhf_data.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -416,10 +417,15 @@ def logs_command(pod: Pod) -> list[str]:
     return pod.ssh_command(script, worker=getattr(args, "worker", "0"))
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        command.fail(f"{message}; --help lists the flags")
+
+
 def parse(argv: list[str]):
     """(the flags before `--`, the arguments after it)."""
     cut = argv.index("--") if "--" in argv else len(argv)
-    parser = argparse.ArgumentParser("python -m launch.tpu_vm", allow_abbrev=False, description=__doc__.partition("\n")[0])
+    parser = _Parser("python -m launch.tpu_vm", allow_abbrev=False, description=__doc__.partition("\n")[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
 
     def add(verb, text):
@@ -442,7 +448,8 @@ def parse(argv: list[str]):
         flags.add_argument("--network", help="Network of the node; gcloud's default if absent.")
         flags.add_argument("--subnetwork", help="Subnetwork of the node.")
         flags.add_argument("--service_account", help="Account of the workers; it needs access to the bucket.")
-        flags.add_argument("--poll", type=float, default=30, help="Seconds between two polls.")
+        seconds = ranges.argument(ranges.Range(0, 3600, without=(0,)))
+        flags.add_argument("--poll", type=seconds, default=30, help="Seconds between two polls.")
         if verb == "train":
             flags.add_argument(
                 "--workdir", required=True, help="gs://BUCKET/FOLDER: checkpoints and logs outlive the machines."
@@ -452,7 +459,7 @@ def parse(argv: list[str]):
     add("run", "Start the command after `--` on all workers, detached, in the code's folder.")
     flags = add("logs", "Follow the log of a worker.")
     flags.add_argument("--worker", default="0", help="Index of the worker.")
-    flags.add_argument("--lines", type=int, default=100, help="Number of last lines to print.")
+    flags.add_argument("--lines", type=ranges.argument(ranges.COUNT), default=100, help="Number of last lines to print.")
     flags.add_argument("--nofollow", dest="follow", action="store_false", help="Do not wait for more lines.")
     add("status", "Print the state of the resource and of the job on each worker.")
     add("delete", "Delete the resource and its node.")

@@ -25,7 +25,7 @@ from rahf import experiments, partitioning, train
 from rahf import program as programs
 from rahf.diffusion import finetuning, folder
 from rahf.predictor import Predictor
-from richhf_data import command
+from richhf_data import command, ranges
 from richhf_data.errors import UserError
 
 GIB = 2**30
@@ -86,7 +86,6 @@ def program_of(config) -> programs.Program:
     """What a config trains: RAHF, or Stable Diffusion (of 1.5's sizes where the config names no folder)."""
     if config.get("kind", "rahf") == "rahf":
         return train.program(config)
-    finetuning.check(config)
     sizes = folder.read_config(config.model.folder) if config.model.folder else folder.Config()
     return finetuning.program(finetuning.model_config(config, sizes), config)
 
@@ -246,6 +245,8 @@ def main():
     batch_size = args.batch_size or (config[section].batch_size if section else 32)
     if args.step == "train":
         config.train.batch_size = batch_size
+    check = train.check if config.get("kind", "rahf") == "rahf" else finetuning.check
+    check(config)
     devices = devices_of(args.topology)
     try:
         if args.sweep:
@@ -275,6 +276,6 @@ def main():
 if __name__ == "__main__":
     flags.DEFINE_string("topology", "cpu", "v3:8x8 and such, or cpu or gpu: this machine's devices.")
     flags.DEFINE_enum("step", "train", STEPS, "Which step to compile.")
-    flags.DEFINE_integer("batch_size", None, "Rows of the global batch; the config's by default.", lower_bound=1)
+    ranges.flag("batch_size", None, "Rows of the global batch; the config's by default.", ranges.ROWS)
     flags.DEFINE_bool("sweep", False, "Compare meshes and remat policies, and recommend one.")
     command.run(main, experiments.reader(kinds=("rahf", "diffusion")))

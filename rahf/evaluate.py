@@ -15,10 +15,19 @@ from absl import flags
 from tqdm.auto import tqdm
 
 from rahf import experiments, hosts, predictor, sources, workdirs
-from richhf_data import command, json_files, metrics, paths, schema
+from richhf_data import command, json_files, metrics, paths, ranges, schema
 from richhf_data.errors import UserError
 
 CONSTANT_EXAMPLES = 500  # of the stream's training split, for the constant predictor's means
+# Of what an evaluation reads of a config; for `experiments.check_ranges`.
+RANGES = {
+    "seed": ranges.SEED,
+    "data.source": sources.SOURCES,
+    "data.text_length": ranges.LENGTH,
+    "data.keyword_length": ranges.LENGTH,
+    "eval.batch_size": ranges.ROWS,
+    "eval.num_examples": ranges.COUNT,
+}
 # What may differ from the workdir's config: which data are read and how the model computes, not what was trained.
 EVALUATE_MAY_DIFFER = (
     *workdirs.CONDUCT,  # not read: a batch is divided over all devices
@@ -186,9 +195,11 @@ def evaluate(workdir, split: str, num_examples: int | None = None, config=None) 
       config: the workdir's by default, or one that differs in what `EVALUATE_MAY_DIFFER` names.
 
     Raises:
-      UserError: no run or no evaluation there, no such split, or a config that contradicts the workdir's.
+      UserError: no run or no evaluation there, no such split, a number out of its range, or a config that contradicts the
+        workdir's.
     """
     config = workdirs.read_config(workdir) if config is None else config
+    experiments.check_ranges(config, RANGES)
     workdirs.check_config(workdir, config, EVALUATE_MAY_DIFFER)
     model = predictor.load(workdir, config)
     evaluation = Evaluation(model.predictor, split, num_examples)
@@ -215,7 +226,7 @@ def main():
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "The training run.")
     flags.DEFINE_string("split", "test", "Which split of the dataset.")
-    flags.DEFINE_integer("num_examples", None, "The first so many only; all by default.", lower_bound=1)
+    ranges.flag("num_examples", None, "The first so many only; all by default.", ranges.COUNT)
     hosts.define_flags()
     flags.mark_flag_as_required("workdir")
     command.run(main, experiments.reader(of_workdir=workdirs.read_config))

@@ -6,17 +6,17 @@
 """
 
 import difflib
-import functools
 import importlib.util
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import flax.traverse_util
 import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from richhf_data import command
+from richhf_data import command, ranges
 from richhf_data.errors import UserError
 
 FOLDER = pathlib.Path(__file__).parent / "configs"  # of the wheel
@@ -98,24 +98,21 @@ def check_key(config: ml_collections.ConfigDict, key: str) -> None:
         node, done = node[part], [*done, part]
 
 
-def check_limits(config: ml_collections.ConfigDict, limits: Mapping[str, tuple[bool, str]]) -> None:
-    """Refuses values out of their range: UserError.
+def check_ranges(config: ml_collections.ConfigDict, allowed: Mapping[str, ranges.Values], section: str = "") -> None:
+    """Refuses a value that is missing or out of its range: UserError that names its key.
 
     Args:
-      limits: key -> (whether its value is in range, what is expected in words).
+      allowed: key -> the values that it takes. A key `SECTION.*` stands for all keys of a section, if there are any.
+      section: where the config lies in the command's own, for the error; such as "base.".
     """
-    for key, (holds, expected) in limits.items():
-        if not holds:
-            raise UserError(f"{key}: got {_value(config, key)!r}, expected {expected}")
-
-
-def check_counts(config: ml_collections.ConfigDict, keys: Iterable[str]) -> None:
-    """Refuses counts below 1: UserError."""
-    check_limits(config, {key: (_value(config, key) >= 1, "1 or more") for key in keys})
-
-
-def _value(config, key: str):
-    return functools.reduce(lambda node, part: node[part], key.split("."), config)
+    values = flax.traverse_util.flatten_dict(config.to_dict(), sep=".")
+    for key, expected in allowed.items():
+        names = [name for name in values if name.startswith(key[:-1])] if key.endswith("*") else [key]
+        for name in names:
+            if name not in values:
+                raise UserError(f"{section}{name}: got none, expected {expected}; the config lacks this key")
+            if values[name] not in expected:
+                raise UserError(f"{section}{name}: got {values[name]!r}, expected {expected}")
 
 
 def _hint(name: str, known: list[str]) -> str:

@@ -19,7 +19,7 @@ import jax
 from absl import flags
 from orbax.checkpoint import multihost
 
-from richhf_data import command
+from richhf_data import command, ranges
 from richhf_data.errors import UserError
 
 JOIN_SECONDS = 300  # how far apart the processes may start
@@ -37,8 +37,8 @@ class EndNow(UserError):
 def define_flags() -> None:
     """Defines the flags that tell a command about its other processes."""
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where JAX does not find it by itself.")
-    flags.DEFINE_integer("num_processes", None, "The number of processes, one a machine; 1 = no others.", lower_bound=1)
-    flags.DEFINE_integer("process_id", None, "The number of this process, from 0 on.", lower_bound=0)
+    ranges.flag("num_processes", None, "The number of processes, one a machine; 1 = no others.", ranges.COUNT)
+    ranges.flag("process_id", None, "The number of this process, from 0 on.", ranges.NUMBER)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,22 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
+from richhf_data import ranges
 from richhf_data.errors import UserError
+
+LEARNING_RATE = ranges.Range(0, 1000, without=(0,))
+# Of a config, for `experiments.check_ranges`.
+RANGES = {
+    "optimizer.learning_rate": LEARNING_RATE,
+    "optimizer.final_learning_rate": ranges.Range(0, 1000),
+    "optimizer.warmup_steps": ranges.NUMBER,
+    "optimizer.weight_decay": ranges.WEIGHT,
+    "optimizer.b1": ranges.RATE,
+    "optimizer.b2": ranges.RATE,
+    "optimizer.clip_norm": ranges.Range(0, 1e30, without=(0,)),
+    "optimizer.ema_decay": ranges.RATE,
+    "optimizer.learning_rate_multipliers.*": ranges.WEIGHT,
+}
 
 
 def make_schedule(config, num_steps: int) -> optax.Schedule:
@@ -18,10 +33,12 @@ def make_schedule(config, num_steps: int) -> optax.Schedule:
     runs: linear warm-up, then a cosine from `learning_rate` to `final_learning_rate` at `num_steps`.
 
     Raises:
-      UserError: an unknown schedule, or a cosine whose warm-up takes all steps.
+      UserError: an unknown schedule, a cosine whose warm-up takes all steps, or rsqrt without a warm-up.
     """
     peak, warmup = config.learning_rate, config.warmup_steps
     if config.schedule == "rsqrt":
+        if warmup < 1:
+            raise UserError(f"optimizer.warmup_steps: got {warmup}, expected 1 or more for optimizer.schedule='rsqrt'")
 
         def rsqrt(step):
             step = jnp.asarray(step, jnp.float32) + 1.0

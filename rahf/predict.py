@@ -20,7 +20,7 @@ from absl import flags
 from tqdm.auto import tqdm
 
 from rahf import evaluate, experiments, hosts, predictor, report, workdirs
-from richhf_data import command, images, json_files, jsonl, keywords, metrics, paths, schema
+from richhf_data import command, images, json_files, jsonl, keywords, metrics, paths, ranges, schema
 from richhf_data.errors import UserError
 
 
@@ -169,9 +169,9 @@ if __name__ == "__main__":
     flags.DEFINE_string("prompt", None, "The prompt of all images of a glob; else each image's own NAME.txt.")
     flags.DEFINE_string("data_dir", None, "Instead of --images: a built dataset; the report shows its truth.")
     flags.DEFINE_string("split", "test", "The split of --data_dir.")
-    flags.DEFINE_integer("limit", None, "Predict the first so many only.", lower_bound=1)
+    ranges.flag("limit", None, "Predict the first so many only.", ranges.COUNT)
     flags.DEFINE_string("output", None, "The folder to write to.")
-    flags.DEFINE_integer("batch_size", 32, "Images at a time.", lower_bound=1)
+    ranges.flag("batch_size", 32, "Images at a time.", ranges.ROWS)
     hosts.define_flags()
     flags.mark_flags_as_required(["workdir", "output"])
     command.run(main, experiments.reader(of_workdir=workdirs.read_config))

@@ -16,7 +16,22 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from rahf import experiments, optimizers, partitioning
+from richhf_data import ranges
 from richhf_data.errors import UserError
+
+# Of every config that is trained; for `experiments.check_ranges`.
+RANGES = optimizers.RANGES | {
+    "seed": ranges.SEED,
+    "log_every": ranges.COUNT,
+    "checkpoint_every": ranges.COUNT,
+    "train.batch_size": ranges.ROWS,
+    "train.num_steps": ranges.COUNT,
+    "train.accumulation_steps": ranges.ROWS,
+    "train.max_bad_steps": ranges.COUNT,
+    "mesh.data": ranges.Range(1, 2**20, whole=True, also=-1),
+    "mesh.model": ranges.Range(1, 2**20, whole=True),
+    "mesh.shard_group": ranges.COUNT,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,12 +130,11 @@ def assemble(
       optimizer: by default that of `config.optimizer`.
 
     Raises:
-      UserError: a mesh, batch size, optimiser or frozen part that cannot be.
+      UserError: a number out of its range; a mesh, batch size, optimiser or frozen part that cannot be.
     """
     config = config.copy_and_resolve_references()
     config.optimizer.freeze = tuple(dict.fromkeys((*program.frozen, *config.optimizer.freeze)))
-    counts = [f"train.{name}" for name in ("batch_size", "num_steps", "accumulation_steps", "max_bad_steps")]
-    experiments.check_counts(config, [*counts, "log_every", "checkpoint_every"])
+    experiments.check_ranges(config, RANGES)
     mesh = partitioning.mesh_of(config.mesh) if mesh is None else mesh
     _check_batch_size(config, mesh)
     schedule = optimizers.make_schedule(config.optimizer, config.train.num_steps)

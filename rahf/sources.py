@@ -13,11 +13,12 @@ from etils import epath
 from rahf import hosts
 from rahf.fingerprint import fingerprint
 from rahf.models.rahf import RAHFConfig
-from richhf_data import json_files, paths, schema, synthetic
+from richhf_data import json_files, paths, ranges, schema, synthetic
 from richhf_data import vocabulary as vocabularies
 from richhf_data.errors import UserError
 from richhf_data.synthetic import stream
 
+SOURCES = ranges.OneOf(("seqio", "stream"))
 VOCABULARY_PROMPTS = 4000  # drawn to train the vocabulary of a run from `stream`
 
 
@@ -45,10 +46,8 @@ def training_batches(
     """Endless batches (schema.py) from step `start` on; the batch of a step depends on the seed and the step alone.
 
     Args:
+      config: its `data.source` is one of `SOURCES`.
       rows: which rows of each global batch this process reads; all by default.
-
-    Raises:
-      UserError: an unknown `data.source`.
     """
     if config.data.source == "seqio":
         from rahf import features
@@ -57,18 +56,16 @@ def training_batches(
         rates = {_register(config, folder, vocabulary, config.data.augment): rate for folder, rate in folders.items()}
         batches = features.training_batches(rates, config.train.batch_size, seed=config.seed, start_step=start, rows=rows)
         return (batch for batch in batches)  # a generator has `close`, an iterator of tf.data does not
-    if config.data.source == "stream":
-        return stream.batches(
-            config.train.batch_size,
-            seed=config.seed,
-            vocabulary=vocabulary,
-            start=start,
-            workers=config.data.num_workers,
-            rows=rows,
-            **image_arguments(config),
-            **text_arguments(config),
-        )
-    raise UserError(f"data.source: got {config.data.source!r}, expected 'seqio' or 'stream'")
+    return stream.batches(
+        config.train.batch_size,
+        seed=config.seed,
+        vocabulary=vocabulary,
+        start=start,
+        workers=config.data.num_workers,
+        rows=rows,
+        **image_arguments(config),
+        **text_arguments(config),
+    )
 
 
 def image_arguments(config) -> dict:
@@ -151,7 +148,7 @@ def evaluation_dir(config) -> str:
     """The dataset that evaluation reads, and whose vocabulary a run has: `data.data_dir`, or the mixture's first.
 
     Raises:
-      UserError: neither is given, or the mixture is not of (folder, rate) pairs.
+      UserError: neither is given, or the mixture is not of (folder, rate) pairs, each rate above 0.
     """
     mixture = _mixture(config)
     if not config.data.data_dir and not mixture:
@@ -164,9 +161,9 @@ def evaluation_dir(config) -> str:
 def _mixture(config) -> dict[str, float]:
     pairs = [tuple(pair) if isinstance(pair, list | tuple) else pair for pair in config.data.mixture]
     for pair in pairs:
-        if not isinstance(pair, tuple) or list(map(type, pair)) not in ([str, float], [str, int]):
+        if not isinstance(pair, tuple) or len(pair) != 2 or type(pair[0]) is not str or pair[1] not in ranges.POSITIVE:
             raise UserError(
-                f"data.mixture: got {pair!r}, expected pairs of a folder that richhf_data.build wrote and a rate: "
+                f"data.mixture: got {pair!r}, expected pairs of a folder that richhf_data.build wrote and a rate above 0: "
                 "--config.data.mixture=\"(('data/a', 0.8), ('data/b', 0.2))\""
             )
     if len({paths.absolute(folder) for folder, _ in pairs}) < len(pairs):

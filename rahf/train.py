@@ -29,8 +29,14 @@ from rahf import (
 )
 from rahf import program as programs
 from rahf.models import rahf as rahf_model
-from richhf_data import command
+from richhf_data import command, ranges
 
+# Of a config, for `experiments.check_ranges`; the model's own numbers are checked by `RAHFConfig`.
+RANGES = programs.RANGES | evaluate.RANGES | {
+    "data.num_workers": ranges.NUMBER_OF_PROCESSES,
+    "eval.every": ranges.COUNT,
+    "train.loss_weights.*": ranges.WEIGHT,
+}
 # What may differ when a run is resumed: nothing of this changes its result.
 RESUME_MAY_DIFFER = (
     *workdirs.CONDUCT,
@@ -42,6 +48,12 @@ RESUME_MAY_DIFFER = (
     "model.t5.remat",
     "model.vit.remat",
 )
+
+
+def check(config) -> None:
+    """Refuses a value that is missing or out of its range: UserError."""
+    rahf_model.RAHFConfig.from_dict(config.model.to_dict())
+    experiments.check_ranges(config, RANGES)
 
 
 def program(config) -> programs.Program:
@@ -75,7 +87,7 @@ def train(config, workdir) -> dict[str, float]:
       SystemExit: as `loop.start`.
     """
     # ---- Model, mesh, training step ---------------------------------------------------------------------------------
-    experiments.check_counts(config, ["eval.every"])
+    check(config)
     model_config = rahf_model.RAHFConfig.from_dict(config.model.to_dict())
     training = programs.assemble(program(config), config)
 

@@ -26,7 +26,7 @@ import numpy as np
 from absl import flags
 from tqdm.auto import tqdm
 
-from richhf_data import command, drawing, keywords, paths, schema
+from richhf_data import command, drawing, keywords, paths, ranges, schema
 from richhf_data.errors import UserError
 
 AREAS = tuple(f"{name}_area" for name in schema.HEATMAPS)
@@ -337,11 +337,11 @@ if __name__ == "__main__":
     flags.DEFINE_string("data_dir", None, "What richhf_data.build wrote.")
     flags.DEFINE_string("split", "train", "Which split.")
     flags.DEFINE_string("output", None, "The page, or a folder for it.")
-    flags.DEFINE_integer("limit", 200, "Most examples to show; about 40 kB each.", lower_bound=1)
+    ranges.flag("limit", 200, "Most examples to show; about 40 kB each.", ranges.COUNT)
     flags.DEFINE_multi_string("filter", [], "Only examples that meet a condition, 'plausibility<0.5'; of several, all.")
     flags.DEFINE_string("text", "", "Only examples with this in their prompt or caption.")
     flags.DEFINE_multi_string("uid", [], "Only the example with this uid; of several, any.")
     flags.DEFINE_string("sort", "", "Sort by this field, lowest first; -FIELD: highest first. By default the stored order.")
-    flags.DEFINE_integer("thumbnail", THUMBNAIL, "Longer side of a picture, pixels.", lower_bound=16)
+    ranges.flag("thumbnail", THUMBNAIL, "Longer side of a picture, pixels.", ranges.Range(16, 2**13, whole=True))
     flags.mark_flags_as_required(["data_dir", "output"])
     command.run(main)

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 
 from absl import flags
 
-from richhf_data import command, json_files, keywords, paths, scan, schema, tables, vocabulary
+from richhf_data import command, json_files, keywords, paths, ranges, scan, schema, tables, vocabulary
 from richhf_data.errors import UserError
 from richhf_data.images import MAX_PIXELS
 from richhf_data.workers import start_worker
@@ -40,21 +40,28 @@ _COLUMNS = flags.DEFINE_list(
     "uid=NAME,prompt=NAME,image=NAME: columns of a table or of a folder's captions, in place of a guess. A table of "
     "--records has no uid, and a caption is its prompt. A TFDS feature is named by its path, such as captions/text.",
 )
-_MAX_PIXELS = flags.DEFINE_integer("max_pixels", MAX_PIXELS, "Scale larger images down to this.", 1)
-_WORKERS = flags.DEFINE_integer("workers", os.cpu_count(), "Processes that read the images; 0 = this process.", 0)
+_MAX_PIXELS = ranges.flag("max_pixels", MAX_PIXELS, "Scale larger images down to this.", ranges.COUNT)
+_WORKERS = ranges.flag(
+    "workers", os.cpu_count(), "Processes that read the images; 0 = this process.", ranges.NUMBER_OF_PROCESSES
+)
 _BEAM = flags.DEFINE_string("beam", None, "Read the images in an Apache Beam pipeline of these options (--runner=...).")
 _PARTS = flags.DEFINE_string("parts", None, "Keeps the images found until the dataset is built; DATA_DIR/parts by default.")
 _KEEP_PARTS = flags.DEFINE_bool("keep_parts", False, "Keep the parts after the dataset is built.")
 _VOCABULARY = flags.DEFINE_string("vocabulary", None, "A SentencePiece model; by default one is trained.")
-_VOCABULARY_SIZE = flags.DEFINE_integer("vocabulary_size", 512, "The most pieces of a trained vocabulary.", 16)
-_MAX_MISSING_SHARE = flags.DEFINE_float(
-    "max_missing_share", 0.01, "Fail if a larger share of a split's records has no usable image.", 0.0, 1.0
+_VOCABULARY_SIZE = ranges.flag(
+    "vocabulary_size", 512, "The most pieces of a trained vocabulary.", ranges.Range(16, 2**20, whole=True)
 )
-flags.DEFINE_float("holdout", schema.HOLDOUT, "Of a table: the share of dev, and of test.", 0.0, 0.45)
+_MAX_MISSING_SHARE = ranges.flag(
+    "max_missing_share", 0.01, "Fail if a larger share of a split's records has no usable image.", ranges.SHARE
+)
+ranges.flag("holdout", schema.HOLDOUT, "Of a table: the share of dev, and of test.", ranges.HOLDOUT)
 flags.DEFINE_string("caption_prompt", tables.CAPTION_PROMPT, "The prompt of every caption.")
 flags.DEFINE_string("tfds_data_dir", None, "Where TFDS keeps the dataset of captions:tfds:NAME.")
-flags.DEFINE_float(
-    "word_threshold", tables.WORD_THRESHOLD, "A word of Rapidata's is misaligned above this share of the weight.", 0.0, 1.0
+ranges.flag(
+    "word_threshold",
+    tables.WORD_THRESHOLD,
+    "A word of Rapidata's is misaligned above this share of the weight.",
+    ranges.SHARE,
 )
 _ALLOW_ABSENT = flags.DEFINE_bool("allow_absent", False, "Accept records without some targets, as consolidate writes.")
 _OF_RECORD_FILES = ("workers", "beam", "parts", "keep_parts", "allow_absent")  # flags that no table uses

@@ -31,7 +31,7 @@ import numpy as np
 from absl import flags
 from tqdm.auto import tqdm
 
-from richhf_data import command, images, jsonl, keywords, paths, schema
+from richhf_data import command, images, jsonl, keywords, paths, ranges, schema
 from richhf_data.errors import UserError
 
 MARKER = "consolidated.json"  # marks a folder that this command wrote
@@ -386,6 +386,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("annotations", None, "Pattern of JSONL files.", required=True)
     flags.DEFINE_string("images", None, "Folder of the pictures, named by uid.", required=True)
     flags.DEFINE_string("output", None, "New folder for the record files.", required=True)
-    flags.DEFINE_float("holdout", schema.HOLDOUT, "The share of dev, and of test.", 0.0, 0.45)
-    flags.DEFINE_integer("split_seed", 0, "Draws which pictures are held out.")
+    ranges.flag("holdout", schema.HOLDOUT, "The share of dev, and of test.", ranges.HOLDOUT)
+    ranges.flag("split_seed", 0, "Draws which pictures are held out.", ranges.SEED)
     command.run(main)

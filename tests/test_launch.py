@@ -413,7 +413,7 @@ def test_dry_run_prints_the_commands_that_train_runs(cloud):
 @pytest.mark.parametrize("flag", ["--name", "--project", "--zone", "--type", "--version", "--workdir"])
 def test_missing_flag_is_named(cloud, flag):
     done = cloud.launch(*[argument for argument in TRAIN if not argument.startswith(f"{flag}=")])
-    assert done.returncode == 2 and re.search(f"required: {flag}$", done.stderr.strip()) and not cloud.calls()
+    assert done.returncode == 2 and re.search(f"required: {flag};", done.stderr.strip()) and not cloud.calls()
 
 
 def test_train_refuses_a_local_workdir_and_uncommitted_changes(cloud):

@@ -422,10 +422,10 @@ def test_training_stops_early(standard_promotion, monkeypatch):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("loss.temperature", 0.0, "loss.temperature: got 0.0, expected above 0"),
-        ("loss.num_prompts", 1, "loss.num_prompts: got 1, expected 2 or more"),
-        ("loss.classification_weight", -1.0, "expected 0 or more"),
-        ("train.learning_rate", float("nan"), "train: the loss is nan at step 2; lower"),
+        ("loss.temperature", 0.0, "loss.temperature: got 0.0, expected a number above 0"),
+        ("loss.num_prompts", 1, "loss.num_prompts: got 1, expected a whole number from 2"),
+        ("loss.classification_weight", -1.0, "loss.classification_weight: got -1.0, expected a number from 0"),
+        ("train.learning_rate", float("nan"), "train.learning_rate: got nan, expected a number above 0"),
     ],
 )
 def test_fit_names_a_wrong_setting(standard_promotion, key, value, message):
@@ -434,6 +434,13 @@ def test_fit_names_a_wrong_setting(standard_promotion, key, value, message):
         model.fit(matching_features(20), rows[:15], rows[15:], small_config(**{key: value}))
     with pytest.raises(ValueError, match="the validation part is empty"):
         model.fit(matching_features(20), rows, rows[:0], small_config())
+
+
+def test_fit_names_the_step_whose_loss_is_not_finite(standard_promotion):
+    rows, features = np.arange(20), matching_features(20)
+    features = dataclasses.replace(features, label=np.full(20, np.nan, np.float32))
+    with pytest.raises(ValueError, match="train: the loss is nan at step 2; lower"):
+        model.fit(features, rows[:15], rows[15:], small_config())
 
 
 def test_features_of_wrong_shapes_or_values_are_named():

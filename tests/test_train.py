@@ -195,7 +195,8 @@ def test_skipped_steps_are_counted_their_batches_kept_and_too_many_in_a_row_end_
 
 def test_a_run_that_diverges_ends_with_an_error_and_its_batches(tmp_path):
     result = subprocess.run(
-        command(tmp_path, "--config.optimizer.learning_rate=1e30", "--config.train.max_bad_steps=2"),
+        command(tmp_path, "--config.optimizer.learning_rate=1e3", "--config.model.dtype=float16",
+                "--config.train.max_bad_steps=2"),
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 2

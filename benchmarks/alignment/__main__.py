@@ -34,15 +34,30 @@ from absl import flags
 from benchmarks.alignment import drawings, foundation, judge
 from rahf import experiments, workdirs
 from rahf import reward as rahf_reward
-from rahf.diffusion import evaluate, folder, inputs, sample
+from rahf.diffusion import evaluate, finetuning, folder, inputs, sample
 from rahf.diffusion import train as diffusion_train
 from rahf.diffusion.comparison_page import Evaluated
 from rahf.reward import embed, predict, prompts
 from rahf.reward import train as reward_train
 from rahf.reward.image_table import ImageTable
-from richhf_data import command, json_files, paths
+from richhf_data import command, json_files, paths, ranges
 from richhf_data.errors import UserError
 
+# Of a config, for `experiments.check_ranges`; its sections reward, base and tuning have those of their programs.
+RANGES = {
+    "seed": ranges.Range(0, 4_000_000, whole=True),  # times 1000 is a seed too
+    "pictures.train": ranges.COUNT,
+    "pictures.clean": ranges.COUNT,
+    "pictures.wrong_rate": ranges.SHARE,
+    "sampling.steps": ranges.COUNT,
+    "sampling.guidance_scale": ranges.GUIDANCE,
+    "samples.labelled": ranges.COUNT,
+    "samples.unlabelled": ranges.NUMBER,
+    "eval.prompts": ranges.COUNT,
+    "eval.images": ranges.COUNT,
+    "eval.candidates": ranges.COUNT,
+    "eval.strong_guidance": ranges.GUIDANCE,
+}
 AT_ONCE = 100  # pictures drawn in one batch
 SHOWN = ("beta_1", "beta_03", "beta_0")  # the fine-tuned models in the figure
 ACCURATE = 0.98  # the accuracy that the judge must reach
@@ -55,6 +70,14 @@ TUNED = {  # name -> (label, the reward's folder, beta)
     "beta_1_plain": ("reward-weighted, beta 1, no auxiliary loss", "reward_plain", 1.0),
     "unweighted": ("all weights alike, beta 1", "reward", 1.0),
 }
+
+
+def check(config) -> None:
+    """Refuses a value that is missing or out of its range: UserError."""
+    experiments.check_ranges(config, RANGES)
+    parts = {"reward": reward_train.RANGES, "base": finetuning.RANGES, "tuning": finetuning.RANGES}
+    for section, allowed in parts.items():
+        experiments.check_ranges(config[section], allowed, f"{section}.")
 
 
 def seed_of(config, number: int) -> int:
@@ -265,6 +288,7 @@ def figure(found: list[Evaluated], root: pathlib.Path, columns: int = 12) -> byt
 
 def run(config, workdir) -> None:
     """Runs all stages and records the seconds of each."""
+    check(config)
     root = pathlib.Path(workdir).absolute()
     workdirs.open_workdir(root, config)
     seconds_file = root / "seconds.json"

@@ -18,8 +18,24 @@ from flax import linen as nn
 from rahf import experiments
 from rahf import program as programs
 from rahf.diffusion import folder, inputs
+from richhf_data import ranges
 from richhf_data.errors import UserError
 
+# Of a config, for `experiments.check_ranges`.
+RANGES = programs.RANGES | {
+    "reward.temperature": ranges.POSITIVE,
+    "reward.fraction": ranges.SOME_SHARE,
+    "reward.threshold": ranges.Range(-1e6, 1e6),
+    "lora.rank": ranges.Range(0, 2**16, whole=True),  # 0: the whole UNet is trained
+    "lora.alpha": ranges.POSITIVE,
+    "train.pretraining_share": ranges.Range(0, 1, without=(0, 1)),
+    "train.beta": ranges.WEIGHT,
+    "train.text_dropout": ranges.RATE,
+    "sample.every": ranges.COUNT,
+    "sample.seed": ranges.SEED,
+    "sample.steps": ranges.COUNT,
+    "sample.guidance_scale": ranges.GUIDANCE,
+}
 WEIGHTINGS = ("raw", "exponential", "top", "threshold")
 ADAPTED = ("to_q", "to_k", "to_v", "to_out")  # the layers that LoRA adds to
 
@@ -29,11 +45,11 @@ def weights_of(rewards: np.ndarray, config) -> np.ndarray:
     """Rewards of all images -> what their losses weigh, float32[n] at least 0; only the ratios between them count.
 
     Args:
-      config: the section `reward`.
+      config: the section `reward`, in `RANGES`.
 
     Raises:
-      UserError: rewards that are not finite or all equal, an unknown weighting or a setting out of its range, rewards
-        below 0 to be taken raw, or weights that are all 0.
+      UserError: rewards that are not finite or all equal, an unknown weighting, rewards below 0 to be taken raw, or weights
+        that are all 0.
     """
     rewards = np.asarray(rewards, np.float64)
     if not np.isfinite(rewards).all():
@@ -49,12 +65,8 @@ def weights_of(rewards: np.ndarray, config) -> np.ndarray:
             )
         weights = rewards / rewards.max()
     elif config.weighting == "exponential":
-        if config.temperature <= 0:
-            raise UserError(f"reward.temperature: got {config.temperature}, expected above 0")
         weights = np.exp((rewards - rewards.max()) / config.temperature)
     elif config.weighting == "top":
-        if not 0 < config.fraction <= 1:
-            raise UserError(f"reward.fraction: got {config.fraction}, expected above 0 and at most 1")
         weights = np.zeros(len(rewards))
         weights[np.argsort(-rewards, kind="stable")[: max(1, round(config.fraction * len(rewards)))]] = 1
     elif config.weighting == "threshold":
@@ -159,14 +171,7 @@ def model_config(config, of_folder: folder.Config) -> folder.Config:
 
 def check(config) -> None:
     """Refuses settings out of their range, or that do not go together."""
-    limits = {
-        "train.beta": (config.train.beta >= 0, "0 or more"),
-        "train.pretraining_share": (0 < config.train.pretraining_share < 1, "above 0 and below 1"),
-        "train.text_dropout": (0 <= config.train.text_dropout < 1, "0 or more and below 1"),
-        "lora.rank": (config.lora.rank >= 0, "0 (train the whole UNet) or more"),
-    }
-    experiments.check_limits(config, limits)
-    experiments.check_counts(config, ["sample.every"])
+    experiments.check_ranges(config, RANGES)
     if config.data.images and bool(config.data.pretraining) != (config.train.beta > 0):
         raise UserError(
             f"train.beta: got {config.train.beta} with data.pretraining={config.data.pretraining!r}; expected pre-training "

@@ -34,7 +34,7 @@ from rahf import partitioning
 from rahf.diffusion import folder
 from rahf.diffusion.schedule import SAMPLERS, Plan, Schedule, plan
 from rahf.models.layers import normalize_image
-from richhf_data import command, images, json_files, jsonl, paths, schema
+from richhf_data import command, images, json_files, jsonl, paths, ranges, schema
 from richhf_data.errors import UserError
 
 Array = jax.Array
@@ -414,18 +414,18 @@ if __name__ == "__main__":
     flags.DEFINE_multi_string("prompt", None, "A prompt; may be given several times.")
     flags.DEFINE_string("prompts", None, 'A file of prompts, one per line, or a .jsonl with lines {"prompt": text}.')
     flags.DEFINE_string("output", None, "The folder to write to.")
-    flags.DEFINE_integer("num_images", 1, "Images of each prompt.", lower_bound=1)
-    flags.DEFINE_integer("batch_size", 4, "Images at a time.", lower_bound=1)
-    flags.DEFINE_integer("steps", 50, "The number of steps from pure noise to an image.", lower_bound=1)
+    ranges.flag("num_images", 1, "Images of each prompt.", ranges.COUNT)
+    ranges.flag("batch_size", 4, "Images at a time.", ranges.ROWS)
+    ranges.flag("steps", 50, "The number of steps from pure noise to an image.", ranges.COUNT)
     flags.DEFINE_enum("sampler", "ddim", SAMPLERS, "The sampler; dpm++ needs about half the steps.")
-    flags.DEFINE_float("guidance_scale", 7.5, "Weight of classifier-free guidance, at most 1000; 1 = no guidance.")
+    ranges.flag("guidance_scale", 7.5, "Weight of classifier-free guidance; 1 = no guidance.", ranges.GUIDANCE)
     flags.DEFINE_string("negative_prompt", "", "A prompt that guidance leads away from.")
-    flags.DEFINE_integer("seed", 0, "The seed of the noise.")
-    flags.DEFINE_integer("height", None, "In pixels; by default that of the model's training images, or of --image.", 1)
-    flags.DEFINE_integer("width", None, "In pixels; default as for --height.", 1)
+    ranges.flag("seed", 0, "The seed of the noise.", ranges.SEED)
+    ranges.flag("height", None, "In pixels; by default that of the model's training images, or of --image.", ranges.PIXELS)
+    ranges.flag("width", None, "In pixels; default as for --height.", ranges.PIXELS)
     flags.DEFINE_string("image", None, "An image to start from, or to inpaint.")
     flags.DEFINE_string("mask", None, "An image of the size of --image, white where to inpaint.")
-    flags.DEFINE_float("strength", None, "Change of the image, above 0 and at most 1; by default 0.8, or 1 with a mask.")
+    ranges.flag("strength", None, "Change of the image; by default 0.8, or 1 with a mask.", ranges.SOME_SHARE)
     flags.DEFINE_bool("truncate", False, "Drop the end of prompts that are too long.")
     flags.DEFINE_enum("dtype", None, ("float32", "bfloat16"), "The dtype of the computation; float32 by default.")
     flags.mark_flags_as_required(["model", "output"])

@@ -14,11 +14,25 @@ import numpy as np
 import optax
 from tqdm.auto import tqdm
 
-from rahf import experiments
-from richhf_data import schema
+from rahf import experiments, optimizers
+from richhf_data import ranges, schema
 from richhf_data.errors import UserError
 
 Array = jax.Array
+# Of what `fit` reads of a config; for `experiments.check_ranges`.
+RANGES = {
+    "seed": ranges.SEED,
+    "model.hidden": ranges.Each(ranges.Range(1, 2**16, whole=True)),
+    "loss.num_prompts": ranges.Range(2, 10_000, whole=True),  # the image's own included
+    "loss.temperature": ranges.POSITIVE,
+    "loss.classification_weight": ranges.WEIGHT,
+    "train.batch_size": ranges.ROWS,
+    "train.num_steps": ranges.COUNT,
+    "train.learning_rate": optimizers.LEARNING_RATE,
+    "train.weight_decay": ranges.WEIGHT,
+    "train.eval_every": ranges.COUNT,
+    "train.patience": ranges.COUNT,
+}
 partitioned = nn.with_logical_partitioning
 
 
@@ -168,7 +182,8 @@ def fit(
     Raises:
       UserError: an empty part, a setting out of its range, or a loss that is not finite.
     """
-    _check(config, train, validation)
+    experiments.check_ranges(config, RANGES)
+    _check_parts(train, validation)
     settings, loss = config.train, config.loss
     model = RewardMLP(tuple(config.model.hidden))
     schedule = optax.cosine_decay_schedule(settings.learning_rate, settings.num_steps)
@@ -227,15 +242,7 @@ def _batches(rows: np.ndarray, size: int, seed: int):
         left = left[size:]
 
 
-def _check(config, train, validation) -> None:
+def _check_parts(train, validation) -> None:
     for name, rows in (("training", train), ("validation", validation)):
         if not len(rows):
             raise UserError(f"feedback: the {name} part is empty, expected at least one row; more feedback is needed")
-    limits = {
-        "loss.temperature": (config.loss.temperature > 0, "above 0"),
-        "loss.classification_weight": (config.loss.classification_weight >= 0, "0 or more"),
-        "loss.num_prompts": (config.loss.num_prompts >= 2, "2 or more, including the image's own prompt"),
-        "model.hidden": (len(config.model.hidden) > 0, "at least one layer"),
-    }
-    experiments.check_limits(config, limits)
-    experiments.check_counts(config, [f"train.{name}" for name in ("batch_size", "num_steps", "eval_every", "patience")])

@@ -21,9 +21,14 @@ from tabulate import tabulate
 from rahf import experiments, workdirs
 from rahf.reward import embed, model, predict, prompts
 from rahf.reward.image_table import LabelledImages
-from richhf_data import command, json_files, paths
+from richhf_data import command, json_files, paths, ranges
 from richhf_data.errors import UserError
 
+# Of a config, for `experiments.check_ranges`.
+RANGES = model.RANGES | {
+    "eval.validation": ranges.Range(0, 1, without=(0, 1)),
+    "eval.data_sizes": ranges.Each(ranges.SOME_SHARE),
+}
 RESUME_MAY_DIFFER = ("clip.folder",)  # of the workdir's config and a resumed run's; the digest of CLIP's files must be equal
 METRICS = ("accuracy", "f1", "auc")
 
@@ -135,16 +140,17 @@ def train(config, feedback_file, clip_folder, workdir, cache=None) -> list[dict]
     """Runs `config`. Returns the results in results.json, one for each size of the training part, the whole part last.
 
     Raises:
-      UserError: faulty feedback, a folder without a CLIP, a workdir of another run, a prompt that the config's words do not
-        make.
+      UserError: a number out of its range, faulty feedback, a folder without a CLIP, a workdir of another run, a prompt
+        that the config's words do not make.
     """
     # ---- Feedback, prompts, CLIP ------------------------------------------------------------------------------------
+    experiments.check_ranges(config, RANGES)
     words, change = prompts.words_of(config.prompts), tuple(config.loss.change)
     if unknown := sorted(set(change) - set(prompts.CATEGORIES)):
         raise UserError(f"loss.change: got {unknown}, expected some of {list(prompts.CATEGORIES)}")
     sizes = sorted(set(config.eval.data_sizes))
-    if not sizes or sizes[0] <= 0 or sizes[-1] != 1:
-        raise UserError(f"eval.data_sizes: got {sizes}, expected shares above 0, the last of them 1.0")
+    if sizes[-1] != 1:
+        raise UserError(f"eval.data_sizes: got {sizes}, expected 1.0 as the largest")
     for name, folder in (("workdir", workdir), ("cache", cache)):
         if "://" in str(folder):
             raise UserError(f"{name}: got {folder}, expected a folder on a disk")

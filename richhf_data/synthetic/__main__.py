@@ -11,7 +11,7 @@
 import tabulate
 from absl import flags
 
-from richhf_data import command
+from richhf_data import command, ranges
 from richhf_data.synthetic import grammar
 from richhf_data.synthetic.write import write
 
@@ -31,12 +31,12 @@ def main():
 
 if __name__ == "__main__":
     flags.DEFINE_string("output", None, "The folder to write.")
-    flags.DEFINE_integer("train", 10_000, "Training examples.", lower_bound=1)
-    flags.DEFINE_integer("dev", 500, "Examples to develop with.", lower_bound=0)
-    flags.DEFINE_integer("test", 500, "Test examples.", lower_bound=0)
-    flags.DEFINE_integer("test_novel", None, "Test examples with colour-thing pairs that train lacks; by default as --test.")
-    flags.DEFINE_integer("size", 128, "Pixels of an image, both sides.", lower_bound=16)
-    flags.DEFINE_integer("seed", 0, "Draws the examples.", lower_bound=0)
-    flags.DEFINE_integer("workers", None, "Processes; one per core by default.", lower_bound=1)
+    ranges.flag("train", 10_000, "Training examples.", ranges.COUNT)
+    ranges.flag("dev", 500, "Examples to develop with.", ranges.NUMBER)
+    ranges.flag("test", 500, "Test examples.", ranges.NUMBER)
+    ranges.flag("test_novel", None, "Test examples with colour-thing pairs that train lacks; as --test.", ranges.NUMBER)
+    ranges.flag("size", 128, "Pixels of an image, both sides.", ranges.Range(16, 2**13, whole=True))
+    ranges.flag("seed", 0, "Draws the examples.", ranges.SEED)
+    ranges.flag("workers", None, "Processes; one per core by default.", ranges.PROCESSES)
     flags.mark_flag_as_required("output")
     command.run(main)
