@@ -1,0 +1,1 @@
+"""Broken, hostile and unusual inputs at every door; see __main__.py."""

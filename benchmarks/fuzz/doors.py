@@ -1,0 +1,396 @@
+"""The doors: each has a small good input, the command or function that reads it, and a check of what comes out."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable
+
+import numpy as np
+import PIL.Image
+
+ROOT = pathlib.Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+
+import tiny_clip  # noqa: E402
+import tiny_data  # noqa: E402
+import tiny_diffusion  # noqa: E402
+
+import rahf  # noqa: E402
+from rahf import predict, workdirs  # noqa: E402
+from rahf.diffusion import folder as diffusion_folder  # noqa: E402
+from rahf.diffusion import sample  # noqa: E402
+from rahf.reward import embed, image_table, model  # noqa: E402
+from rahf.reward import predict as reward_predict  # noqa: E402
+from richhf_data import images, json_files, tasks, vocabulary  # noqa: E402
+
+DATA = ROOT / "tests/data"
+PROMPTS = ("two red cats on a table", "a blue dog")
+
+
+@dataclasses.dataclass(frozen=True)
+class Door:
+    """Where RAHF reads something.
+
+    Attributes:
+      name: of the door. group: the column of the table.
+      make: writes the good input into a folder.
+      call: the arguments of a command, the module first, with {input} and {output} for the folders; or a function of the
+        input's folder that returns JSON.
+      result: of a command: output's folder -> JSON, after checking what it wrote.
+      flags: those of the command that are numbers.
+      files: a glob of the input's files that are broken.
+      share: of the time, in proportion to the other doors'.
+    """
+
+    name: str
+    group: str
+    make: Callable[[pathlib.Path], object]
+    call: Callable[[pathlib.Path], object] | tuple[str, ...]
+    result: Callable[[pathlib.Path], object] = lambda output: None
+    flags: tuple[str, ...] = ()
+    files: str = "**/*"
+    share: float = 1.0
+
+
+# ---- Good inputs ----------------------------------------------------------------------------------------------------
+def _unzip(name, folder, inside=""):
+    with zipfile.ZipFile(DATA / f"{name}.zip") as archive:
+        archive.extractall(folder / "zip")
+    shutil.copytree(folder / "zip" / inside, folder, dirs_exist_ok=True)
+    shutil.rmtree(folder / "zip")
+
+
+def _converted(folder):
+    _unzip("older_workdirs", folder)
+    shutil.copy(folder / "run/vocabulary.model", folder / "converted/vocabulary.model")
+    for path in folder.iterdir():
+        if path.name != "converted":
+            shutil.rmtree(path)
+    shutil.copytree(folder / "converted", folder, dirs_exist_ok=True)
+    shutil.rmtree(folder / "converted")
+
+
+def _workdir(folder):
+    _unzip("older_workdirs", folder, "run")
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "golden.json").unlink()
+
+
+def _picture(place, seed=0, size=(40, 30)):
+    pixels = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), np.uint8)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    PIL.Image.fromarray(pixels).resize(size).save(place)
+
+
+def _list(folder, labels=False):
+    rows = []
+    for i, prompt in enumerate(PROMPTS * (4 if labels else 1)):
+        _picture(folder / f"{i}.{'jpg' if i % 2 else 'png'}", i)
+        rows.append({"image": f"{i}.{'jpg' if i % 2 else 'png'}", "prompt": prompt} | ({"label": i % 2} if labels else {}))
+    (folder / "images.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _predicted(folder):
+    _converted(folder / "workdir")
+    _list(folder / "images")
+
+
+def _diffusers(folder):
+    _unzip("diffusion_tiny", folder, "first")
+    tiny_diffusion.write_weights(folder)
+    for name in ("tensors.json", "golden.npz"):
+        (folder / name).unlink()
+
+
+def _reward(folder):
+    tiny_clip.write(folder / "clip")
+    mlp = model.RewardMLP((8,))
+    reward_predict.write_params(_numbers(model.init, mlp, 12), folder / "reward/weights.safetensors")
+    config = {"kind": "reward", "model": {"hidden": [8]}}
+    config["clip"] = {"folder": "clip", "digest": embed.Clip(folder / "clip").digest}
+    json_files.write(folder / "reward/config.json", config)
+
+
+def _numbers(init, mlp, width):
+    import flax.linen as nn
+    import jax
+
+    shapes = nn.unbox(jax.eval_shape(lambda key: init(mlp, width, width, key), jax.random.key(0)))
+    return jax.tree.map(lambda leaf: np.full(leaf.shape, 0.1, np.float32), shapes)
+
+
+def _records(folder):
+    tiny_data.write_sources(folder, {"train": 4, "dev": 3})
+
+
+def _rapidata(folder):
+    tiny_data.write_rapidata(folder / "rapidata.parquet", [f"a red cat on {n} tables" for n in ("one", "two", "six", "ten")])
+
+
+def _captions(folder):
+    tiny_data.write_captions(folder / "captions.parquet", ["a red cat", "two dogs", "the moon", "a table"] * 3)
+
+
+def _image_folder(folder):
+    from richhf_data import records
+
+    uids = [f"train-{i:03d}" for i in range(4)]
+    records.write(folder / "records/train.tfrecord", map(tiny_data.raw_record, uids))
+    for uid in uids:
+        (folder / f"images/{uid}.png").parent.mkdir(exist_ok=True)
+        (folder / f"images/{uid}.png").write_bytes(tiny_data.png(tiny_data.image_of(uid)))
+    rows = "".join(f'{uid},"{tiny_data.prompt_of(uid)}"\n' for uid in uids)
+    (folder / "images/captions.csv").write_text("uid,caption\n" + rows)
+
+
+def _dataset(folder):
+    from richhf_data import build  # which defines flags
+
+    work = folder.with_name("sources")
+    build.build(*tiny_data.write_sources(work, {"train": 4, "dev": 3}), folder / "data", vocabulary_size=60)
+    shutil.rmtree(work)
+
+
+def _annotations(folder):
+    lines = [tiny_data.annotation(f"u{i}", name) for i in range(3) for name in ("ann", "bob")]
+    tiny_data.write_annotations(folder, lines)
+
+
+def _prompts(folder):
+    (folder / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in PROMPTS))
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+
+
+def _vit(folder):
+    _unzip("vit_augreg_tiny", folder)
+    (folder / "golden.npz").unlink()
+
+
+def _t5x(folder):
+    _unzip("t5x_v1_1_tiny", folder, "checkpoint_0")
+
+
+def _nothing(folder):
+    (folder / "unused.txt").write_text("unused\n")
+
+
+# ---- Calls and results ----------------------------------------------------------------------------------------------
+def _fed_back(folder):
+    feedback = rahf.load(folder).predict([tiny_diffusion.picture(20)], [PROMPTS[0]])
+    scores = {name: float(values[0]) for name, values in feedback.scores.items()}
+    assert all(0 <= value <= 1 for value in scores.values()), scores
+    assert all(np.isfinite(maps).all() for maps in feedback.heatmaps.values())
+    return scores | {"labelled": feedback.labelled_prompts}
+
+
+def _predictions(output):
+    rows = [json.loads(line) for line in (output / "predictions.jsonl").read_bytes().splitlines()]
+    assert len(rows) >= 1, "no rows"
+    for row in rows:
+        assert all(0 <= value <= 1 for value in row["scores"].values()), row
+        for file in row["heatmaps"].values():
+            PIL.Image.open(output / file).verify()
+    assert (output / "report.html").stat().st_size > 1000
+    return [row["scores"] for row in rows]
+
+
+def _read_diffusers(folder):
+    read = diffusion_folder.read(folder)
+    for part in read.params.values():
+        assert all(np.isfinite(np.asarray(leaf)).all() for leaf in _leaves(part)), "not finite"
+    return read.text_ids(["red cat"]).tolist()
+
+
+def _leaves(tree):
+    import jax
+
+    return jax.tree.leaves(tree)
+
+
+def _sampled(output):
+    files = sorted(output.glob("*.png"))
+    pixels = [np.asarray(PIL.Image.open(file)) for file in files]
+    assert files and all(image.std() > 0 for image in pixels), "no pictures, or black ones"
+    return [float(image.mean()) for image in pixels]
+
+
+def _embedded(folder):
+    clip = embed.Clip(folder)
+    values = np.concatenate([clip.texts(["red cat"])[0], clip.images([tiny_diffusion.picture(20)])[0]])
+    assert np.isfinite(values).all() and abs(np.square(values).sum() - 2) < 1e-3, values
+    return values.tolist()
+
+
+def _rewarded(folder):
+    values = reward_predict.load(folder / "reward", folder / "clip")([tiny_diffusion.picture(20)], ["red cat"])
+    assert np.isfinite(values).all(), values
+    return values.tolist()
+
+
+def _all_pictures(folder):
+    found = []
+    for path in sorted(folder.rglob("*.*")):
+        if path.suffix in (".png", ".jpg"):
+            image = images.read(path)
+            assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size
+            found.append(image.shape)
+    return len(found)
+
+
+def _mask(folder):
+    mask = sample.read_mask(folder / "0.png")
+    assert mask.dtype == bool and mask.ndim == 2
+    return list(mask.shape)
+
+
+def _texts(folder):
+    return [sample.read_prompts(path) for path in (folder / "prompts.txt", folder / "prompts.jsonl")]
+
+
+def _inputs(folder):
+    return [prompt for _, prompt in predict.read_inputs(str(folder / "images.jsonl"), None)]
+
+
+def _feedback(folder):
+    table = image_table.LabelledImages(folder / "images.jsonl")
+    return [table.prompts, table.labels, len([images.decode(data, where) for where, data in table.images()])]
+
+
+def _vocabulary(folder):
+    found = vocabulary.Vocabulary(folder / "vocabulary.model")
+    return [found.size, found.encode("a red cat", 16).tolist()]
+
+
+def _config(folder):
+    config = workdirs.read_config(folder)
+    return [config.model.image_size, config.data.text_length]
+
+
+def _built(output):
+    report = tasks.report(output)
+    for split in report["splits"]:
+        examples, count = tasks.decoded(output, split)
+        assert count == len(list(examples)) > 0
+    return report["splits"]
+
+
+def _weights(output):
+    import safetensors.numpy
+
+    tensors = safetensors.numpy.load_file(output / "weights.safetensors")
+    assert tensors and all(np.isfinite(tensor).all() for tensor in tensors.values()), "not finite"
+    json.loads((output / "config.json").read_bytes())
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _page(output):
+    assert (output / "index.html").is_file() or list(output.rglob("*.html")), "no page"
+
+
+def _consolidated(output):
+    assert (output / "train.tfrecord").stat().st_size > 0
+    return len(list((output / "images").iterdir()))
+
+
+def _synthetic(output):
+    assert (output / "train.tfrecord").stat().st_size > 0
+    return json.loads((output / "statistics.json").read_bytes())
+
+
+DOORS = [
+    Door("rahf.load", "JSON, weights", _converted, _fed_back, share=2),
+    Door("rahf.load of a run", "JSON, weights", _workdir, _fed_back, share=2),
+    Door("workdirs.read_config", "JSON, weights", _converted, _config, files="config.json"),
+    Door("vocabulary", "JSON, weights", _converted, _vocabulary, files="vocabulary.model", share=0.3),
+    Door("diffusers' folder", "JSON, weights", _diffusers, _read_diffusers, share=3),
+    Door("CLIP", "JSON, weights", lambda folder: tiny_clip.write(folder), _embedded, share=2),
+    Door("reward", "JSON, weights", _reward, _rewarded),
+    Door(
+        "convert vit-npz", "JSON, weights", _vit,
+        ("rahf.convert", "--source=vit-npz", "--input={input}/vit_tiny_p8.npz", "--output={output}"), _weights,
+    ),
+    Door(
+        "convert t5x", "JSON, weights", _t5x,
+        ("rahf.convert", "--source=t5x", "--input={input}", "--output={output}"), _weights,
+    ),
+    Door(
+        "convert workdir", "JSON, weights", _workdir,
+        ("rahf.convert", "--source=workdir", "--input={input}", "--output={output}"), _weights,
+    ),
+    Door("prompts", "texts", _prompts, _texts),
+    Door("list of images", "texts", _list, _inputs, files="*.jsonl"),
+    Door("feedback", "texts", lambda folder: _list(folder, labels=True), _feedback),
+    Door(
+        "consolidate", "annotations", _annotations,
+        ("richhf_data.consolidate", "--annotations={input}/lines.jsonl", "--images={input}/pictures", "--output={output}"),
+        _consolidated, flags=("holdout", "split_seed"), share=2,
+    ),
+    Door(
+        "build of records", "datasets", _records,
+        ("richhf_data.build", "--records={input}/records", "--images=parquet:{input}/images/*.parquet",
+         "--data_dir={output}", "--workers=0", "--vocabulary_size=60", "--max_missing_share=1"),
+        _built, flags=("workers", "vocabulary_size", "max_missing_share", "max_pixels"), share=2,
+    ),
+    Door(
+        "build of a folder", "datasets", _image_folder,
+        ("richhf_data.build", "--records={input}/records", "--images=folder:{input}/images", "--data_dir={output}",
+         "--workers=0", "--vocabulary_size=60", "--max_missing_share=1"),
+        _built, flags=("workers",), share=2,
+    ),
+    Door(
+        "build of Rapidata", "datasets", _rapidata,
+        ("richhf_data.build", "--records=rapidata:{input}/*.parquet", "--data_dir={output}", "--holdout=0"),
+        _built, flags=("holdout", "word_threshold"),
+    ),
+    Door(
+        "build of captions", "datasets", _captions,
+        ("richhf_data.build", "--records=captions:{input}/*.parquet", "--data_dir={output}", "--holdout=0"),
+        _built, flags=("holdout", "max_pixels"),
+    ),
+    Door(
+        "browse", "datasets", _dataset,
+        ("richhf_data.browse", "--data_dir={input}/data", "--output={output}/page.html"),
+        _page, flags=("limit", "thumbnail"), share=3,
+    ),
+    Door("pictures", "pictures", _list, _all_pictures, files="*.[pj][np]g", share=2),
+    Door("masks", "pictures", _list, _mask, files="0.png"),
+    Door(
+        "predict", "pictures", _predicted,
+        ("rahf.predict", "--workdir={input}/workdir", "--images={input}/images/images.jsonl", "--output={output}"),
+        _predictions, flags=("limit", "batch_size"), files="images/*", share=3,
+    ),
+    Door(
+        "sample", "JSON, weights", _diffusers,
+        ("rahf.diffusion.sample", "--model={input}", "--prompt=red cat", "--output={output}", "--steps=2"), _sampled,
+        flags=("num_images", "batch_size", "steps", "guidance_scale", "seed", "height", "width", "strength"),
+        files="**/*.json", share=2,
+    ),
+    Door(
+        "train", "flags", _nothing,
+        ("rahf.train", "--config=rahf_ci", "--config.data.source=stream", "--workdir={output}",
+         "--config.train.num_steps=1", "--config.eval.every=2"),
+        lambda output: [path.name for path in (output / "checkpoints").iterdir()],
+        flags=("config.optimizer.learning_rate", "config.optimizer.b2", "config.optimizer.ema_decay", "config.seed",
+               "config.optimizer.clip_norm", "config.optimizer.warmup_steps", "config.train.batch_size",
+               "config.train.loss_weights.score", "config.data.text_length", "config.model.vit.dropout",
+               "config.eval.batch_size", "config.eval.every", "config.data.num_workers", "config.log_every",
+               "config.model.image_size", "config.model.t5.num_heads", "config.model.vit.depth"),
+        files="", share=2,
+    ),
+    Door(
+        "compile", "flags", _nothing, ("rahf.compile", "--config=rahf_ci", "--step=predict"),
+        flags=("batch_size", "config.model.image_size", "config.data.text_length", "config.mesh.model"), files="",
+    ),
+    Door(
+        "synthetic", "flags", _nothing,
+        ("richhf_data.synthetic", "--output={output}", "--train=2", "--dev=1", "--test=0", "--size=16", "--workers=1"),
+        _synthetic, flags=("train", "dev", "test", "test_novel", "size", "seed", "workers"), files="",
+    ),
+    Door(
+        "launch", "flags", _nothing,
+        ("launch.tpu_vm", "logs", "--name=n", "--project=p", "--zone=z", "--dry_run"), flags=("lines",), files="", share=0.2,
+    ),
+]  # fmt: skip
