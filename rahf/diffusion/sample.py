@@ -39,8 +39,6 @@ from richhf_data.errors import UserError
 
 Array = jax.Array
 INITIAL, IMAGE, MASKED, STEPS = range(4)  # uses of noise
-MAX_GUIDANCE = 1000  # far beyond what gives pictures
-SEEDS = 2**32  # JAX takes others modulo this
 
 
 def noise(keys: Array, purpose: int, shape: tuple[int, ...]) -> Array:
@@ -202,7 +200,7 @@ def generate(
     Args:
       seed, first: row b is image number `first` + b of the seed.
       steps: the number of steps from pure noise to an image. sampler: one of `schedule.SAMPLERS`.
-      guidance_scale: 0 to `MAX_GUIDANCE`; 1 or less = no guidance, and the negative prompt is ignored.
+      guidance_scale: in `ranges.GUIDANCE`; 1 or less = no guidance, and the negative prompt is ignored.
       height, width: in pixels, if there is no image; by default the size of the UNet's training images.
       image: uint8[H, W, 3], or float in [-1, 1], or B of them: the image to start from or to inpaint.
       mask: bool[H, W], or B of them: True = inpaint here. An inpainting model reads the image outside of the mask; for any
@@ -221,7 +219,9 @@ def generate(
       UserError: a size that the VAE's factor does not divide, a prompt that is too long, inputs that contradict each other,
         an image that is not finite.
     """
-    check_numbers(seed, guidance_scale)
+    for name, value, allowed in (("seed", seed, ranges.SEED), ("guidance_scale", guidance_scale, ranges.GUIDANCE)):
+        if value not in allowed:
+            raise UserError(f"{name}: got {value!r}, expected {allowed}")
     config, count = model.config, len(prompts)
     if not count:
         raise UserError("prompts: got none, expected one or more")
@@ -276,14 +276,6 @@ def generate(
                 f"scale ({guidance_scale}), compute in float32, or take another model"
             )
     return drawn
-
-
-def check_numbers(seed: int, guidance_scale: float) -> None:
-    """Refuses a seed or a guidance scale out of its range: UserError."""
-    if not 0 <= seed < SEEDS:
-        raise UserError(f"seed: got {seed}, expected 0 to {SEEDS - 1}")
-    if not 0 <= guidance_scale <= MAX_GUIDANCE:
-        raise UserError(f"guidance_scale: got {guidance_scale}, expected 0 (no guidance) to {MAX_GUIDANCE}")
 
 
 def usual_strength(image, mask) -> float:
@@ -351,7 +343,6 @@ def run(args) -> None:
     Raises:
       UserError: as `generate`; no prompt; an output folder with images of other settings.
     """
-    check_numbers(args.seed, args.guidance_scale)
     output = pathlib.Path(args.output)
     prompts = [*(args.prompt or []), *(read_prompts(args.prompts) if args.prompts else [])]
     if not prompts:
