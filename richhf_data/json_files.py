@@ -1,26 +1,70 @@
 """JSON files, read and written in one way."""
 
 import json
+import os
+import pathlib
 
 from etils import epath
 
-from richhf_data import paths
+from richhf_data import checked, paths
 from richhf_data.errors import UserError
 
+MAX_BYTES = 2**26
+MAX_DEPTH = 100  # levels of lists and objects
 
-def read(path) -> dict:
-    """The object of a JSON file.
+
+def read(path, max_bytes: int = MAX_BYTES) -> dict:
+    """The object of a JSON file in UTF-8, with or without a byte order mark.
+
+    NaN and infinity, which JSON does not have but Python and diffusers write, are read as floats. `checked.conform` refuses
+    them as numbers.
 
     Raises:
-      UserError: the file is not JSON, or another value than an object.
+      UserError: no such file; it is larger than `max_bytes`, not UTF-8 or not JSON, deeper than `MAX_DEPTH` levels, or holds
+        another value than an object.
     """
+    path = epath.Path(path)
+    # A pathlib.Path knows a named pipe, which would hang; an epath.Path takes it for a file.
+    if not (path if "://" in os.fspath(path) else pathlib.Path(path)).is_file():
+        found = "is a folder" if path.is_dir() else "is no file" if path.exists() else "does not exist"
+        raise UserError(f"{path}: {found}, expected a JSON file")
+    with path.open("rb") as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise UserError(f"{path}: got more than {max_bytes:,} bytes, expected a JSON file of at most as many")
+    too_deep = UserError(f"{path}: got more than {MAX_DEPTH} levels of lists and objects, expected at most as many")
     try:
-        value = json.loads(epath.Path(path).read_text())
+        value = json.loads(content.decode("utf-8-sig"))
+    except RecursionError:
+        raise too_deep from None
     except ValueError as error:
-        raise UserError(f"{path}: damaged, expected JSON ({error}); write or fetch it again") from error
+        raise UserError(f"{path}: damaged, expected JSON in UTF-8 ({error}); write or fetch it again") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: got a JSON {type(value).__name__}, expected an object")
-    return value
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        nodes = (node.values() if isinstance(node, dict) else node for node in level)
+        level = [entry for node in nodes for entry in node if isinstance(entry, dict | list)]
+        if not level:
+            return value
+    raise too_deep
+
+
+def read_as(hint, path, extra: bool = False, max_bytes: int = MAX_BYTES):
+    """A JSON file as an annotation says: a dataclass, `dict[str, str]`; see `checked.conform`.
+
+    Raises:
+      UserError: as `read`; another type, value or key than the annotation says. Names the file and the key.
+    """
+    return conform(hint, read(path, max_bytes), path, extra)
+
+
+def conform(hint, value, path, extra: bool = False):
+    """`checked.conform` of a value that the file `path` holds, which errors name."""
+    try:
+        return checked.conform(hint, value, extra=extra)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def write(path, value) -> None:

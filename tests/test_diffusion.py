@@ -250,7 +250,7 @@ def test_networks_name_a_wrong_input(tiny):
     [
         (lambda: UNetConfig(norm_num_groups=48), r"unet.block_out_channels: got \(320, .* of norm_num_groups = 48"),
         (lambda: UNetConfig(down_block_types=("DownBlock2D",)), r"unet.down_block_types: got .*, expected one for each"),
-        (lambda: UNetConfig(up_block_types=("AttnUpBlock2D",) * 4), r"unet.up_block_types: got .* 'CrossAttnUpBlock2D'"),
+        (lambda: UNetConfig(up_block_types=("AttnUpBlock2D",) * 4), r"unet.up_block_types\[0\]: got 'AttnUp.* 'CrossAttnUpBlock2D'"),
         (lambda: UNetConfig(attention_head_dim=(7,) * 4), r"unet.attention_head_dim: got \(7, .* divide block_out_channels"),
         (lambda: VAEConfig(dtype="int8"), r"vae.dtype: got 'int8', expected one of"),
         (lambda: Schedule(prediction_type="sample"), r"schedule.prediction_type: got 'sample', expected one of \('epsilon'"),

@@ -1,27 +1,30 @@
 """What Stable Diffusion's UNet and its VAE share."""
 
+from typing import Annotated, Literal
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from rahf.models.layers import Conv, Dense, GroupNorm, Projection
+from richhf_data.checked import Range, Size
 from richhf_data.errors import UserError
 
 Array = jax.Array
 DTYPES = ("float32", "bfloat16", "float16")
+Dtype = Literal[DTYPES]
+Channels = Annotated[tuple[Size, ...], Range(1, 8)]  # of each block
 
 
-def check_blocks(name: str, channels: tuple[int, ...], groups: int, dtype: str) -> None:
+def check_blocks(name: str, channels: tuple[int, ...], groups: int) -> None:
     """Checks what the configurations of UNet and VAE have in common. `name` is "unet" or "vae".
 
     Raises:
-      UserError: channels that the groups do not divide, or an unknown dtype.
+      UserError: channels that the groups do not divide.
     """
-    if not channels or any(width % groups for width in channels):
+    if any(width % groups for width in channels):
         raise UserError(f"{name}.block_out_channels: got {channels}, expected multiples of norm_num_groups = {groups}")
-    if dtype not in DTYPES:
-        raise UserError(f"{name}.dtype: got {dtype!r}, expected one of {DTYPES}")
 
 
 class ResnetBlock(nn.Module):

@@ -14,6 +14,7 @@ embed, joined_kv, mlp of the transformers and the time embedding.
 
 import dataclasses
 import math
+from typing import Annotated, Literal
 
 import flax.linen as nn
 import jax
@@ -21,9 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from rahf.diffusion.blocks import ResnetBlock, attend, check_blocks, dense
+from rahf.diffusion.blocks import Channels, Dtype, ResnetBlock, attend, check_blocks, dense
 from rahf.models.layers import Conv, GroupNorm, LayerNorm, partitioned, upsample
 from rahf.partitioning import compute_copy
+from richhf_data import checked
+from richhf_data.checked import Range, Size
 from richhf_data.errors import UserError
 
 Array = jax.Array
@@ -35,27 +38,27 @@ UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D")
 class UNetConfig:
     """Sizes, under diffusers' names. The defaults are those of Stable Diffusion 1.4 and 1.5."""
 
-    sample_size: int = 64  # h = w of the latents in training; the model takes other sizes too
-    in_channels: int = 4  # 9 in the inpainting models: latents, mask, latents of the masked image
-    out_channels: int = 4
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)  # each block but the last halves the resolution
-    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
-    layers_per_block: int = 2
-    attention_head_dim: tuple[int, ...] = (8, 8, 8, 8)  # the number of heads (sic) of each down block
-    cross_attention_dim: int = 768  # width of the text encoder
-    norm_num_groups: int = 32
+    sample_size: Annotated[int, Range(1, 256)] = 64  # h = w of the latents in training; the model takes other sizes too
+    in_channels: Size = 4  # 9 in the inpainting models: latents, mask, latents of the masked image
+    out_channels: Size = 4
+    block_out_channels: Channels = (320, 640, 1280, 1280)  # each block but the last halves the resolution
+    down_block_types: tuple[Literal[DOWN_BLOCKS], ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    up_block_types: tuple[Literal[UP_BLOCKS], ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    layers_per_block: Annotated[int, Range(1, 64)] = 2
+    attention_head_dim: tuple[Size, ...] = (8, 8, 8, 8)  # the number of heads (sic) of each down block
+    cross_attention_dim: Size = 768  # width of the text encoder
+    norm_num_groups: Size = 32
     use_linear_projection: bool = False  # SD 2.x: dense layers around the transformers, not 1x1 convolutions
-    dtype: str = "float32"  # of the computation; parameters and the output are float32
+    dtype: Dtype = "float32"  # of the computation; parameters and the output are float32
     remat: bool = False  # recompute each residual block and each transformer in the backward pass
 
     def __post_init__(self):
-        check_blocks("unet", self.block_out_channels, self.norm_num_groups, self.dtype)
+        checked.fields(self, "unet")
+        check_blocks("unet", self.block_out_channels, self.norm_num_groups)
         depth = len(self.block_out_channels)
-        for name, allowed in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
-            types = getattr(self, name)
-            if len(types) != depth or not set(types) <= set(allowed):
-                raise UserError(f"unet.{name}: got {types}, expected one for each of block_out_channels, of {allowed}")
+        for name in ("down_block_types", "up_block_types"):
+            if len(types := getattr(self, name)) != depth:
+                raise UserError(f"unet.{name}: got {types}, expected one for each of block_out_channels")
         heads = self.attention_head_dim
         if len(heads) != depth or any(width % h for width, h in zip(self.block_out_channels, heads, strict=True)):
             raise UserError(

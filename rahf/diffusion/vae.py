@@ -9,13 +9,16 @@ scaled latents. Only `encode_latents` and `decode_latents` apply `scaling_factor
 import dataclasses
 import functools
 import typing
+from typing import Annotated
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rahf.diffusion.blocks import ResnetBlock, attend, check_blocks
+from rahf.diffusion.blocks import Channels, Dtype, ResnetBlock, attend, check_blocks
 from rahf.models.layers import Conv, GroupNorm, normalize_image, upsample
+from richhf_data import checked
+from richhf_data.checked import Range, Size
 from richhf_data.errors import UserError
 
 Array = jax.Array
@@ -25,18 +28,19 @@ Array = jax.Array
 class VAEConfig:
     """Sizes, under diffusers' names. The defaults are those of Stable Diffusion 1.4 and 1.5."""
 
-    in_channels: int = 3
-    out_channels: int = 3
-    latent_channels: int = 4  # Z
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)  # each block but the last halves the resolution
-    layers_per_block: int = 2
-    norm_num_groups: int = 32
-    scaling_factor: float = 0.18215  # gives the latents a standard deviation of about 1
-    dtype: str = "float32"  # of the computation; parameters and outputs are float32
+    in_channels: Size = 3
+    out_channels: Size = 3
+    latent_channels: Size = 4  # Z
+    block_out_channels: Channels = (128, 256, 512, 512)  # each block but the last halves the resolution
+    layers_per_block: Annotated[int, Range(1, 64)] = 2
+    norm_num_groups: Size = 32
+    scaling_factor: Annotated[float, Range(1e-6, 1e6)] = 0.18215  # gives the latents a standard deviation of about 1
+    dtype: Dtype = "float32"  # of the computation; parameters and outputs are float32
     remat: bool = False  # recompute each residual block in the backward pass
 
     def __post_init__(self):
-        check_blocks("vae", self.block_out_channels, self.norm_num_groups, self.dtype)
+        checked.fields(self, "vae")
+        check_blocks("vae", self.block_out_channels, self.norm_num_groups)
 
     @property
     def factor(self) -> int:

@@ -18,6 +18,7 @@ Logical axes beyond those of `rahf.models.rahf`: projection (the outputs of both
 import dataclasses
 import pathlib
 from collections.abc import Sequence
+from typing import Annotated, Literal
 
 import flax.linen as nn
 import jax
@@ -26,7 +27,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from rahf.models.layers import MASKED, Dense, LayerNorm, normalize_image, partitioned, to_patches
-from richhf_data import jsonl
+from richhf_data import checked, json_files, jsonl
+from richhf_data.checked import Epsilon, Layers, Pixels, Range, Size
 from richhf_data.errors import UserError
 
 Array = jax.Array
@@ -39,12 +41,15 @@ STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 class CLIPVisionConfig:
     """Sizes of the image tower; the defaults are ViT-B/32."""
 
-    image_size: int = 224  # pixels, both sides
-    patch_size: int = 32
-    width: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    mlp_dim: int = 3072
+    image_size: Pixels = 224  # both sides
+    patch_size: Pixels = 32
+    width: Size = 768
+    depth: Layers = 12
+    num_heads: Size = 12
+    mlp_dim: Size = 3072
+
+    def __post_init__(self):
+        checked.fields(self, "clip.vision")
 
     @property
     def length(self) -> int:
@@ -56,13 +61,16 @@ class CLIPVisionConfig:
 class CLIPTextConfig:
     """Sizes of the text tower; the defaults are those of the model with ViT-B/32."""
 
-    vocab_size: int = 49408
-    width: int = 512
-    depth: int = 12
-    num_heads: int = 8
-    mlp_dim: int = 2048
-    length: int = 77  # positions, the longest text
+    vocab_size: Size = 49408
+    width: Size = 512
+    depth: Layers = 12
+    num_heads: Size = 8
+    mlp_dim: Size = 2048
+    length: Annotated[int, Range(2, 2**20)] = 77  # positions, the longest text with its start and end
     eos_id: int = 49407
+
+    def __post_init__(self):
+        checked.fields(self, "clip.text")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +79,12 @@ class CLIPConfig:
 
     vision: CLIPVisionConfig = dataclasses.field(default_factory=CLIPVisionConfig)
     text: CLIPTextConfig = dataclasses.field(default_factory=CLIPTextConfig)
-    projection_dim: int = 512
-    activation: str = "quick_gelu"  # or "gelu", the exact GELU of some OpenCLIP checkpoints
-    epsilon: float = 1e-5  # of the layer norms
+    projection_dim: Size = 512
+    activation: Literal[tuple(ACTIVATIONS)] = "quick_gelu"  # "gelu" is the exact GELU of some OpenCLIP checkpoints
+    epsilon: Epsilon = 1e-5  # of the layer norms
 
     def __post_init__(self):
+        checked.fields(self, "clip")
         vision, text = self.vision, self.text
         for name, tower in (("vision", vision), ("text", text)):
             if tower.width % tower.num_heads:
@@ -91,8 +100,6 @@ class CLIPConfig:
                 f"clip.text.eos_id: got {text.eos_id}, expected the end id itself, below vocab_size = {text.vocab_size} "
                 "(Hugging Face's 2 stands for the highest id, 49407 in CLIP's vocabulary)"
             )
-        if self.activation not in ACTIVATIONS:
-            raise UserError(f"clip.activation: got {self.activation!r}, expected one of {sorted(ACTIVATIONS)}")
 
 
 VIT_L14 = CLIPConfig(

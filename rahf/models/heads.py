@@ -9,6 +9,7 @@ number of strips that an image is cut into for the TPU (`rahf/models/tpu.py`).
 
 import dataclasses
 import functools
+from typing import Annotated, Literal
 
 import flax.linen as nn
 import jax
@@ -18,15 +19,12 @@ from jax.typing import DTypeLike
 from rahf.models import tpu
 from rahf.models.layers import KERNEL_AXES, LayerNorm, RMSNorm, partitioned
 from rahf.partitioning import compute_copy, product
+from richhf_data import checked
+from richhf_data.checked import Range, Size
 from richhf_data.errors import UserError
 
 Array = jax.Array
 STYLES = ("paper", "pytorch")
-
-
-def _check_style(name: str, style: str) -> None:
-    if style not in STYLES:
-        raise UserError(f"{name}.style: got {style!r}, expected one of {STYLES}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,16 +34,14 @@ class ScoreHeadConfig:
     Style "pytorch" is the first author's release (github.com/youweiliang/RichHF): RMS norms instead of layer norms.
     """
 
-    filters: tuple[int, ...] = (768, 384, 128, 64)
-    kernel_size: int = 2
-    padding: str = "VALID"  # "SAME" where the grid is too small for VALID
-    dense: tuple[int, ...] = (2048, 1024)
-    style: str = "paper"
+    filters: Annotated[tuple[Size, ...], Range(0, 64)] = (768, 384, 128, 64)
+    kernel_size: Annotated[int, Range(1, 64)] = 2
+    padding: Literal["VALID", "SAME"] = "VALID"  # "SAME" where the grid is too small for VALID
+    dense: Annotated[tuple[Size, ...], Range(0, 64)] = (2048, 1024)
+    style: Literal[STYLES] = "paper"
 
     def __post_init__(self):
-        _check_style("score_head", self.style)
-        if self.padding not in ("VALID", "SAME"):
-            raise UserError(f"score_head.padding: got {self.padding!r}, expected 'VALID' or 'SAME'")
+        checked.fields(self, "score_head")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,19 +53,17 @@ class HeatmapHeadConfig:
     shifted by one pixel.
     """
 
-    filters: tuple[int, ...] = (768, 384)
-    deconv_filters: tuple[int, ...] = (768, 384, 384, 192)
-    output_hidden: int = 192
-    style: str = "paper"
+    filters: Annotated[tuple[Size, ...], Range(0, 64)] = (768, 384)
+    deconv_filters: Annotated[tuple[Size, ...], Range(0, 8)] = (768, 384, 384, 192)
+    output_hidden: Size = 192
+    style: Literal[STYLES] = "paper"
     remat: bool = False  # recompute each stage in the backward pass
     # Cut each image into this many strips, from the first deconvolution on whose input width divides by it. A TPU convolves
     # a large batch faster than a few images. The result differs by rounding alone.
-    strips: int = 1
+    strips: Size = 1
 
     def __post_init__(self):
-        _check_style("heatmap_head", self.style)
-        if self.strips < 1:
-            raise UserError(f"heatmap_head.strips: got {self.strips}, expected 1 or more")
+        checked.fields(self, "heatmap_head")
 
 
 class ScoreHead(nn.Module):

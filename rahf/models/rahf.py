@@ -21,9 +21,9 @@ Logical axis names, which `rahf/partitioning.py` maps to the mesh:
 """
 
 import dataclasses
-import difflib
 import typing
 from collections.abc import Mapping
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -35,7 +35,8 @@ from rahf.models.heads import HeatmapHead, HeatmapHeadConfig, ScoreHead, ScoreHe
 from rahf.models.layers import Projection, normalize_image
 from rahf.models.t5 import T5, T5Config
 from rahf.models.vit import ViT, ViTConfig
-from richhf_data import schema
+from richhf_data import checked, schema
+from richhf_data.checked import Pixels
 from richhf_data.errors import UserError
 
 Array = jax.Array
@@ -48,10 +49,11 @@ HEATMAP_TASKS = range(len(schema.SCORES), len(schema.SCORES) + len(schema.HEATMA
 class RAHFConfig:
     """The model; the defaults are the paper's sizes (ViT-B/16, T5 base) at 224 pixels."""
 
-    variant: str = "multi_head"
-    image_size: int = 224  # pixels, both sides
-    dtype: str = "float32"  # of the computation; parameters, scores, heatmaps and logits are float32
-    decoder_attends: str = "fused"  # or "text": only the prompt's positions, as in the first author's PyTorch release
+    variant: Literal[schema.VARIANTS] = "multi_head"
+    image_size: Pixels = 224  # both sides
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the computation; parameters and outputs are float32
+    # "text": only the prompt's positions, as in the first author's PyTorch release
+    decoder_attends: Literal["fused", "text"] = "fused"
     mask_padding: bool = True  # False: encoder and decoder attend to the prompt's padding, as in that release
     image_projection: bool = False  # True: project image tokens even where ViT and T5 are equally wide, as in that release
     vit: ViTConfig = dataclasses.field(default_factory=ViTConfig)
@@ -60,13 +62,7 @@ class RAHFConfig:
     heatmap_head: HeatmapHeadConfig = dataclasses.field(default_factory=HeatmapHeadConfig)
 
     def __post_init__(self):
-        for name, allowed in (
-            ("variant", schema.VARIANTS),
-            ("dtype", ("float32", "bfloat16", "float16")),
-            ("decoder_attends", ("fused", "text")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise UserError(f"{name}: got {getattr(self, name)!r}, expected one of {allowed}")
+        checked.fields(self, "model")
         if self.image_size % self.vit.patch_size:
             raise UserError(
                 f"image_size: got {self.image_size}, expected a multiple of vit.patch_size = {self.vit.patch_size}"
@@ -99,31 +95,7 @@ class RAHFConfig:
         Raises:
           UserError: an unknown name (the message has the nearest known one) or a value of the wrong type.
         """
-        return _from_dict(cls, values, "")
-
-
-def _from_dict(cls, values: Mapping, prefix: str):
-    types = typing.get_type_hints(cls)
-    if not isinstance(values, Mapping):
-        raise UserError(f"{prefix[:-1]}: got {values!r}, expected a dictionary with keys of {sorted(types)}")
-    out = {}
-    for name, value in values.items():
-        if name not in types:
-            near = difflib.get_close_matches(name, types, n=1)
-            hint = f"did you mean {prefix + near[0]!r}?" if near else f"expected one of {sorted(types)}"
-            raise UserError(f"unknown model option {prefix + name!r}; {hint}")
-        expected = types[name]
-        if dataclasses.is_dataclass(expected):
-            value = _from_dict(expected, value, f"{prefix}{name}.")
-        elif typing.get_origin(expected) is tuple and isinstance(value, list | tuple):
-            value = tuple(value)
-            expected = tuple
-        elif expected is float and type(value) is int:
-            value = float(value)
-        if type(value) is not (typing.get_origin(expected) or expected):
-            raise UserError(f"model option {prefix + name!r}: got {value!r}, expected {types[name]}")
-        out[name] = value
-    return cls(**out)
+        return checked.conform(cls, values, "model")
 
 
 class Outputs(typing.NamedTuple):

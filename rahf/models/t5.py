@@ -13,7 +13,7 @@ Three things differ from T5X. None changes an output at a position that is not p
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -23,6 +23,8 @@ from jax.typing import DTypeLike
 
 from rahf.models.layers import MASKED, Dense, RMSNorm, matmul, partitioned, scan_layers, softmax
 from rahf.partitioning import compute_copy
+from richhf_data import checked
+from richhf_data.checked import Layers, Range, Share, Size
 from richhf_data.errors import UserError
 
 Array = jax.Array
@@ -34,26 +36,28 @@ PAD_ID, EOS_ID = 0, 1  # of T5's vocabulary, as in richhf_data.schema
 class T5Config:
     """Sizes of a T5; the defaults are T5 v1.1 base."""
 
-    vocab_size: int = 32128
-    emb_dim: int = 768
-    num_heads: int = 12
-    head_dim: int = 64
-    num_encoder_layers: int = 12
-    num_decoder_layers: int = 12
-    mlp_dim: int = 2048
-    mlp_activations: tuple[str, ...] = ("gelu", "linear")  # v1.0: ("relu",)
+    vocab_size: Annotated[int, Range(2, 2**20)] = 32128  # with the ids for padding and the end
+    emb_dim: Size = 768
+    num_heads: Size = 12
+    head_dim: Size = 64
+    num_encoder_layers: Layers = 12
+    num_decoder_layers: Layers = 12
+    mlp_dim: Size = 2048
+    mlp_activations: Annotated[tuple[Literal[tuple(ACTIVATIONS)], ...], Range(1, 4)] = ("gelu", "linear")  # v1.0: ("relu",)
     logits_via_embedding: bool = False  # v1.0: True
-    num_buckets: int = 32
-    max_distance: int = 128
+    num_buckets: Annotated[int, Range(4, 2**20)] = 32
+    max_distance: Size = 128
     relpos_bias_per_layer: bool = False  # True in UMT5 and other models of T5X's `scalable_t5`
-    dropout: float = 0.1
+    dropout: Share = 0.1
     remat: bool = False  # recompute each layer in the backward pass
     scan: bool = False  # compile one layer of a stack and loop over all (`layers.scan_layers`); not in greedy decoding
 
     def __post_init__(self):
-        unknown = [name for name in self.mlp_activations if name not in ACTIVATIONS]
-        if unknown or not self.mlp_activations:
-            raise UserError(f"t5.mlp_activations: got {self.mlp_activations}, expected names of {sorted(ACTIVATIONS)}")
+        checked.fields(self, "t5")
+        if self.max_distance <= self.num_buckets // 2:
+            raise UserError(
+                f"t5.max_distance: got {self.max_distance}, expected more than half of num_buckets = {self.num_buckets}"
+            )
 
 
 def relative_position_buckets(

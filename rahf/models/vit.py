@@ -9,6 +9,7 @@ small patches, and the ViT's patches are embedded from these features instead of
 """
 
 import dataclasses
+from typing import Annotated, Literal
 
 import flax.linen as nn
 import jax
@@ -17,6 +18,8 @@ from jax.typing import DTypeLike
 
 from rahf.models.layers import LayerNorm, Projection, partitioned, scan_layers, softmax, to_patches
 from rahf.partitioning import compute_copy
+from richhf_data import checked
+from richhf_data.checked import Epsilon, Layers, Pixels, Range, Share, Size
 from richhf_data.errors import UserError
 
 Array = jax.Array
@@ -26,25 +29,24 @@ Array = jax.Array
 class ViTConfig:
     """Sizes of a ViT; the defaults are ViT-B/16."""
 
-    patch_size: int = 16
-    width: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    mlp_dim: int = 3072
-    dropout: float = 0.0
+    patch_size: Pixels = 16
+    width: Size = 768
+    depth: Layers = 12
+    num_heads: Size = 12
+    mlp_dim: Size = 3072
+    dropout: Share = 0.0
     class_token: bool = False
-    stem_patch: int = 0  # pixels; 0 = no stem
-    stem_width: int = 64
-    gelu: str = "tanh"  # big_vision's approximation; "erf" is Hugging Face's exact GELU
-    epsilon: float = 1e-6  # of the layer norms; Hugging Face's is 1e-12
+    stem_patch: Annotated[int, Range(0, 8192)] = 0  # pixels; 0 = no stem
+    stem_width: Size = 64
+    gelu: Literal["tanh", "erf"] = "tanh"  # big_vision's approximation; "erf" is Hugging Face's exact GELU
+    epsilon: Epsilon = 1e-6  # of the layer norms; Hugging Face's is 1e-12
     remat: bool = False  # recompute each block in the backward pass
     scan: bool = False  # compile one block and loop over all (`layers.scan_layers`)
 
     def __post_init__(self):
+        checked.fields(self, "vit")
         if self.width % self.num_heads:
             raise UserError(f"vit.width: got {self.width}, expected a multiple of vit.num_heads = {self.num_heads}")
-        if self.gelu not in ("tanh", "erf"):
-            raise UserError(f"vit.gelu: got {self.gelu!r}, expected 'tanh' or 'erf'")
         if self.stem_patch and self.patch_size % self.stem_patch:
             raise UserError(f"vit.stem_patch: got {self.stem_patch}, expected a divisor of patch_size = {self.patch_size}")
 
