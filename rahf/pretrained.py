@@ -17,12 +17,22 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from rahf import names, partitioning, weights
+from rahf.models.clip import CLIPConfig
 from rahf.models.rahf import RAHFConfig
+from rahf.models.t5 import T5Config
+from rahf.models.vit import ViTConfig
 from rahf.weights import Tensor, Tensors
-from richhf_data import json_files
+from richhf_data import checked, json_files
+from richhf_data.checked import Pixels
 from richhf_data.errors import UserError
 
 MAX_NAMED = 5  # mismatches that a message lists
+SECTIONS = {  # kind -> what its config.json has to hold
+    "vit": {"vit": ViTConfig, "image_size": Pixels},
+    "t5": {"t5": T5Config},
+    "clip": {"clip": CLIPConfig},
+    "rahf": {"model": RAHFConfig},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +64,16 @@ def read(folder, kind: str) -> Pretrained:
     """Opens a folder that `write` made.
 
     Raises:
-      UserError: there is no such folder, or it is of another kind.
+      UserError: there is no such folder, it is of another kind, or its config is damaged.
     """
     file = pathlib.Path(folder) / "config.json"
     config = json_files.read(file) if file.is_file() else {}
     if (found := config.pop("kind", None)) != kind:
         holds = f"holds a {found}" if found else "is no folder that rahf.convert wrote"
         raise UserError(f"init.{kind}: {folder} {holds}, expected one that it wrote from a {kind}")
+    with json_files.named(file):
+        for name, hint in SECTIONS[kind].items():
+            checked.conform(hint, config.get(name), name)
     return Pretrained(kind, config, weights.open_safetensors(pathlib.Path(folder) / "weights.safetensors"))
 
 

@@ -8,13 +8,14 @@ import dataclasses
 import pathlib
 import re
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import jax
 import numpy as np
 import PIL.Image
 
 from rahf import checkpoints, names, pretrained, weights, workdirs
-from rahf.models.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from rahf.models.clip import ACTIVATIONS, CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from rahf.models.heads import HeatmapHeadConfig, ScoreHeadConfig
 from rahf.models.parameters import param_shapes
 from rahf.models.rahf import RAHF, RAHFConfig, dummy_inputs
@@ -22,7 +23,8 @@ from rahf.models.t5 import T5, T5Config
 from rahf.models.vit import ViT, ViTConfig
 from rahf.pretrained import Pretrained, matched
 from rahf.weights import Tensor, Tensors
-from richhf_data import json_files, schema
+from richhf_data import checked, json_files, schema
+from richhf_data.checked import Epsilon, Layers, Pixels, Size
 from richhf_data.errors import UserError
 
 LENGTHS = {"text_length": 128, "keyword_length": 128}  # for the release, which does not limit them
@@ -95,7 +97,7 @@ def _vit(config: ViTConfig, tensors: Tensors) -> Pretrained:
 def vit_hugging_face(path) -> Pretrained:
     """A ViT from a Hugging Face folder (config.json and weights): a `ViTModel`, or the ViT in a `ViTFor...` model."""
     theirs = {names.hugging_face_vit_name(name): tensor for name, tensor in weights.open_hugging_face(path).items()}
-    config = vit_config_from_hugging_face(_hugging_face_config(path, "vit"))
+    config = vit_config_from_hugging_face(*_hugging_face_config(path, "vit"))
     what = f"ViT {path}"
     _require_axes(theirs, {"embeddings.position_embeddings": 3}, what)
     ours = _vit_shapes(config, theirs["embeddings.position_embeddings"].shape[1], what)
@@ -107,21 +109,34 @@ def vit_hugging_face(path) -> Pretrained:
 GELUS = {"gelu": "erf", "gelu_python": "erf", "gelu_new": "tanh", "gelu_fast": "tanh", "gelu_pytorch_tanh": "tanh"}
 
 
-def vit_config_from_hugging_face(config: Mapping) -> ViTConfig:
-    """Hugging Face's config.json of a ViT as our configuration."""
-    _require(config, ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"), "ViT")
-    if (activation := str(config.get("hidden_act", "gelu"))) not in GELUS:
-        raise UserError(f"ViT: got the activation {activation!r}, expected one of {sorted(GELUS)}")
-    return ViTConfig(
-        patch_size=config["patch_size"],
-        width=config["hidden_size"],
-        depth=config["num_hidden_layers"],
-        num_heads=config["num_attention_heads"],
-        mlp_dim=config["intermediate_size"],
-        class_token=True,
-        gelu=GELUS[activation],
-        epsilon=config.get("layer_norm_eps", 1e-12),
-    )
+@dataclasses.dataclass(frozen=True)
+class ViTFile:
+    """What is read of Hugging Face's config.json of a ViT. The defaults are theirs."""
+
+    patch_size: Pixels
+    hidden_size: Size
+    num_hidden_layers: Layers
+    num_attention_heads: Size
+    intermediate_size: Size
+    hidden_act: Literal[tuple(GELUS)] = "gelu"
+    layer_norm_eps: Epsilon = 1e-12
+    num_channels: Literal[3] = 3
+
+
+def vit_config_from_hugging_face(config: Mapping, file="ViT") -> ViTConfig:
+    """Hugging Face's config.json of a ViT as our configuration. `file` names it in errors."""
+    config = json_files.conform(ViTFile, config, file, extra=True)
+    with json_files.named(file):
+        return ViTConfig(
+            patch_size=config.patch_size,
+            width=config.hidden_size,
+            depth=config.num_hidden_layers,
+            num_heads=config.num_attention_heads,
+            mlp_dim=config.intermediate_size,
+            class_token=True,
+            gelu=GELUS[config.hidden_act],
+            epsilon=config.layer_norm_eps,
+        )
 
 
 # ---- T5 -------------------------------------------------------------------------------------------------------------
@@ -180,8 +195,8 @@ def _tables_of_layers(theirs: Tensors, stack: str) -> tuple[np.ndarray | None, T
 
 def t5_hugging_face(path) -> Pretrained:
     """A T5 from a Hugging Face folder: `t5-*`, `t5-v1_1-*`, `flan-t5-*`."""
-    settings = _hugging_face_config(path, "t5")
-    config = t5_config_from_hugging_face(settings)
+    settings, file = _hugging_face_config(path, "t5")
+    config = t5_config_from_hugging_face(settings, file)
     theirs, table = weights.open_hugging_face(path), names.t5_from_hugging_face(config)
     # transformers 5 writes one matrix if logits and embedding are equal, even for models other than T5 v1.0.
     if not config.logits_via_embedding and "scale_decoder_outputs" in settings and "lm_head.weight" not in theirs:
@@ -189,29 +204,44 @@ def t5_hugging_face(path) -> Pretrained:
     return _t5(config, matched(theirs, table, _t5_shapes(config), names.T5_UNUSED, f"T5 {path}"))
 
 
-def t5_config_from_hugging_face(config: Mapping) -> T5Config:
-    """Hugging Face's config.json of a T5 as our configuration."""
-    _require(config, ("vocab_size", "d_model", "num_heads", "d_kv", "num_layers", "d_ff"), "T5")
-    if (epsilon := config.get("layer_norm_epsilon", 1e-6)) != 1e-6:
-        raise UserError(f"T5: got layer_norm_epsilon {epsilon}, expected 1e-6, T5's own")
-    activations = {"relu": ("relu",), "gated-gelu": ("gelu", "linear")}
-    kind = config.get("feed_forward_proj", "relu")
-    if kind not in activations:
-        raise UserError(f"T5: got feed_forward_proj {kind!r}, expected one of {sorted(activations)}")
-    return T5Config(
-        vocab_size=config["vocab_size"],
-        emb_dim=config["d_model"],
-        num_heads=config["num_heads"],
-        head_dim=config["d_kv"],
-        num_encoder_layers=config["num_layers"],
-        num_decoder_layers=config.get("num_decoder_layers") or config["num_layers"],
-        mlp_dim=config["d_ff"],
-        mlp_activations=activations[kind],
-        # transformers 5 always writes `tie_word_embeddings` as True; `scale_decoder_outputs` holds the real value.
-        logits_via_embedding=config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True)),
-        num_buckets=config.get("relative_attention_num_buckets", 32),
-        max_distance=config.get("relative_attention_max_distance", 128),
-    )
+@dataclasses.dataclass(frozen=True)
+class T5File:
+    """What is read of Hugging Face's config.json of a T5. The defaults are theirs."""
+
+    vocab_size: Size
+    d_model: Size
+    num_heads: Size
+    d_kv: Size
+    num_layers: Layers
+    d_ff: Size
+    num_decoder_layers: Layers | None = None
+    feed_forward_proj: Literal["relu", "gated-gelu"] = "relu"
+    layer_norm_epsilon: Literal[1e-6] = 1e-6
+    scale_decoder_outputs: bool | None = None
+    tie_word_embeddings: bool = True
+    relative_attention_num_buckets: Size = 32
+    relative_attention_max_distance: Size = 128
+
+
+def t5_config_from_hugging_face(config: Mapping, file="T5") -> T5Config:
+    """Hugging Face's config.json of a T5 as our configuration. `file` names it in errors."""
+    config = json_files.conform(T5File, config, file, extra=True)
+    # transformers 5 always writes `tie_word_embeddings` as True; `scale_decoder_outputs` holds the real value.
+    scaled = config.scale_decoder_outputs
+    with json_files.named(file):
+        return T5Config(
+            vocab_size=config.vocab_size,
+            emb_dim=config.d_model,
+            num_heads=config.num_heads,
+            head_dim=config.d_kv,
+            num_encoder_layers=config.num_layers,
+            num_decoder_layers=config.num_decoder_layers or config.num_layers,
+            mlp_dim=config.d_ff,
+            mlp_activations=("relu",) if config.feed_forward_proj == "relu" else ("gelu", "linear"),
+            logits_via_embedding=config.tie_word_embeddings if scaled is None else scaled,
+            num_buckets=config.relative_attention_num_buckets,
+            max_distance=config.relative_attention_max_distance,
+        )
 
 
 def _t5_shapes(config: T5Config) -> dict[str, jax.ShapeDtypeStruct]:
@@ -226,7 +256,7 @@ def _t5(config: T5Config, tensors: Tensors) -> Pretrained:
 # ---- CLIP -----------------------------------------------------------------------------------------------------------
 def clip_hugging_face(path) -> Pretrained:
     """A CLIP, both towers, from a Hugging Face `CLIPModel` folder."""
-    config = clip_config_from_hugging_face(_hugging_face_config(path, "clip"))
+    config = clip_config_from_hugging_face(*_hugging_face_config(path, "clip"))
     image = np.zeros((1, config.vision.image_size, config.vision.image_size, 3), np.float32)
     ours = param_shapes(CLIP(config).init, image, np.zeros((1, config.text.length), np.int32))
     table = names.clip_from_hugging_face(config)
@@ -234,44 +264,89 @@ def clip_hugging_face(path) -> Pretrained:
     return Pretrained("clip", {"clip": dataclasses.asdict(config)}, tensors)
 
 
-def clip_config_from_hugging_face(config: Mapping) -> CLIPConfig:
-    """Hugging Face's config.json of a CLIP as our configuration; a missing value is ViT-B/32's, as in their code."""
-    text, vision = config.get("text_config") or {}, config.get("vision_config") or {}
-    text_defaults, vision_defaults = CLIPTextConfig(), CLIPVisionConfig()
+@dataclasses.dataclass(frozen=True)
+class CLIPTextFile:
+    """What is read of Hugging Face's config.json of a CLIP's text tower. The defaults are theirs."""
 
-    for name, default in (("hidden_act", "quick_gelu"), ("layer_norm_eps", 1e-5)):
-        if text.get(name, default) != vision.get(name, default):
-            got = f"{text.get(name, default)!r} for text and {vision.get(name, default)!r} for images"
-            raise UserError(f"CLIP: got {name} {got}, expected one for both, as OpenAI's models have")
+    vocab_size: Size = CLIPTextConfig.vocab_size
+    hidden_size: Size = CLIPTextConfig.width
+    num_hidden_layers: Layers = CLIPTextConfig.depth
+    num_attention_heads: Size = CLIPTextConfig.num_heads
+    intermediate_size: Size = CLIPTextConfig.mlp_dim
+    max_position_embeddings: Size = CLIPTextConfig.length
+    hidden_act: Literal[tuple(ACTIVATIONS)] = CLIPConfig.activation
+    layer_norm_eps: Epsilon = CLIPConfig.epsilon
+    eos_token_id: int = CLIPTextConfig.eos_id
 
-    def sizes(values, defaults):
-        theirs = {
-            "width": "hidden_size",
-            "depth": "num_hidden_layers",
-            "num_heads": "num_attention_heads",
-            "mlp_dim": "intermediate_size",
+
+@dataclasses.dataclass(frozen=True)
+class CLIPVisionFile:
+    """The same of its image tower."""
+
+    image_size: Pixels = CLIPVisionConfig.image_size
+    patch_size: Pixels = CLIPVisionConfig.patch_size
+    hidden_size: Size = CLIPVisionConfig.width
+    num_hidden_layers: Layers = CLIPVisionConfig.depth
+    num_attention_heads: Size = CLIPVisionConfig.num_heads
+    intermediate_size: Size = CLIPVisionConfig.mlp_dim
+    hidden_act: Literal[tuple(ACTIVATIONS)] = CLIPConfig.activation
+    layer_norm_eps: Epsilon = CLIPConfig.epsilon
+    num_channels: Literal[3] = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPFile:
+    """The same of both towers. Old files have `*_config_dict`: where it is not null, `*_config` does not count."""
+
+    text_config: CLIPTextFile | None = None
+    text_config_dict: CLIPTextFile | None = None
+    vision_config: CLIPVisionFile | None = None
+    vision_config_dict: CLIPVisionFile | None = None
+    projection_dim: Size = CLIPConfig.projection_dim
+
+
+def clip_config_from_hugging_face(config: Mapping, file="CLIP") -> CLIPConfig:
+    """Hugging Face's config.json of a CLIP as our configuration. `file` names it in errors."""
+    config = json_files.conform(CLIPFile, config, file, extra=True)
+    text = config.text_config_dict or config.text_config or CLIPTextFile()
+    vision = config.vision_config_dict or config.vision_config or CLIPVisionFile()
+    return clip_config(text, vision, config.projection_dim, file)
+
+
+def clip_config(text: CLIPTextFile, vision: CLIPVisionFile, projection_dim: int, file) -> CLIPConfig:
+    """Our configuration of two towers in Hugging Face's names.
+
+    Raises:
+      UserError: towers of different activations or epsilons, or sizes that do not fit. Names `file`.
+    """
+    for name in ("hidden_act", "layer_norm_eps"):
+        if getattr(text, name) != getattr(vision, name):
+            got = f"{getattr(text, name)!r} for text and {getattr(vision, name)!r} for images"
+            raise UserError(f"{file}: got {name} {got}, expected one for both, as OpenAI's models have")
+
+    def sizes(tower):
+        return {
+            "width": tower.hidden_size,
+            "depth": tower.num_hidden_layers,
+            "num_heads": tower.num_attention_heads,
+            "mlp_dim": tower.intermediate_size,
         }
-        return {ours: values.get(name, getattr(defaults, ours)) for ours, name in theirs.items()}
 
-    vocab_size = text.get("vocab_size", text_defaults.vocab_size)
-    eos_id = text.get("eos_token_id", text_defaults.eos_id)
-    return CLIPConfig(
-        vision=CLIPVisionConfig(
-            image_size=vision.get("image_size", vision_defaults.image_size),
-            patch_size=vision.get("patch_size", vision_defaults.patch_size),
-            **sizes(vision, vision_defaults),
-        ),
-        text=CLIPTextConfig(
-            vocab_size=vocab_size,
-            length=text.get("max_position_embeddings", text_defaults.length),
-            # Old files say 2 and mean the highest id of CLIP's vocabulary.
-            eos_id=min(text_defaults.eos_id, vocab_size - 1) if eos_id == 2 else eos_id,
-            **sizes(text, text_defaults),
-        ),
-        projection_dim=config.get("projection_dim", 512),
-        activation=vision.get("hidden_act", "quick_gelu"),
-        epsilon=vision.get("layer_norm_eps", 1e-5),
-    )
+    # Old files say 2 and mean the highest id of CLIP's vocabulary.
+    highest = min(CLIPTextConfig.eos_id, text.vocab_size - 1)
+    with json_files.named(file):
+        return CLIPConfig(
+            vision=CLIPVisionConfig(image_size=vision.image_size, patch_size=vision.patch_size, **sizes(vision)),
+            text=CLIPTextConfig(
+                vocab_size=text.vocab_size,
+                length=text.max_position_embeddings,
+                eos_id=highest if text.eos_token_id == 2 else text.eos_token_id,
+                **sizes(text),
+            ),
+            projection_dim=projection_dim,
+            activation=vision.hidden_act,
+            epsilon=vision.layer_norm_eps,
+        )
 
 
 # ---- The first author's PyTorch release -----------------------------------------------------------------------------
@@ -620,15 +695,17 @@ def _count(theirs: Tensors, pattern: str) -> int:
     return len({match[1] for name in theirs if (match := re.match(pattern, name))})
 
 
-def _hugging_face_config(path, expected: str) -> dict:
+def _hugging_face_config(path, expected: str) -> tuple[dict, pathlib.Path]:
+    """The config.json beside Hugging Face's weights, and its path."""
     path = pathlib.Path(path)
     file = (path if path.is_dir() else path.parent) / "config.json"
     if not file.is_file():
         raise UserError(f"weights: no {file}, expected Hugging Face's config.json beside the weights")
     config = json_files.read(file)
     if config.get("model_type") not in (None, expected):
-        raise UserError(f"weights: {file} is of a {config['model_type']!r}, expected {expected!r}; choose another --source")
-    return config
+        found = checked.shown(config["model_type"])
+        raise UserError(f"weights: {file} is of a {found}, expected {expected!r}; choose another --source")
+    return config, file
 
 
 # ---- Workdirs -------------------------------------------------------------------------------------------------------

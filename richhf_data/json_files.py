@@ -1,5 +1,6 @@
 """JSON files, read and written in one way."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -61,8 +62,15 @@ def read_as(hint, path, extra: bool = False, max_bytes: int = MAX_BYTES):
 
 def conform(hint, value, path, extra: bool = False):
     """`checked.conform` of a value that the file `path` holds, which errors name."""
-    try:
+    with named(path):
         return checked.conform(hint, value, extra=extra)
+
+
+@contextlib.contextmanager
+def named(path):
+    """Names a file in the errors of the block."""
+    try:
+        yield
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 

@@ -32,12 +32,27 @@ from rahf.models.clip import CLIP, TOKENIZER_FILES, VIT_L14, CLIPConfig, Tokeniz
 from rahf.models.parameters import param_shapes
 from rahf.pretrained import matched
 from rahf.weights import Tensor, Tensors
-from richhf_data import json_files
+from richhf_data import checked, json_files
 from richhf_data.errors import UserError
 
 INDEX = "model_index.json"
 FORMAT = "0.42.1"  # the version of diffusers whose format we write
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
+SCHEDULERS = (  # whose models predict noise or velocity on the same noise schedule; any of our samplers can sample from them
+    *("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "EulerDiscreteScheduler"),
+    *("EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler"),
+    *("KDPM2AncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"),
+    *("DPMSolverSDEScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler", "LCMScheduler", "TCDScheduler"),
+    *("DDIMParallelScheduler", "DDPMParallelScheduler"),
+)
+PARTS = {  # part -> its classes
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "scheduler": SCHEDULERS,
+}
+IGNORED = ("safety_checker", "feature_extractor", "image_encoder")  # parts that change no image, or none of a prompt's
 KINDS = [(name, "safetensors") for name in ("diffusion_pytorch_model", "model")]
 KINDS += [(name, "bin") for name in ("diffusion_pytorch_model", "pytorch_model")]
 WEIGHTS = [  # in order of preference
@@ -144,7 +159,9 @@ UNET_FIXED = {
     "act_fn": "silu",
     "norm_eps": 1e-5,
     "transformer_layers_per_block": 1,
+    "reverse_transformer_layers_per_block": None,
     "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
     "num_attention_heads": None,
     "dual_cross_attention": False,
     "class_embed_type": None,
@@ -172,35 +189,120 @@ VAE_FIXED = {
     "use_post_quant_conv": True,
     "mid_block_add_attention": True,
 }
-SCHEDULE_FIXED = {"trained_betas": None, "thresholding": False, "rescale_betas_zero_snr": False}
-OURS = {"dtype", "remat"}  # fields of our configurations that diffusers does not have
+SCHEDULE_FIXED = {"thresholding": False, "rescale_betas_zero_snr": False}
+# The same for one sampler: those options that diffusers' scheduler of it takes from the file, whatever the file's scheduler
+# is, with the values that ours implements.
+SAMPLER_FIXED = {
+    "ddpm": {"variance_type": ("fixed_small", "fixed_small_log")},
+    "dpm++": {
+        "solver_order": (2,),
+        "algorithm_type": ("dpmsolver++", "deis"),  # other solvers' names become its own
+        "solver_type": ("midpoint", "logrho", "bh1", "bh2"),
+        "final_sigmas_type": ("zero",),
+        "lambda_min_clipped": (-np.inf,),
+        "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+        "use_karras_sigmas": (False, None),
+        "use_exponential_sigmas": (False, None),
+        "use_beta_sigmas": (False, None),
+        "use_lu_lambdas": (False, None),
+        "use_flow_sigmas": (False, None),
+        "use_dynamic_shifting": (False, None),
+    },
+}
+# diffusers' values of options that a file lacks, where they are not Stable Diffusion's. Of the scheduler, those of
+# DDIMScheduler, DDPMScheduler and DPMSolverMultistepScheduler.
+UNET_ABSENT = {"cross_attention_dim": 1280, "attention_head_dim": 8}
+VAE_ABSENT = {"block_out_channels": [64], "layers_per_block": 1}
+SCHEDULE_ABSENT = {
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "set_alpha_to_one": True,
+    "timestep_spacing": None,
+}
+OURS = {"dtype", "remat", "unsupported"}  # fields of our configurations that diffusers does not have
 
 
-def _config(cls, file: pathlib.Path, fixed: Mapping):
-    """Reads a config file of diffusers as our `cls`. A missing value is the default, which is also theirs."""
-    values = _read_json(file)
+def _config(cls, file: pathlib.Path, values: Mapping, fixed: Mapping):
+    """Values of a config file of diffusers as our `cls`."""
     for name, expected in fixed.items():
         if values.get(name, expected) != expected:
-            raise UserError(f"{file}: got {name} = {values[name]!r}, only {expected!r} is supported")
-    found = {}
-    for field in dataclasses.fields(cls):
-        value = values.get(field.name)
-        if field.name in OURS or value is None:
-            continue
-        default = getattr(cls(), field.name)
-        if field.name == "attention_head_dim" and type(value) is int:
-            value = (value,) * len(values.get("block_out_channels", default))
-        if isinstance(value, list):
-            value = tuple(value)
-        elif type(default) is float and type(value) is int:
-            value = float(value)
-        if type(value) is not type(default):
-            raise UserError(f"{file}: got {field.name} = {value!r}, expected a value such as {default!r}")
-        found[field.name] = value
-    try:
-        return cls(**found)
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from error
+            raise UserError(f"{file}: got {name} = {checked.shown(values[name])}, only {expected!r} is supported")
+    ours = {field.name for field in dataclasses.fields(cls)} - OURS
+    return json_files.conform(cls, {name: value for name, value in values.items() if name in ours}, file)
+
+
+def _unet_config(file: pathlib.Path) -> UNetConfig:
+    values = UNET_ABSENT | _read_json(file)
+    if values.get("sample_size") is None or _before_0_9(values.get("_diffusers_version"), values["sample_size"]):
+        values["sample_size"] = 64
+    if type(heads := values["attention_head_dim"]) is int:
+        values["attention_head_dim"] = (heads,) * len(UNetConfig.block_out_channels)
+        if isinstance(channels := values.get("block_out_channels"), list):
+            values["attention_head_dim"] = (heads,) * len(channels)
+    return _config(UNetConfig, file, values, UNET_FIXED)
+
+
+def _before_0_9(version, sample_size) -> bool:
+    """Whether diffusers' pipelines take a sample size of less than 64 for a mistake of an old version."""
+    old = isinstance(version, str) and re.match(r"0\.[0-8](\D|$)", version)
+    return bool(old) and type(sample_size) is int and 0 < sample_size < 64
+
+
+def _vae_config(file: pathlib.Path) -> VAEConfig:
+    values = VAE_ABSENT | _read_json(file)
+    config = _config(VAEConfig, file, values, VAE_FIXED)
+    for name, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        expected = [block] * len(config.block_out_channels)
+        if (found := values.get(name, [block])) != expected:
+            raise UserError(f"{file}: got {name} = {checked.shown(found)}, only {expected} is supported")
+    return config
+
+
+def _text_config(file: pathlib.Path) -> CLIPConfig:
+    values = _read_json(file)
+    if values.get("model_type") == "clip":  # of both towers
+        values = values.get("text_config")
+    text = json_files.conform(readers.CLIPTextFile, values, file, extra=True)
+    vision = readers.CLIPVisionFile(hidden_act=text.hidden_act, layer_norm_eps=text.layer_norm_eps)  # not used
+    return readers.clip_config(text, vision, CLIPConfig.projection_dim, file)
+
+
+def _schedule(file: pathlib.Path) -> Schedule:
+    values = SCHEDULE_ABSENT | _read_json(file)
+    if (name := values.get("_class_name", SCHEDULERS[0])) not in SCHEDULERS:
+        raise UserError(f"{file}: got _class_name = {checked.shown(name)}, expected one of {', '.join(SCHEDULERS)}")
+    json_files.conform(ClipSample, values, file, extra=True)
+    schedule = _config(Schedule, file, values, SCHEDULE_FIXED)
+    unsupported = tuple(
+        (sampler, f"{name} = {checked.shown(values[name])} ({file})")
+        for sampler, options in SAMPLER_FIXED.items()
+        for name, allowed in options.items()
+        if name in values and values[name] not in allowed
+    )
+    # Some files have offset 0. diffusers' pipelines set it to 1, and `clip_sample` to False.
+    return dataclasses.replace(schedule, steps_offset=1, unsupported=unsupported)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipSample:
+    clip_sample: bool | None = None
+
+
+def _check_index(file: pathlib.Path) -> None:
+    """Refuses another pipeline, and parts that are missing, unknown or of another class."""
+    index = _read_json(file)
+    if (found := index.get("_class_name")) not in PIPELINES or "text_encoder_2" in index:
+        name = "SDXL, which is not supported" if "XL" in str(found) or "text_encoder_2" in index else f"a {found}"
+        raise UserError(f"model: {file.parent} is {name}; expected Stable Diffusion 1.x or 2.x ({', '.join(PIPELINES)})")
+    for part, classes in PARTS.items():
+        entry = index.get(part)
+        libraries = [["diffusers", name] for name in classes] + [["transformers", name] for name in classes]
+        if entry not in libraries:
+            raise UserError(f"{file}: got {part} = {checked.shown(entry)}, expected a class of {', '.join(classes)}")
+    for part, entry in index.items():
+        if isinstance(entry, list) and part not in (*PARTS, *IGNORED) and entry != [None, None]:
+            raise UserError(f"{file}: has the part {part} = {checked.shown(entry)}, expected {', '.join(PARTS)} alone")
 
 
 def _read_json(file: pathlib.Path) -> dict:
@@ -216,18 +318,15 @@ def read_config(folder) -> Config:
       UserError: no such folder, another pipeline (SDXL for instance), a part whose options are not supported.
     """
     folder = pathlib.Path(folder)
-    index = _read_json(folder / INDEX)
-    if (found := index.get("_class_name")) not in PIPELINES or "text_encoder_2" in index:
-        name = "SDXL, which is not supported" if "XL" in str(found) or "text_encoder_2" in index else f"a {found}"
-        raise UserError(f"model: {folder} is {name}; expected Stable Diffusion 1.x or 2.x ({', '.join(PIPELINES)})")
-    unet = _config(UNetConfig, folder / "unet/config.json", UNET_FIXED)
-    vae = _config(VAEConfig, folder / "vae/config.json", VAE_FIXED)
-    text = _read_json(folder / "text_encoder/config.json")
-    both = {name: text[name] for name in ("hidden_act", "layer_norm_eps") if name in text}  # must equal in both towers
-    text = readers.clip_config_from_hugging_face({"text_config": text, "vision_config": both})
-    schedule = _config(Schedule, folder / "scheduler/scheduler_config.json", SCHEDULE_FIXED)
-    # Some files lack the offset; diffusers' pipelines set it to 1.
-    return Config(unet, vae, text, dataclasses.replace(schedule, steps_offset=1))
+    _check_index(folder / INDEX)
+    parts = (
+        _unet_config(folder / "unet/config.json"),
+        _vae_config(folder / "vae/config.json"),
+        _text_config(folder / "text_encoder/config.json"),
+        _schedule(folder / "scheduler/scheduler_config.json"),
+    )
+    with json_files.named(folder):
+        return Config(*parts)
 
 
 # ---- Tensors --------------------------------------------------------------------------------------------------------
@@ -365,7 +464,7 @@ def _index(config: Config) -> dict:
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "scheduler": ["diffusers", "DDIMScheduler"],
     }
-    absent = {name: [None, None] for name in ("safety_checker", "feature_extractor", "image_encoder")}
+    absent = {name: [None, None] for name in IGNORED}
     pipeline = {"_class_name": PIPELINES[2 if config.inpaints else 0], "_diffusers_version": FORMAT}
     return pipeline | {"requires_safety_checker": False} | parts | absent
 
@@ -392,11 +491,12 @@ def _their_configs(config: Config) -> dict[str, dict]:
         "bos_token_id": tower.eos_id - 1,
         "eos_token_id": tower.eos_id,
     }
+    schedule = fields(config.schedule)
+    if schedule["timestep_spacing"] is None:  # that of the scheduler that reads the file, if the file has none
+        del schedule["timestep_spacing"]
     return {
         "unet": {"_class_name": "UNet2DConditionModel"} | UNET_FIXED | fields(config.unet),
         "vae": {"_class_name": "AutoencoderKL", "sample_size": size} | VAE_FIXED | blocks | fields(config.vae),
         "text_encoder": text,
-        "scheduler": {"_class_name": "DDIMScheduler", "clip_sample": False, "timestep_spacing": "leading"}
-        | SCHEDULE_FIXED
-        | fields(config.schedule),
+        "scheduler": {"_class_name": "DDIMScheduler", "clip_sample": False} | SCHEDULE_FIXED | schedule,
     }

@@ -9,41 +9,60 @@ this step. `plan` computes the coefficients in float64, and one compiled loop ru
 import dataclasses
 import functools
 import typing
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from richhf_data import checked
+from richhf_data.checked import Range
 from richhf_data.errors import UserError
 
 Array = jax.Array
 PREDICTIONS = ("epsilon", "v_prediction")
 BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
+SPACINGS = ("leading", "linspace", "trailing")  # of the samplers' timesteps (arXiv 2305.08891, table 2)
 SAMPLERS = ("ddim", "ddpm", "dpm++")
+MIN_ALPHA = 1e-12  # with less of the image left, dividing by its share loses everything in float32
+Beta = Annotated[float, Range(1e-7, below=1)]  # 1 minus a smaller one is 1 in float32
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """A noise schedule, under diffusers' names. The defaults are those of Stable Diffusion 1.4 and 1.5."""
 
-    num_train_timesteps: int = 1000
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
-    beta_schedule: str = "scaled_linear"
-    prediction_type: str = "epsilon"  # the noise, or v_prediction: the velocity (arXiv 2202.00512)
-    steps_offset: int = 1  # added to the samplers' timesteps
+    num_train_timesteps: Annotated[int, Range(1, 100_000)] = 1000
+    beta_start: Beta = 0.00085
+    beta_end: Beta = 0.012
+    beta_schedule: Literal[BETAS] = "scaled_linear"
+    trained_betas: tuple[Beta, ...] | None = None  # all betas, in place of the three options above
+    prediction_type: Literal[PREDICTIONS] = "epsilon"  # the noise, or v_prediction: the velocity (arXiv 2202.00512)
+    timestep_spacing: Literal[SPACINGS] | None = "leading"  # None: "linspace" for dpm++, "leading" for the others
+    steps_offset: Annotated[int, Range(0, 100_000)] = 1  # added to timesteps with "leading"
     set_alpha_to_one: bool = False  # DDIM's last step goes to alpha = 1, not to `alphas_cumprod[0]`
+    unsupported: tuple[tuple[str, str], ...] = ()  # sampler, an option of diffusers' that ours does not have
 
     def __post_init__(self):
-        for name, allowed in (("beta_schedule", BETAS), ("prediction_type", PREDICTIONS)):
-            if getattr(self, name) not in allowed:
-                raise UserError(f"schedule.{name}: got {getattr(self, name)!r}, expected one of {allowed}")
+        checked.fields(self, "schedule")
+        if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
+            raise UserError(
+                f"schedule.trained_betas: got {len(self.trained_betas)}, expected num_train_timesteps = "
+                f"{self.num_train_timesteps} of them"
+            )
+        if self.alphas_cumprod[-1] < MIN_ALPHA:
+            raise UserError(
+                f"schedule.beta_end: got {self.beta_end} with {self.num_train_timesteps} timesteps of {self.beta_schedule}, "
+                f"expected betas that leave a share of the image of at least {MIN_ALPHA}"
+            )
 
     @functools.cached_property
     def alphas_cumprod(self) -> np.ndarray:
         """float64[num_train_timesteps], falling: the share of the image in the variance."""
         count = self.num_train_timesteps
-        if self.beta_schedule == "linear":
+        if self.trained_betas is not None:
+            betas = np.array(self.trained_betas)
+        elif self.beta_schedule == "linear":
             betas = np.linspace(self.beta_start, self.beta_end, count)
         elif self.beta_schedule == "scaled_linear":
             betas = np.linspace(self.beta_start**0.5, self.beta_end**0.5, count) ** 2
@@ -90,9 +109,7 @@ class Plan(typing.NamedTuple):
 
 
 def plan(schedule: Schedule, sampler: str, steps: int, strength: float = 1.0) -> Plan:
-    """The steps of a sampler. Their spacing is diffusers' "leading", as in Stable Diffusion's configurations.
-
-    diffusers' DPMSolverMultistepScheduler uses "linspace" instead if a configuration names no spacing.
+    """The steps of a sampler, as diffusers' scheduler of it takes them.
 
     Args:
       sampler: "ddim" (arXiv 2010.02502, eta = 0), "ddpm" (arXiv 2006.11239, the smaller variance), or "dpm++", the
@@ -101,15 +118,19 @@ def plan(schedule: Schedule, sampler: str, steps: int, strength: float = 1.0) ->
       strength: only the last int(steps * strength) steps are taken.
 
     Raises:
-      UserError: an unknown sampler, more steps than timesteps, a strength that leaves no step.
+      UserError: an unknown sampler, one for which the schedule has an unsupported option, more steps than timesteps, a
+        strength that leaves no step.
     """
     count = schedule.num_train_timesteps
     if sampler not in SAMPLERS:
         raise UserError(f"sampler: got {sampler!r}, expected one of {SAMPLERS}")
-    spaces = steps + (sampler == "dpm++")
-    ratio = count // spaces if steps > 0 else 0
-    timesteps = np.arange(spaces)[::-1][:steps] * ratio + schedule.steps_offset
-    if steps < 1 or ratio < 1 or timesteps[0] >= count:
+    if found := [option for name, option in schedule.unsupported if name == sampler]:
+        raise UserError(f"sampler: {sampler} does not support the scheduler's option {found[0]}; choose another sampler")
+    spacing = schedule.timestep_spacing or ("linspace" if sampler == "dpm++" else "leading")
+    spaces = steps + (sampler == "dpm++" and spacing != "trailing")
+    possible = 0 < steps <= spaces <= count
+    timesteps = _timesteps(spacing, count, spaces, schedule.steps_offset)[:steps] if possible else None
+    if not possible or timesteps[0] >= count:
         raise UserError(
             f"steps: got {steps} for {sampler}, expected at least 1 and fewer than schedule.num_train_timesteps = {count}"
         )
@@ -122,21 +143,30 @@ def plan(schedule: Schedule, sampler: str, steps: int, strength: float = 1.0) ->
     alphas = schedule.alphas_cumprod
     alpha = alphas[timesteps]
     alpha_next = np.append(alpha[1:], 1.0)
+    zeros = np.zeros(len(timesteps))
     if sampler == "dpm++":
         coefficients = _dpm(alpha, alpha_next)
-    else:
-        previous = timesteps - ratio
-        last = 1.0 if sampler == "ddpm" or schedule.set_alpha_to_one else alphas[0]
+    elif sampler == "ddim":
+        previous = timesteps - count // steps  # not always the next timestep
+        last = 1.0 if schedule.set_alpha_to_one else alphas[0]
         to = np.where(previous >= 0, alphas[np.maximum(previous, 0)], last)
-        zeros = np.zeros(len(timesteps))
-        if sampler == "ddim":
-            x = np.sqrt((1 - to) / (1 - alpha))
-            coefficients = x, np.sqrt(to) - x * np.sqrt(alpha), zeros, zeros
-        else:
-            beta = 1 - alpha / to  # the variance that this step removes
-            x, x0 = np.sqrt(alpha / to) * (1 - to) / (1 - alpha), np.sqrt(to) * beta / (1 - alpha)
-            coefficients = x, x0, zeros, np.sqrt((1 - to) / (1 - alpha) * beta)
+        x = np.sqrt((1 - to) / (1 - alpha))
+        coefficients = x, np.sqrt(to) - x * np.sqrt(alpha), zeros, zeros
+    else:
+        to = alpha_next
+        beta = 1 - alpha / to  # the variance that this step removes
+        x, x0 = np.sqrt(alpha / to) * (1 - to) / (1 - alpha), np.sqrt(to) * beta / (1 - alpha)
+        coefficients = x, x0, zeros, np.sqrt((1 - to) / (1 - alpha) * beta)
     return Plan(timesteps.astype(np.int32), *(c.astype(np.float32) for c in (alpha, alpha_next, *coefficients)))
+
+
+def _timesteps(spacing: str, count: int, steps: int, offset: int) -> np.ndarray:
+    """int64[steps], falling: timesteps of `count`."""
+    if spacing == "leading":
+        return np.arange(steps)[::-1] * (count // steps) + offset
+    if spacing == "linspace":
+        return np.linspace(0, count - 1, steps).round()[::-1].astype(np.int64)
+    return np.round(np.arange(count, 0, -count / steps)).astype(np.int64) - 1
 
 
 def _dpm(alpha, to):

@@ -27,7 +27,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from rahf.models.layers import MASKED, Dense, LayerNorm, normalize_image, partitioned, to_patches
-from richhf_data import checked, json_files, jsonl
+from richhf_data import checked, jsonl
 from richhf_data.checked import Epsilon, Layers, Pixels, Range, Size
 from richhf_data.errors import UserError
 

@@ -20,10 +20,10 @@ import PIL.Image
 from tqdm.auto import tqdm
 
 from rahf import pretrained, weights
-from rahf.models.clip import CLIP, TOKENIZER_FILES, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, Tokenizer
+from rahf.models.clip import CLIP, TOKENIZER_FILES, CLIPConfig, Tokenizer
 from rahf.models.parameters import param_shapes
+from richhf_data import checked, paths, schema
 from richhf_data import images as richhf_images
-from richhf_data import paths, schema
 from richhf_data.errors import UserError
 
 BATCH = 32  # images or texts at a time
@@ -42,9 +42,7 @@ class Clip:
 
     def __init__(self, folder):
         folder = pathlib.Path(folder)
-        values = pretrained.read(folder, "clip").config["clip"]
-        towers = {"vision": CLIPVisionConfig(**values["vision"]), "text": CLIPTextConfig(**values["text"])}
-        self.config = CLIPConfig(**(values | towers))
+        self.config = checked.conform(CLIPConfig, pretrained.read(folder, "clip").config["clip"])
         self.tokenizer = Tokenizer(folder)
         self.digest = _digest([folder / name for name in ("config.json", "weights.safetensors", *TOKENIZER_FILES)])
         module, size = CLIP(self.config), self.config.vision.image_size
