@@ -17,6 +17,7 @@ import pathlib
 import re
 import shutil
 from collections.abc import Mapping
+from typing import Literal
 
 import flax.traverse_util
 import jax
@@ -25,7 +26,7 @@ from flax import linen as nn
 from tqdm.auto import tqdm
 
 from rahf import checkpoints, names, readers, weights
-from rahf.diffusion.schedule import Schedule
+from rahf.diffusion.schedule import SPACINGS, Schedule
 from rahf.diffusion.unet import UNet, UNetConfig
 from rahf.diffusion.vae import VAE, VAEConfig
 from rahf.models.clip import CLIP, TOKENIZER_FILES, VIT_L14, CLIPConfig, Tokenizer
@@ -268,11 +269,20 @@ def _text_config(file: pathlib.Path) -> CLIPConfig:
     return readers.clip_config(text, vision, CLIPConfig.projection_dim, file)
 
 
+@dataclasses.dataclass(frozen=True)
+class SchedulerFile:
+    """Options of a scheduler's config with other values than our `Schedule` has."""
+
+    clip_sample: bool | None = None
+    timestep_spacing: Literal[SPACINGS] = SPACINGS[0]
+
+
 def _schedule(file: pathlib.Path) -> Schedule:
-    values = SCHEDULE_ABSENT | _read_json(file)
+    found = _read_json(file)
+    values = SCHEDULE_ABSENT | found
     if (name := values.get("_class_name", SCHEDULERS[0])) not in SCHEDULERS:
         raise UserError(f"{file}: got _class_name = {checked.shown(name)}, expected one of {', '.join(SCHEDULERS)}")
-    json_files.conform(ClipSample, values, file, extra=True)
+    json_files.conform(SchedulerFile, found, file, extra=True)
     schedule = _config(Schedule, file, values, SCHEDULE_FIXED)
     unsupported = tuple(
         (sampler, f"{name} = {checked.shown(values[name])} ({file})")
@@ -282,11 +292,6 @@ def _schedule(file: pathlib.Path) -> Schedule:
     )
     # Some files have offset 0. diffusers' pipelines set it to 1, and `clip_sample` to False.
     return dataclasses.replace(schedule, steps_offset=1, unsupported=unsupported)
-
-
-@dataclasses.dataclass(frozen=True)
-class ClipSample:
-    clip_sample: bool | None = None
 
 
 def _check_index(file: pathlib.Path) -> None:
