@@ -4,6 +4,7 @@
 `data.mixture` at their rates. "stream" needs no files and no TensorFlow.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -121,6 +122,20 @@ def check_splits(config) -> None:
             )
 
 
+@dataclasses.dataclass(frozen=True)
+class SplitInfo:
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetInfo:
+    """What is read of TFDS's dataset_info.json."""
+
+    name: str
+    version: str
+    splits: list[SplitInfo]
+
+
 def identity(config) -> dict:
     """Which datasets a run reads, in JSON: name, version, and digests of each split's infos and of the records.
 
@@ -137,7 +152,9 @@ def identity(config) -> dict:
     trained_on = _mixture(config) if config.data.source == "seqio" else {}
     for folder in dict.fromkeys((*trained_on, evaluation_dir(config))):
         records = tasks.report(folder)["records"]  # digests of the record files or tables that it was built from
-        info = json_files.read(builder.dataset_dir(folder) / "dataset_info.json")
+        file = builder.dataset_dir(folder) / "dataset_info.json"
+        info = json_files.read(file)
+        json_files.conform(DatasetInfo, info, file, extra=True)
         splits = {split["name"]: fingerprint(split) for split in info["splits"]}
         about = {"name": info["name"], "version": info["version"], "splits": splits, "records": fingerprint(records)}
         found[str(len(found))] = about

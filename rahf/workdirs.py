@@ -19,9 +19,10 @@ import jax
 import ml_collections
 from etils import epath
 
-from rahf import hosts
+from rahf import experiments, hosts
 from rahf.models.rahf import RAHFConfig
-from richhf_data import json_files, paths
+from richhf_data import checked, json_files, paths
+from richhf_data.checked import Size
 from richhf_data.errors import UserError
 
 # How a run is divided, logged and saved: no result depends on it.
@@ -100,12 +101,41 @@ def read_config(workdir) -> ml_collections.ConfigDict:
     """The locked config of a RAHF workdir, or of a folder that rahf.convert wrote.
 
     Raises:
-      UserError: the folder is neither.
+      UserError: the folder is neither; a value of its config.json is missing, or of another type than in
+        configs/rahf_base.py.
     """
     config = _read(workdir)
     if (kind := config.get("kind", "rahf")) != "rahf":
         raise UserError(f"workdir: {workdir} holds the weights of a {kind}, expected those of a whole RAHF")
-    return ml_collections.ConfigDict(_with_tuples(_upgraded(config))).lock()
+    with json_files.named(epath.Path(workdir) / "config.json"):
+        checked.conform(PredictorConfig, config, extra=True)
+        config = _upgraded(config)
+        _check_types(config, experiments.load("rahf_base").to_dict())
+    return ml_collections.ConfigDict(_with_tuples(config)).lock()
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    text_length: Size
+    keyword_length: Size
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictorConfig:
+    """What every config of a RAHF holds. A folder that rahf.convert wrote holds no more."""
+
+    model: RAHFConfig
+    data: Lengths
+
+
+def _check_types(config: Mapping, example: Mapping, name: str = "") -> None:
+    """Refuses values of other types than in `example`. Keys that one of the two lacks are not checked."""
+    for key in config.keys() & example.keys():
+        value, like, full = config[key], example[key], checked.join(name, key)
+        if isinstance(like, Mapping):
+            _check_types(checked.conform(dict[str, Any], value, full), like, full)
+        else:
+            checked.conform(tuple[Any, ...] if isinstance(like, tuple) else type(like), value, full)
 
 
 def _read(workdir) -> dict:

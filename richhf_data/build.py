@@ -20,7 +20,7 @@ from collections.abc import Iterator
 
 from absl import flags
 
-from richhf_data import command, json_files, keywords, paths, ranges, scan, schema, tables, vocabulary
+from richhf_data import command, keywords, paths, ranges, scan, schema, tables, vocabulary
 from richhf_data.errors import UserError
 from richhf_data.images import MAX_PIXELS
 from richhf_data.workers import start_worker
@@ -130,7 +130,7 @@ def build(
         if not table and not keep_parts:
             scan.remove(part_files)
     folder = builder.dataset_dir(data_dir)
-    report = json_files.read(folder / "report.json")
+    report = builder.read_report(folder)
     _provide_vocabulary(pathlib.Path(data_dir) / "vocabulary.model", vocabulary_path, vocabulary_size, folder)
     return report
 
@@ -168,7 +168,7 @@ def _is_built(records, data_dir, identity) -> bool:
         for left in sorted(folder.parent.glob("incomplete.*")):
             print(f"left by an interrupted build, unless one is running: {left}; delete it to free its space")
         return False
-    if json_files.read(folder / "report.json")["records"] != json.loads(json.dumps(identity)):
+    if builder.read_report(folder)["records"] != json.loads(json.dumps(identity)):
         raise UserError(
             f"data_dir: {folder} was built from other records than those of {records} now, expected the same; "
             "use another --data_dir, or delete that folder"
@@ -190,7 +190,9 @@ def _provide_vocabulary(path: pathlib.Path, given, size: int, folder: pathlib.Pa
                 "with it; delete it or use another --data_dir"
             )
     elif not path.exists():
-        prompts = json_files.read(folder / "prompts.json")
+        from richhf_data import builder
+
+        prompts = builder.read_prompts(folder)
         if "train" not in prompts:
             raise UserError("vocabulary: got no train split to train one on; give --vocabulary=PATH")
         vocabulary.train(_vocabulary_texts(prompts["train"]), path, size)

@@ -11,18 +11,20 @@ tables.py. Beside the examples, the folder of the dataset holds
 """
 
 import collections
+import dataclasses
 import glob
 import hashlib
 import json
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import cv2
 import numpy as np
 import tabulate
 from etils import epath
 
-from richhf_data import command, jsonl, keywords, records, scan, schema
+from richhf_data import checked, command, json_files, keywords, records, scan, schema
 from richhf_data.errors import UserError
 from richhf_data.example_source import ExampleSource, Item
 from richhf_data.tensorflow_cpu import tf, tfds
@@ -39,6 +41,28 @@ _NAMED = 5  # how many uids a report or an error names
 def dataset_dir(data_dir) -> epath.Path:
     """The folder of the built dataset under `data_dir`."""
     return epath.Path(data_dir) / NAME / VERSION
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What every report.json holds."""
+
+    records: Any  # digests of what the dataset was built from
+    splits: dict[str, dict[str, Any]]
+
+
+def read_report(folder) -> dict:
+    """The report.json of a dataset's folder."""
+    file = folder / "report.json"
+    found = json_files.read(file, json_files.MAX_DATA_BYTES)
+    json_files.conform(Report, found, file, extra=True)
+    return found
+
+
+def read_prompts(folder) -> dict[str, list[tuple[str, str, str]]]:
+    """The prompts.json of a dataset's folder: {split: [(uid, prompt, labelled prompt), ...]}."""
+    rows = dict[str, list[tuple[str, str, str]]]
+    return json_files.read_as(rows, folder / "prompts.json", max_bytes=json_files.MAX_DATA_BYTES)
 
 
 class Richhf(tfds.core.GeneratorBasedBuilder):
@@ -168,7 +192,7 @@ class Richhf(tfds.core.GeneratorBasedBuilder):
         if self._constants is not None:
             np.savez(folder / "constants.npz", **self._constants)
         if self._source.references is not None and self._source.references.is_file():
-            references = _read_references(self._source.references)
+            references = read_references(self._source.references)
             (folder / "references.json").write_text(json.dumps(references, indent=2), encoding="utf-8")
 
 
@@ -377,12 +401,6 @@ def _decodes(image: bytes) -> bool:
     return True
 
 
-def _read_references(path: pathlib.Path) -> dict[str, dict[str, dict[str, float]]]:
-    try:
-        references = jsonl.loads(path.read_bytes().decode("utf-8-sig"))
-        return {
-            split: {row: {metric: float(value) for metric, value in metrics.items()} for row, metrics in rows.items()}
-            for split, rows in references.items()
-        }
-    except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: got {error}, expected {{split: {{row: {{metric: number}}}}}}") from error
+def read_references(path) -> dict[str, dict[str, dict[str, float | None]]]:
+    """{split: {row: {metric: value}}}."""
+    return json_files.read_as(dict[str, dict[str, dict[str, checked.Metric | None]]], path)

@@ -55,6 +55,9 @@ Size = Annotated[int, Range(1, 2**20)]  # widths, heads, vocabularies, positions
 Pixels = Annotated[int, Range(1, 8192)]  # a side of an image or of a patch
 Share = Annotated[float, Range(0, below=1)]  # dropout
 Epsilon = Annotated[float, Range(above=0, below=1)]
+Metric = typing.NewType("Metric", float)  # may be not-a-number
+WORDS = {int: "an integer", float: "a number", str: "a text", bool: "true or false", types.NoneType: "null"}
+WORDS[Metric] = WORDS[float]
 
 
 def fields(value, name: str) -> None:
@@ -71,8 +74,8 @@ def conform(hint, value, name: str = "", extra: bool = False) -> Any:
     """`value` as the annotation says: lists become tuples where it says so, integers floats, mappings dataclasses.
 
     Args:
-      hint: int, float (finite), str, bool, None, Any, Literal, X | Y, Annotated[X, Range], tuple[X, Y], tuple[X, ...],
-        list[X], dict[str, X], or a dataclass of such fields. A bool is no integer.
+      hint: int, float (finite), Metric, str, bool, None, Any, Literal, X | Y, Annotated[X, Range], tuple[X, Y],
+        tuple[X, ...], list[X], dict[str, X], or a dataclass of such fields. A bool is no integer.
       name: of the value, in errors.
       extra: ignore a mapping's keys that its dataclass lacks. They are refused otherwise.
 
@@ -83,6 +86,8 @@ def conform(hint, value, name: str = "", extra: bool = False) -> Any:
     if hint is Any or (hint in (int, str, bool, types.NoneType) and type(value) is hint):
         return value
     if hint is float and type(value) in (int, float) and _finite(value):
+        return float(value)
+    if hint is Metric and type(value) in (int, float) and (value != value or _finite(value)):
         return float(value)
     if origin is Annotated:
         inner = conform(arguments[0], value, name, extra) if _is_kind(arguments[0], value) else None
@@ -155,7 +160,7 @@ def _is_kind(hint, value) -> bool:
     origin = typing.get_origin(hint) or hint
     if origin is Annotated:
         return _is_kind(typing.get_args(hint)[0], value)
-    if origin is float:
+    if origin in (float, Metric):
         return type(value) in (int, float) and _finite(value)
     if origin in (tuple, list):
         return isinstance(value, list | tuple)
@@ -167,9 +172,8 @@ def _is_kind(hint, value) -> bool:
 def _words(hint) -> str:
     """What an annotation expects, in words."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    simple = {int: "an integer", float: "a number", str: "a text", bool: "true or false", types.NoneType: "null"}
-    if hint in simple:
-        return simple[hint]
+    if hint in WORDS:
+        return WORDS[hint]
     if origin is Annotated:
         of_list = typing.get_origin(arguments[0]) in (tuple, list, dict)
         bounds = " and ".join(map(str, arguments[1:])) + (" entries" if of_list else "")

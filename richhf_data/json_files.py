@@ -11,6 +11,7 @@ from richhf_data import checked, paths
 from richhf_data.errors import UserError
 
 MAX_BYTES = 2**26
+MAX_DATA_BYTES = 2**32  # of a file with a row for each example of a dataset
 MAX_DEPTH = 100  # levels of lists and objects
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from richhf_data import builder, json_files, metrics, paths, preprocessors, schema, vocabulary
+from richhf_data import builder, metrics, paths, preprocessors, schema, vocabulary
 from richhf_data.errors import UserError
 from richhf_data.tensorflow_cpu import seqio, tf, tfds
 
@@ -178,13 +178,13 @@ def evaluate(targets, predictions, aux_values, written=str) -> dict[str, float]:
 
 def report(data_dir) -> dict:
     """The report of the build (see builder.py)."""
-    return json_files.read(_built(data_dir) / "report.json")
+    return builder.read_report(_built(data_dir))
 
 
 def references(data_dir) -> dict[str, dict[str, dict[str, float]]]:
     """Rows to print beside a result, {split: {row: {metric: value}}}; empty if the records have no references."""
     path = _built(data_dir) / "references.json"
-    return json_files.read(path) if path.is_file() else {}
+    return builder.read_references(path) if path.is_file() else {}
 
 
 def constants(data_dir) -> dict[str, np.ndarray] | None:
@@ -202,8 +202,7 @@ def constants(data_dir) -> dict[str, np.ndarray] | None:
 
 def prompts(data_dir) -> dict[str, list[tuple[str, str, str]]]:
     """{split: [(uid, prompt, labelled prompt), ...]}, read without the images; a missing labelled prompt is ''."""
-    stored = json_files.read(_built(data_dir) / "prompts.json")
-    return {split: [tuple(row) for row in rows] for split, rows in stored.items()}
+    return builder.read_prompts(_built(data_dir))
 
 
 def decoded(data_dir, split: str, limit: int | None = None) -> tuple[Iterator[dict], int]:
@@ -244,7 +243,7 @@ def _check_lengths(folder, pieces: vocabulary.Vocabulary, variant, text_length, 
     """Refuses texts that are too long, or logs them if they are to be truncated; logs texts with unknown characters."""
     limits = {"text_length": text_length, "keyword_length": keyword_length}
     too_long, unknown = {key: [] for key in limits}, []
-    for rows in json_files.read(folder / "prompts.json").values():
+    for rows in builder.read_prompts(folder).values():
         for uid, prompt, labelled in rows:
             if not pieces.knows(f"{prompt} {labelled}"):
                 unknown.append(uid)

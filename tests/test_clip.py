@@ -1,5 +1,6 @@
 """CLIP: parity with Hugging Face's CLIPModel (where torch is installed), sizes, pooling, errors."""
 
+import copy
 import functools
 
 import flax.linen as nn
@@ -7,11 +8,13 @@ import flax.traverse_util
 import jax
 import numpy as np
 import pytest
+import transformers
 from tiny_diffusion import write_tokenizer
 
-from rahf import names
+from rahf import names, readers
 from rahf.models import clip
 from rahf.models.clip import CLIP, VIT_L14, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from richhf_data.errors import UserError
 
 TINY = CLIPConfig(
     CLIPVisionConfig(image_size=32, patch_size=8, width=24, depth=2, num_heads=4, mlp_dim=40),
@@ -246,6 +249,61 @@ def test_clip_names_a_wrong_input(tiny):
 def test_clip_config_names_a_wrong_value(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        {},
+        {"text_config": {"hidden_size": 64}, "vision_config": {"patch_size": 16}, "projection_dim": 7},
+        {"text_config": {"hidden_size": 64}, "text_config_dict": {"num_hidden_layers": 3}},  # 64 does not count
+        {"text_config": {"vocab_size": 99}, "text_config_dict": {}},
+        {"text_config": {"hidden_size": 64, "num_attention_heads": 4}, "text_config_dict": None},
+        {"text_config_dict": {"hidden_size": 64, "max_position_embeddings": 20, "eos_token_id": 5}},
+        {"vision_config": {"image_size": 64}, "vision_config_dict": {"image_size": 96, "num_hidden_layers": 2}},
+        {"vision_config": None, "vision_config_dict": {"intermediate_size": 10}},
+        {
+            "text_config_dict": {"hidden_act": "gelu", "layer_norm_eps": 1e-6},
+            "text_config": {"hidden_act": "quick_gelu"},
+            "vision_config_dict": {"hidden_act": "gelu", "layer_norm_eps": 1e-6},
+        },
+    ],
+)
+def test_an_old_config_has_the_values_that_transformers_reads(file):
+    theirs, ours = transformers.CLIPConfig(**copy.deepcopy(file)), readers.clip_config_from_hugging_face(file)
+    names = {"hidden_size": "width", "num_hidden_layers": "depth", "num_attention_heads": "num_heads"}
+    names |= {"intermediate_size": "mlp_dim"}
+    of_text = names | {"vocab_size": "vocab_size", "max_position_embeddings": "length", "eos_token_id": "eos_id"}
+    of_vision = names | {"image_size": "image_size", "patch_size": "patch_size"}
+    for tower, values, table in ((theirs.text_config, ours.text, of_text), (theirs.vision_config, ours.vision, of_vision)):
+        assert {name: getattr(tower, name) for name in table} == {name: getattr(values, table[name]) for name in table}
+        assert (tower.hidden_act, tower.layer_norm_eps) == (ours.activation, ours.epsilon)
+    assert theirs.projection_dim == ours.projection_dim
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("vocab.json", "{"),
+        ("vocab.json", "[1]"),
+        ("vocab.json", '{"a": "b"}'),
+        ("vocab.json", "{}"),
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", '{"a": ' + "[" * 1000 + "]" * 1000 + "}"),
+        ("tokenizer_config.json", '{"eos_token": 3}'),
+        ("tokenizer_config.json", '{"model_max_length": []}'),
+        ("special_tokens_map.json", '{"eos_token": {"a": 1}}'),
+        ("added_tokens.json", '{"a": "b"}'),
+        ("merges.txt", "a b c d\n\xff"),
+    ],
+)
+def test_a_damaged_tokenizer_is_named_or_read(name, content, tmp_path):
+    write_tokenizer(tmp_path)
+    (tmp_path / name).write_text(content)
+    try:
+        assert clip.Tokenizer(tmp_path).num_ids("red cat") > 1
+    except UserError as error:
+        assert str(tmp_path) in str(error)
 
 
 def test_tokenizer_merges_pads_and_cuts(tmp_path):

@@ -545,7 +545,7 @@ def test_a_folder_of_ours_is_written_anew(tmp_path):
     ("settings", "message"),
     [
         ({"model_type": "t5"}, "config.json is of a 't5', expected 'vit'; choose another --source"),
-        ({"model_type": "vit", "hidden_size": 8}, r"ViT: lacks \['patch_size', "),
+        ({"model_type": "vit", "hidden_size": 8}, r"in/config.json: patch_size: missing, expected an integer of 1"),
         ([], "config.json: got a JSON list, expected an object"),
         (None, "config.json: damaged, expected JSON"),
     ],
@@ -564,7 +564,7 @@ def test_towers_of_clip_that_differ_in_kind_are_refused():
 
 def test_t5_with_another_epsilon_is_refused():
     settings = {"vocab_size": 60, "d_model": 8, "num_heads": 2, "d_kv": 4, "num_layers": 1, "d_ff": 8}
-    with pytest.raises(ValueError, match="T5: got layer_norm_epsilon 1e-05, expected 1e-6"):
+    with pytest.raises(ValueError, match="T5: layer_norm_epsilon: got 1e-05, expected 1e-06"):
         readers.t5_config_from_hugging_face(settings | {"layer_norm_epsilon": 1e-5})
 
 

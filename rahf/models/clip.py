@@ -27,7 +27,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from rahf.models.layers import MASKED, Dense, LayerNorm, normalize_image, partitioned, to_patches
-from richhf_data import checked, jsonl
+from richhf_data import checked, json_files, jsonl
 from richhf_data.checked import Epsilon, Layers, Pixels, Range, Size
 from richhf_data.errors import UserError
 
@@ -262,13 +262,14 @@ class CLIP(nn.Module):
 
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")  # the first alone, or the other two
+TOKENIZER_OPTIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 class Tokenizer:
     """CLIP's byte-pair tokenizer, which `transformers` reads from the files of a Hugging Face folder.
 
     Raises:
-      UserError: the folder has neither tokenizer.json nor vocab.json and merges.txt.
+      UserError: the folder has neither tokenizer.json nor vocab.json and merges.txt; one of them is damaged.
     """
 
     def __init__(self, folder):
@@ -276,10 +277,19 @@ class Tokenizer:
         whole, *parts = ((folder / name).is_file() for name in TOKENIZER_FILES)
         if not whole and not all(parts):
             raise UserError(f"vocabulary: {folder} has neither tokenizer.json nor vocab.json with merges.txt, expected one")
+        for name in (*TOKENIZER_FILES, *TOKENIZER_OPTIONS):
+            if name.endswith(".json") and (folder / name).is_file():
+                json_files.read(folder / name)
         import transformers  # takes seconds
 
-        self._tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        self.eos_id = self._tokenizer.eos_token_id
+        try:
+            self._tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+            self.eos_id = self._tokenizer.eos_token_id
+            self.num_ids("a cat")
+        except Exception as error:  # the library raises errors of many kinds, Exception itself among them
+            raise UserError(
+                f"vocabulary: {folder} has a damaged tokenizer ({type(error).__name__}: {error}); fetch it again"
+            ) from error
 
     def num_ids(self, text: str) -> int:
         """The number of ids of a text with start and end id, without truncation."""

@@ -1,7 +1,9 @@
 """A trained reward model as a function of images and prompts, and rejection sampling with any such function."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Annotated
 
 import flax.traverse_util
 import numpy as np
@@ -10,8 +12,28 @@ from rahf import weights
 from rahf.fingerprint import fingerprint
 from rahf.models.parameters import param_shapes
 from rahf.reward import embed, model, specs
-from richhf_data import json_files, paths
+from richhf_data import checked, json_files, paths
+from richhf_data.checked import Range, Size
 from richhf_data.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipIdentity:
+    folder: str
+    digest: str
+
+
+@dataclasses.dataclass(frozen=True)
+class MLPConfig:
+    hidden: Annotated[tuple[Size, ...], Range(1, 64)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is read of a reward workdir's config.json."""
+
+    clip: ClipIdentity
+    model: MLPConfig
 
 
 class Reward:
@@ -63,17 +85,18 @@ def load(workdir, clip=None) -> Reward:
     workdir = paths.absolute(workdir)
     if not (workdir / "config.json").is_file():
         raise UserError(f"workdir: {workdir} has no config.json; expected one of `python -m rahf.reward.train`")
-    config = json_files.read(workdir / "config.json")
-    if (kind := config.get("kind", "rahf")) != "reward":
-        raise UserError(f"workdir: {workdir} holds a {kind}, expected a reward model")
+    file = workdir / "config.json"
+    if (kind := json_files.read(file).get("kind", "rahf")) != "reward":
+        raise UserError(f"workdir: {workdir} holds a {checked.shown(kind)}, expected a reward model")
+    config = json_files.read_as(Config, file, extra=True)
     file = workdir / "weights.safetensors"
     if not file.is_file():
         raise UserError(f"workdir: {workdir} has no weights.safetensors yet; train until the first validation")
-    folder = clip or config["clip"]["folder"]
+    folder = clip or config.clip.folder
     clip = embed.Clip(folder)
-    if clip.digest != config["clip"]["digest"]:
+    if clip.digest != config.clip.digest:
         raise UserError(f"clip: {folder} is not the CLIP that {workdir} was trained with; pass clip=DIR of that one")
-    mlp, width = model.RewardMLP(tuple(config["model"]["hidden"])), clip.config.projection_dim
+    mlp, width = model.RewardMLP(config.model.hidden), clip.config.projection_dim
     shapes = param_shapes(mlp.init, np.zeros((1, width), np.float32), np.zeros((1, width), np.float32))
     return Reward(clip, mlp, weights.read_params(file, shapes))
 
