@@ -20,7 +20,7 @@ from absl import flags
 from tqdm.auto import tqdm
 
 from rahf import evaluate, experiments, hosts, predictor, report, workdirs
-from richhf_data import command, images, json_files, jsonl, keywords, metrics, paths, ranges, schema
+from richhf_data import checked, command, images, json_files, jsonl, keywords, metrics, paths, ranges, schema
 from richhf_data.errors import UserError
 
 
@@ -136,7 +136,8 @@ def evaluation_tables(workdir, split: str) -> list[list[list[str]]]:
     folder = paths.absolute(workdir) / "eval"
     if not (folder / f"{split}.references.json").is_file():
         return []
-    results, references = (json_files.read(folder / f"{split}{end}.json") for end in ("", ".references"))
+    results = json_files.read_as(dict[str, checked.Metric | None], folder / f"{split}.json")
+    references = json_files.read_as(dict[str, dict[str, checked.Metric | None]], folder / f"{split}.references.json")
     return metrics.tables({"this model": results} | references)
 
 

@@ -12,7 +12,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import flax.traverse_util
 import jax
@@ -22,7 +22,7 @@ from etils import epath
 from rahf import experiments, hosts
 from rahf.models.rahf import RAHFConfig
 from richhf_data import checked, json_files, paths
-from richhf_data.checked import Size
+from richhf_data.checked import Range
 from richhf_data.errors import UserError
 
 # How a run is divided, logged and saved: no result depends on it.
@@ -116,8 +116,8 @@ def read_config(workdir) -> ml_collections.ConfigDict:
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    text_length: Size
-    keyword_length: Size
+    text_length: Annotated[int, Range(1, 2**14)]
+    keyword_length: Annotated[int, Range(1, 2**14)]
 
 
 @dataclasses.dataclass(frozen=True)

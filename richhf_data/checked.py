@@ -89,10 +89,8 @@ def conform(hint, value, name: str = "", extra: bool = False) -> Any:
         return float(value)
     if hint is Metric and type(value) in (int, float) and (value != value or _finite(value)):
         return float(value)
-    if origin is Annotated:
-        inner = conform(arguments[0], value, name, extra) if _is_kind(arguments[0], value) else None
-        if inner is not None and all(bounds.holds(inner) for bounds in arguments[1:]):
-            return inner
+    if origin is Annotated and _is_kind(arguments[0], value) and all(bounds.holds(value) for bounds in arguments[1:]):
+        return conform(arguments[0], value, name, extra)
     if origin is typing.Literal and any(type(value) is type(one) and value == one for one in arguments):
         return value
     if origin in (typing.Union, types.UnionType):
@@ -134,7 +132,13 @@ def _make(cls, values: Mapping, name: str, extra: bool):
 
 def join(name: str, key) -> str:
     """The name of a mapping's entry: "vit.depth"."""
-    return f"{name}.{key}" if name else str(key)
+    return f"{name}.{plain(key)}" if name else plain(key)
+
+
+def plain(text) -> str:
+    """A text of a file as a message or a terminal can show it without quotes: shortened, without control characters."""
+    text = str(text)[:SHOWN]
+    return text if text.isprintable() else repr(text)
 
 
 def shown(value) -> str:

@@ -79,6 +79,12 @@ def test_an_error_names_the_key_and_what_is_expected(values, message):
         checked.conform(Whole, values if "part" in values or not values else {"part": {"depth": 1}} | values)
 
 
+def test_what_a_file_says_cannot_control_the_terminal():
+    with pytest.raises(UserError, match=r"unknown option \"'\\\\x1b\[31mred'\";") as raised:
+        checked.conform(Part, {"depth": 1, "\x1b[31mred": 1})
+    assert str(raised.value).isprintable()
+
+
 def test_a_long_value_is_shortened():
     with pytest.raises(UserError, match=r"^free: got 'a{79}\.\.\., expected an integer$"):
         checked.conform(int, "a" * 1000, "free")

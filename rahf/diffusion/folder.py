@@ -298,7 +298,8 @@ def _check_index(file: pathlib.Path) -> None:
     """Refuses another pipeline, and parts that are missing, unknown or of another class."""
     index = _read_json(file)
     if (found := index.get("_class_name")) not in PIPELINES or "text_encoder_2" in index:
-        name = "SDXL, which is not supported" if "XL" in str(found) or "text_encoder_2" in index else f"a {found}"
+        xl = "XL" in str(found) or "text_encoder_2" in index
+        name = "SDXL, which is not supported" if xl else f"a {checked.plain(found)}"
         raise UserError(f"model: {file.parent} is {name}; expected Stable Diffusion 1.x or 2.x ({', '.join(PIPELINES)})")
     for part, classes in PARTS.items():
         entry = index.get(part)

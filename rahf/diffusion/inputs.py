@@ -15,6 +15,7 @@ import itertools
 import os
 import pathlib
 from collections.abc import Callable, Iterator
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,8 @@ from rahf.diffusion import folder
 from rahf.fingerprint import fingerprint
 from rahf.reward import embed, specs
 from rahf.reward.image_table import ImageTable
-from richhf_data import images, json_files, schema
+from richhf_data import checked, images, json_files, schema
+from richhf_data.checked import Range
 from richhf_data.errors import UserError
 
 AT_ONCE = 16  # images or texts per device in a batch for a frozen part
@@ -122,7 +124,7 @@ def kept(
         try:
             found = np.load(place, mmap_mode="r")
             if found.shape == shape and found.dtype == dtype:
-                done = json_files.read(done_file)["rows"]
+                done = checked.conform(Annotated[int, Range(0, shape[0])], json_files.read(done_file)["rows"])
         except (OSError, ValueError, KeyError):  # missing or damaged: compute it again
             done = 0
         if jax.process_count() > 1:

@@ -40,6 +40,7 @@ from richhf_data.checked import Pixels
 from richhf_data.errors import UserError
 
 Array = jax.Array
+MAX_PATCHES = 2**14  # T5's attention relates all pairs
 # Where in `schema.TASKS` the scores and the heatmaps are. The keywords are last.
 SCORE_TASKS = range(len(schema.SCORES))
 HEATMAP_TASKS = range(len(schema.SCORES), len(schema.SCORES) + len(schema.HEATMAPS))
@@ -66,6 +67,11 @@ class RAHFConfig:
         if self.image_size % self.vit.patch_size:
             raise UserError(
                 f"image_size: got {self.image_size}, expected a multiple of vit.patch_size = {self.vit.patch_size}"
+            )
+        if self.grid**2 > MAX_PATCHES:
+            raise UserError(
+                f"image_size: got {self.image_size}, which gives {self.grid**2:,} patches of vit.patch_size = "
+                f"{self.vit.patch_size}, expected at most {MAX_PATCHES:,}"
             )
 
     @property

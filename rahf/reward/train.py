@@ -10,8 +10,10 @@ Give the same command again to continue a killed run. Cached embeddings and fini
 training starts again and has the same result.
 """
 
+import dataclasses
 import io
 import os
+from typing import Any
 
 import numpy as np
 import sklearn.metrics
@@ -173,13 +175,13 @@ def train(config, feedback_file, clip_folder, workdir, cache=None) -> list[dict]
     rows, validation = split(keys, config.eval.validation)
     identity = embed.key(repr((keys, feedback.prompts, feedback.labels)).encode())
     file = workdir / "results.json"
-    stored = json_files.read(file) if file.exists() else {"feedback": identity, "results": []}
-    if stored["feedback"] != identity:
+    stored = json_files.read_as(Results, file) if file.exists() else Results(identity, [])
+    if stored.feedback != identity:
         raise UserError(f"workdir: {workdir} holds a run on other feedback than {feedback.path}; take another --workdir")
     print(f"{len(rows)} training and {len(validation)} validation images, {len(set(feedback.prompts))} prompts", flush=True)
 
     # ---- A training for each size; the whole part's weights are written ---------------------------------------------
-    results, mlp = stored["results"], model.RewardMLP(tuple(config.model.hidden))
+    results, mlp = stored.results, model.RewardMLP(tuple(config.model.hidden))
     for share in sizes[len(results) :]:
         part, whole = rows[: max(1, round(share * len(rows)))], share == 1
 
@@ -192,6 +194,14 @@ def train(config, feedback_file, clip_folder, workdir, cache=None) -> list[dict]
         json_files.write(file, {"feedback": identity, "results": results})
     paths.replace(workdir / "data_size.png", plot(results))
     return results
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """results.json: which feedback, and for each size of the data the metrics of a training with it."""
+
+    feedback: str
+    results: list[dict[str, Any]]
 
 
 def table(results) -> str:
