@@ -1,5 +1,7 @@
 """Scheduler configs of a diffusers folder: every key means what diffusers makes of it, or is refused by its name."""
 
+import dataclasses
+import inspect
 import json
 
 import numpy as np
@@ -169,6 +171,23 @@ def test_an_option_is_refused_for_the_samplers_that_would_read_it(change, refuse
                 plan(made, sampler, 5)
         else:
             assert len(plan(made, sampler, 5).timesteps) == 5
+
+
+def test_every_option_of_diffusers_is_ours_or_fixed_or_changes_nothing():
+    diffusers = pytest.importorskip("diffusers")
+    of_samplers = {name for options in folder.SAMPLER_FIXED.values() for name in options}
+    free = {"sample_size", "dropout", "upcast_attention", "force_upcast", "down_block_types", "up_block_types"}
+    free |= {"mid_block_only_cross_attention", "addition_time_embed_dim", "addition_embed_type_num_heads"}  # of other blocks
+    free |= {"class_embeddings_concat", "projection_class_embeddings_input_dim"}
+    free |= {"clip_sample", "clip_sample_range", "sample_max_value", "dynamic_thresholding_ratio"}  # pipelines clip nothing
+    free |= {"lower_order_final", "euler_at_final", "flow_shift", "time_shift_type"}  # of other solvers
+    for name, ours, fixed in (
+        ("UNet2DConditionModel", folder.UNetConfig, folder.UNET_FIXED),
+        ("AutoencoderKL", folder.VAEConfig, folder.VAE_FIXED),
+        *((name, folder.Schedule, folder.SCHEDULE_FIXED.keys() | of_samplers) for name in CLASSES.values()),
+    ):
+        theirs = set(inspect.signature(getattr(diffusers, name).__init__).parameters) - {"self"}
+        assert theirs - {field.name for field in dataclasses.fields(ours)} - set(fixed) - free == set()
 
 
 def main():
