@@ -179,6 +179,9 @@ def _is_built(records, data_dir, identity) -> bool:
 
 def _provide_vocabulary(path: pathlib.Path, given, size: int, folder: pathlib.Path) -> None:
     """Copies the given model or trains one on the training prompts, unless the file exists."""
+    from richhf_data import builder
+
+    prompts = builder.read_prompts(folder)
     if given is not None:
         vocabulary.Vocabulary(given)  # refuses what is not a usable model
         content = pathlib.Path(given).read_bytes()
@@ -190,14 +193,11 @@ def _provide_vocabulary(path: pathlib.Path, given, size: int, folder: pathlib.Pa
                 "with it; delete it or use another --data_dir"
             )
     elif not path.exists():
-        from richhf_data import builder
-
-        prompts = builder.read_prompts(folder)
         if "train" not in prompts:
             raise UserError("vocabulary: got no train split to train one on; give --vocabulary=PATH")
         vocabulary.train(_vocabulary_texts(prompts["train"]), path, size)
     pieces = vocabulary.Vocabulary(path)
-    rows = itertools.chain.from_iterable(json_files.read(folder / "prompts.json").values())
+    rows = itertools.chain.from_iterable(prompts.values())
     unknown = sum(not pieces.knows(f"{prompt} {labelled}") for _, prompt, labelled in rows)
     lost = f"; {unknown} examples have characters that it does not know" if unknown else ""
     print(f"vocabulary: {path} ({pieces.size} pieces){lost}")
