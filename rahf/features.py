@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from richhf_data import tasks
+from richhf_data import builder, tasks
 from richhf_data.errors import UserError
 from richhf_data.tensorflow_cpu import seqio, tf
 
@@ -79,13 +79,14 @@ def evaluator(task: tasks.RichhfTask, split: str, num_examples: int | None = Non
     if not task.seqio_task.metric_fns:
         raise UserError(f"task {task.name!r} has no metric functions, expected some; register it with augment=False")
     _check_split(task, split)
-    return seqio.Evaluator(
-        task.name,
-        RAHFFeatureConverter(),
-        eval_split=split,
-        num_examples=num_examples,
-        async_compute_metrics=False,
-    )
+    with builder.named(task.seqio_task.source.dataset.folder):
+        return seqio.Evaluator(
+            task.name,
+            RAHFFeatureConverter(),
+            eval_split=split,
+            num_examples=num_examples,
+            async_compute_metrics=False,
+        )
 
 
 def targets(evaluator: seqio.Evaluator, task: tasks.RichhfTask) -> list[dict]:
@@ -129,12 +130,19 @@ def training_batches(
     for task in rates:
         _check_split(task, split)
     pattern, sources = _Pattern.of(list(rates.values())), [task.seqio_task for task in rates]
-    dataset = _shuffled_examples(sources, pattern, split, seed, start_step, batch_size, rows)
+    folders = ", ".join(str(source.source.dataset.folder) for source in sources)
+    with builder.named(folders):
+        dataset = _shuffled_examples(sources, pattern, split, seed, start_step, batch_size, rows)
     first = next(iter(rates))  # the tasks differ in their data alone: all have the first one's preprocessors
     dataset = first.seqio_task.preprocess_postcache(dataset, sequence_length=None, seed=seed)
     dataset = RAHFFeatureConverter()(dataset, first.lengths())
     dataset = dataset.batch(len(rows), drop_remainder=True).prefetch(2)
-    return dataset.as_numpy_iterator()
+
+    def batches():
+        with builder.named(folders):
+            yield from dataset.as_numpy_iterator()
+
+    return batches()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +192,9 @@ def _shuffled_examples(
     They are kept in memory as they are stored (2 to 3 GB for RichHF-18K), so that any place of the stream costs the
     same. No Python runs inside: with tf.numpy_function here, some programs printed their last line and never ended.
     """
-    infos = [task.source.tfds_dataset.builder.info for task in mixed]
+    for task in mixed:
+        task.source.dataset.verify(split)
+    infos = [task.source.dataset.info for task in mixed]
     sizes = np.asarray([info.splits[split].num_examples for info in infos], np.int64)
     files = tf.data.TFRecordDataset([path for info in infos for path in info.splits[split].filepaths])
     stored = files.batch(sizes.sum(), drop_remainder=True).get_single_element()  # string[all]

@@ -55,8 +55,7 @@ def training_batches(
 
         folders = _mixture(config) or {evaluation_dir(config): 1.0}
         rates = {_register(config, folder, vocabulary, config.data.augment): rate for folder, rate in folders.items()}
-        batches = features.training_batches(rates, config.train.batch_size, seed=config.seed, start_step=start, rows=rows)
-        return (batch for batch in batches)  # a generator has `close`, an iterator of tf.data does not
+        return features.training_batches(rates, config.train.batch_size, seed=config.seed, start_step=start, rows=rows)
     return stream.batches(
         config.train.batch_size,
         seed=config.seed,
@@ -137,9 +136,10 @@ class DatasetInfo:
 
 
 def identity(config) -> dict:
-    """Which datasets a run reads, in JSON: name, version, and digests of each split's infos and of the records.
+    """Which datasets a run reads, in JSON: name, version, digests of each split's infos and shards, and of the records.
 
-    The folder does not matter: a copy of a dataset is the same dataset.
+    The folder does not matter: a copy of a dataset is the same dataset. The digests of the shards are those that the build
+    wrote, which reading compares (`builder.Richhf.verify`); a dataset that an earlier version built has none.
 
     Raises:
       UserError: there is no dataset.
@@ -157,6 +157,8 @@ def identity(config) -> dict:
         json_files.conform(DatasetInfo, info, file, extra=True)
         splits = {split["name"]: fingerprint(split) for split in info["splits"]}
         about = {"name": info["name"], "version": info["version"], "splits": splits, "records": fingerprint(records)}
+        if digests := builder.open_built(folder).digests():
+            about["shards"] = {split: fingerprint(shards) for split, shards in digests.items()}
         found[str(len(found))] = about
     return {"datasets": found}
 

@@ -8,13 +8,18 @@ tables.py. Beside the examples, the folder of the dataset holds
   constants.npz    `scores` float32[4], `heatmaps` float32[64, 64, 2]: the means of the training split, both in [0, 1],
                    over the examples that have the target; nan if none has it
   references.json  a copy of the file beside the records, if there is one: {split: {row: {metric: value}}}
+  digests.json     {split: {file of examples: SHA-256}}
+
+`open_built` reads a dataset, which may be of someone else: with the features of this code, whatever its files name.
 """
 
 import collections
+import contextlib
 import dataclasses
 import glob
 import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +28,7 @@ import cv2
 import numpy as np
 import tabulate
 from etils import epath
+from google.protobuf import json_format
 
 from richhf_data import checked, command, json_files, keywords, records, scan, schema
 from richhf_data.errors import UserError
@@ -36,6 +42,7 @@ _COLUMNS = PROBLEMS | {"images_normalised": "normalised", "label_mismatches": "m
 MEAN_MAP_SIZE = 64  # pixels
 TWELFTHS = 12  # steps of a score: the mean of three annotators' five Likert points
 _NAMED = 5  # how many uids a report or an error names
+_AGAIN = "copy the dataset again, or delete that folder and build it again"
 
 
 def dataset_dir(data_dir) -> epath.Path:
@@ -85,7 +92,62 @@ class Richhf(tfds.core.GeneratorBasedBuilder):
         self._report = {"splits": {}}
         self._prompts = {}
         self._constants = None
+        self._verified = set()  # splits
         super().__init__(data_dir=str(data_dir), **kwargs)
+
+    @property
+    def folder(self) -> epath.Path:
+        """Where the dataset is, or will be."""
+        return epath.Path(self.data_dir)
+
+    def check(self, split: str) -> None:
+        """Refuses a split whose shards are not there, are cut, or have lengths that do not fit; reads no example.
+
+        Of shards in a bucket the sizes alone are compared: their records are not worth a request each.
+
+        Raises:
+          UserError: names the shard.
+        """
+        info = self.info.splits[split]
+        for path, count in zip(map(epath.Path, info.filepaths), info.shard_lengths, strict=True):
+            if not path.is_file():
+                raise UserError(f"data_dir: no file {path}, expected {count} examples of the split {split!r}; {_AGAIN}")
+            if "://" not in os.fspath(path) and (found := len(records.extents(path))) != count:
+                raise UserError(f"data_dir: {path}: got {found} examples, expected {count}; {_AGAIN}")
+        size = sum(epath.Path(path).stat().length for path in info.filepaths)
+        expected = int(info.num_bytes) + info.num_examples * records.FRAME
+        if size != expected:
+            raise UserError(
+                f"data_dir: {self.folder}: got {size} bytes of the split {split!r}, expected {expected}; {_AGAIN}"
+            )
+
+    def verify(self, split: str) -> None:
+        """As `check`, and reads all bytes of the shards on a disk, to compare them with what the build wrote.
+
+        The build wrote their SHA-256, or else the checksum of each record. The checksums of records in a bucket are
+        compared when the records are read.
+
+        Raises:
+          UserError: names the shard.
+        """
+        if split in self._verified:
+            return
+        self.check(split)
+        digests = self.digests().get(split, {})
+        for path in map(os.fspath, self.info.splits[split].filepaths):
+            if "://" in path:
+                continue
+            if not digests:
+                with named(path):
+                    tf.data.TFRecordDataset(path).reduce(0, lambda count, _: count + 1)
+            elif digests.get(os.path.basename(path)) != _digest(path):
+                raise UserError(f"data_dir: {path}: got other bytes than the build wrote (digests.json); {_AGAIN}")
+        self._verified.add(split)
+
+    def digests(self) -> dict[str, dict[str, str]]:
+        """{split: {shard: SHA-256}}, as the build wrote them; {} in a dataset of an earlier version, which wrote none."""
+        path = self.folder / "digests.json"
+        return json_files.read(path) if path.is_file() else {}
 
     def _info(self) -> tfds.core.DatasetInfo:
         text = tfds.features.Text()
@@ -187,13 +249,58 @@ class Richhf(tfds.core.GeneratorBasedBuilder):
         super()._download_and_prepare(dl_manager, download_config)
         # This is still TFDS's temporary folder: the dataset appears with all of these files or not at all.
         folder = pathlib.Path(self.data_dir)
-        (folder / "report.json").write_text(json.dumps(self._report, indent=2), encoding="utf-8")
-        (folder / "prompts.json").write_text(json.dumps(self._prompts), encoding="utf-8")
+        shards = {split: info.filepaths for split, info in self.info.splits.items()}
+        digests = {split: {path.name: _digest(path) for path in paths} for split, paths in shards.items()}
+        for name, value, indent in (("report", self._report, 2), ("prompts", self._prompts, None), ("digests", digests, 2)):
+            (folder / f"{name}.json").write_text(json.dumps(value, indent=indent), encoding="utf-8")
         if self._constants is not None:
             np.savez(folder / "constants.npz", **self._constants)
         if self._source.references is not None and self._source.references.is_file():
             references = read_references(self._source.references)
             (folder / "references.json").write_text(json.dumps(references, indent=2), encoding="utf-8")
+
+
+def open_built(data_dir) -> Richhf:
+    """The dataset that a build wrote there, to be read with the features of this code.
+
+    TFDS's own `builder_from_directory` imports whatever module features.json names.
+
+    Raises:
+      UserError: no dataset, or files that no build of this version wrote.
+    """
+    folder = dataset_dir(data_dir)
+    if not (folder / "report.json").is_file():
+        raise UserError(
+            f"data_dir: no dataset in {folder}, expected one; run "
+            f"python -m richhf_data.build --records=DIR --images=SPEC --data_dir={data_dir}"
+        )
+    path = folder / "dataset_info.json"
+    info = json_files.read(path)
+    for key, expected in (("name", NAME), ("version", VERSION), ("fileFormat", "tfrecord")):
+        if info.get(key) != expected:
+            raise UserError(f"{path}: {key}: got {info.get(key)!r}, expected {expected!r}; {_AGAIN}")
+    try:
+        dataset = Richhf(data_dir=data_dir)
+        paths = {split: list(map(os.fspath, entry.filepaths)) for split, entry in dataset.info.splits.items()}
+    except Exception as error:  # TFDS's and protobuf's own
+        raise UserError(f"{path}: {' '.join(str(error).split())}, expected what a build writes; {_AGAIN}") from error
+    for split, shards in paths.items():
+        names = [f"{NAME}-{split}.tfrecord-{number:05d}-of-{len(shards):05d}" for number in range(len(shards))]
+        if split not in SPLITS or shards != [os.fspath(dataset.folder / name) for name in names]:
+            raise UserError(f"{path}: got a split {split!r} in {shards}, expected some of {SPLITS} in {names}; {_AGAIN}")
+    if json_files.read(folder / "features.json") != json_format.MessageToDict(dataset.info.features.to_proto()):
+        raise UserError(f"{folder / 'features.json'}: got other features than those of version {VERSION}; {_AGAIN}")
+    return dataset
+
+
+@contextlib.contextmanager
+def named(place) -> Iterator[None]:
+    """Makes a UserError that names the file or folder of TensorFlow's error about a damaged record or example."""
+    try:
+        yield
+    except (tf.errors.DataLossError, tf.errors.InvalidArgumentError, tf.errors.NotFoundError) as error:
+        said = " ".join(error.message.split())
+        raise UserError(f"data_dir: {place}: got a damaged example ({said}), expected a whole one; {_AGAIN}") from error
 
 
 class RecordFiles:
@@ -308,7 +415,7 @@ def record_paths(where) -> dict[str, pathlib.Path]:
     paths = {split: pathlib.Path(where) / f"{split}.tfrecord" for split in SPLITS}
     names = ", ".join(path.name for path in paths.values())
     if pathlib.Path(where).is_dir():
-        present = {split: path for split, path in paths.items() if path.is_file()}
+        present = {split: path for split, path in paths.items() if path.exists()}
     else:
         found = [pathlib.Path(path) for path in sorted(glob.glob(str(where)))]
         if other := [path for path in found if path.name not in names.split(", ")]:
@@ -346,11 +453,12 @@ def positions(paths: dict[str, pathlib.Path], allow_absent: bool = False) -> dic
 
 def digests(paths: dict[str, pathlib.Path]) -> dict[str, str]:
     """{split: SHA-256 of its record file}, by which a built dataset is recognised."""
-    result = {}
-    for split, path in paths.items():
-        with open(path, "rb") as file:
-            result[split] = hashlib.file_digest(file, "sha256").hexdigest()
-    return result
+    return {split: _digest(path) for split, path in paths.items()}
+
+
+def _digest(path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def report_table(report: dict) -> str:

@@ -27,8 +27,9 @@ from richhf_data.tensorflow_cpu import tf
 
 KEYS = (schema.RAW_UID, *schema.RAW_SCORES.values(), *schema.RAW_HEATMAPS.values(), schema.RAW_LABELS)
 _ABSENT = "--allow_absent takes records of other annotations, which may lack targets"
-_LFS_START = b"version https://git-lfs"
+_LFS_START, _GZIP_START = b"version https://git-lfs", b"\x1f\x8b\x08"
 _HEADER, _FOOTER = 12, 4  # bytes around a record: its length and the length's checksum; the record's checksum
+FRAME = _HEADER + _FOOTER
 
 
 def uid_of(raw: dict) -> str:
@@ -82,6 +83,7 @@ def read(path, allow_absent: bool = False) -> Iterator[dict]:
 def read_unchecked(path, allow_absent: bool = False) -> Iterator[dict]:
     """As `read`, but checks the checksums of the file and the keys of the records, and not the values."""
     _check_file(path)
+    extents(path)
     iterator = iter(tf.data.TFRecordDataset(str(path)))
     number = 0
     while True:
@@ -188,6 +190,31 @@ def _decode_map(encoded: bytes, where: str) -> np.ndarray:
     return image
 
 
+def extents(path) -> list[tuple[int, int]]:
+    """(offset, length) of each record's bytes in a local TFRecord file. Checksums are not checked.
+
+    TensorFlow believes a record's length and reserves as much memory, so no file is given to it before this has passed.
+
+    Raises:
+      UserError: a record does not end within the file.
+    """
+    found, offset, size = [], 0, os.path.getsize(path)
+    with open(path, "rb") as file:
+        while offset < size:
+            file.seek(offset)
+            header = file.read(_HEADER)
+            length = struct.unpack("<Q", header[:8])[0] if len(header) == _HEADER else size
+            end = offset + length + FRAME
+            if end > size:
+                file.seek(0)
+                if file.read(len(_GZIP_START)) == _GZIP_START:
+                    raise UserError(f"records: {path} is compressed with gzip, expected plain records; unpack it first")
+                raise UserError(_corrupt(path, len(found), f"it would end at byte {end} of {size}"))
+            found.append((offset + _HEADER, length))
+            offset = end
+    return found
+
+
 class RandomAccess(Sequence):
     """The serialised records of TFRecord files by index. Each is read from disk when it is asked for; thread-safe.
 
@@ -201,17 +228,7 @@ class RandomAccess(Sequence):
         self._files, entries = [], []
         for path in files:
             _check_file(path)
-            with open(path, "rb") as file:
-                size, offset, number = os.path.getsize(path), 0, 0
-                while offset < size:
-                    file.seek(offset)
-                    header = file.read(_HEADER)
-                    length = struct.unpack("<Q", header[:8])[0] if len(header) == _HEADER else size
-                    end = offset + _HEADER + length + _FOOTER
-                    if end > size:
-                        raise UserError(_corrupt(path, number, f"it would end at byte {end} of {size}"))
-                    entries.append((len(self._files), offset + _HEADER, length))
-                    offset, number = end, number + 1
+            entries += [(len(self._files), *extent) for extent in extents(path)]
             self._files.append(open(path, "rb"))  # noqa: SIM115 - kept open for the life of the object
         self._entries = np.asarray(entries, np.int64).reshape(-1, 3)
 
@@ -226,8 +243,11 @@ class RandomAccess(Sequence):
 def _check_file(path) -> None:
     if "://" in str(path):
         raise UserError(f"records: got the remote path {path}, expected a local file; copy it to a local disk first")
-    if not pathlib.Path(path).is_file():
-        raise UserError(f"records: no file {path}; expected a RichHF TFRecord file such as train.tfrecord")
+    path = pathlib.Path(path)
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "no regular file"
+        got = f"{path} is {kind}" if path.exists() else f"no file {path}"
+        raise UserError(f"records: {got}; expected a RichHF TFRecord file such as train.tfrecord")
     with open(path, "rb") as file:
         if file.read(len(_LFS_START)) == _LFS_START:
             raise UserError(

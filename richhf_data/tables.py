@@ -13,6 +13,7 @@ import functools
 import glob
 import hashlib
 import operator
+import os
 from collections.abc import Callable, Iterator
 
 import cv2
@@ -20,7 +21,7 @@ import fsspec
 import numpy as np
 import pyarrow
 
-from richhf_data import consolidate, images, jsonl, keywords, parquet, schema
+from richhf_data import consolidate, images, jsonl, keywords, parquet, records, schema
 from richhf_data.errors import UserError
 from richhf_data.example_source import ExampleSource, Item
 
@@ -351,10 +352,13 @@ class _TfdsTable:
 
         try:
             self._builder = tfds.builder(name, data_dir=data_dir)
-        except (tfds.core.registered.DatasetNotFoundError, ValueError) as error:
+        except Exception as error:  # of TFDS, of protobuf, of the dataset's own code
             where = data_dir or "TFDS's default folder"
+            said = "none is known or there"
+            if not isinstance(error, tfds.core.registered.DatasetNotFoundError):
+                said = " ".join(str(error).split())
             raise UserError(
-                f"captions: no TFDS dataset {name!r} is known or in {where}, expected its name; see --tfds_data_dir"
+                f"captions: no TFDS dataset {name!r} in {where}: {said}; expected its name; see --tfds_data_dir"
             ) from error
         info = self._builder.info
         if "train" not in info.splits:
@@ -383,14 +387,21 @@ class _TfdsTable:
         return [self._builder.info.full_name, self._builder.info.splits["train"].num_examples, self._image, self._caption]
 
     def rows(self) -> Iterator[tuple[str, bytes, dict]]:
+        from richhf_data import builder
         from richhf_data.tensorflow_cpu import tfds
 
+        name, split = self._builder.info.full_name, self._builder.info.splits["train"]
+        for path in map(os.fspath, split.filepaths):
+            if "://" not in path and self._builder.info.file_format is tfds.core.FileFormat.TFRECORD:
+                records.extents(path)
         read = tfds.ReadConfig(interleave_cycle_length=1)  # in the files' order
-        for number, example in enumerate(self._builder.as_dataset(split="train", decoders=self._decoders, read_config=read)):
-            texts = np.atleast_1d(_part(example, self._caption).numpy()).tolist()
-            where = f"{self._builder.info.full_name} example {number}"
-            caption = jsonl.decode(texts[0], f"captions: {where}") if texts else None
-            yield where, _part(example, self._image).numpy(), {"prompt": (caption, len(texts))}
+        with builder.named(self._builder.data_dir):
+            examples = self._builder.as_dataset(split="train", decoders=self._decoders, read_config=read)
+            for number, example in enumerate(examples):
+                texts = np.atleast_1d(_part(example, self._caption).numpy()).tolist()
+                where = f"{name} example {number}"
+                caption = jsonl.decode(texts[0], f"captions: {where}") if texts else None
+                yield where, _part(example, self._image).numpy(), {"prompt": (caption, len(texts))}
 
 
 def _part(tree, name: str):

@@ -11,6 +11,7 @@ An example also has uid, prompt, labels, labels_valid and labelled_prompt, which
 import dataclasses
 import functools
 import json
+import zipfile
 import zlib
 from collections.abc import Iterator
 
@@ -91,7 +92,7 @@ def register(
     """
     data_dir = paths.absolute(data_dir)
     schema.task_prompts("", variant)  # refuses an unknown variant
-    folder = _built(data_dir)
+    dataset = builder.open_built(data_dir)
     path = paths.absolute(vocabulary_path or data_dir / "vocabulary.model")
     arguments = {
         "data_dir": str(data_dir),
@@ -110,7 +111,7 @@ def register(
         return task
 
     texts = vocabulary.Vocabulary(path)
-    _check_lengths(folder, texts, variant, text_length, keyword_length, truncate_long_prompts)
+    _check_lengths(dataset.folder, texts, variant, text_length, keyword_length, truncate_long_prompts)
     pieces = preprocessors.SeqioVocabulary(str(path))
     cut = {"vocabulary": pieces, "truncate": truncate_long_prompts}
     steps = [
@@ -123,7 +124,7 @@ def register(
     ]
     seqio.TaskRegistry.add(
         task.name,
-        source=seqio.TfdsDataSource(tfds_data_dir=str(folder), read_only=True),
+        source=BuiltSource(dataset),
         preprocessors=steps,
         output_features={
             "image": seqio.ContinuousFeature(rank=3, dtype=tf.uint8),
@@ -192,12 +193,18 @@ def constants(data_dir) -> dict[str, np.ndarray] | None:
 
     Returns:
       `scores` float32[4] and `heatmaps` float32[64, 64, 2], both in [0, 1]; nan if no example has the target.
+
+    Raises:
+      UserError: no dataset, or the file is damaged.
     """
     path = _built(data_dir) / "constants.npz"
     if not path.is_file():
         return None
-    with np.load(path, allow_pickle=False) as arrays:
-        return {key: arrays[key] for key in ("scores", "heatmaps")}
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {key: arrays[key] for key in ("scores", "heatmaps")}
+    except (ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"data_dir: {path}: damaged ({error}), expected what a build writes; copy it again") from error
 
 
 def prompts(data_dir) -> dict[str, list[tuple[str, str, str]]]:
@@ -215,28 +222,54 @@ def decoded(data_dir, split: str, limit: int | None = None) -> tuple[Iterator[di
     Raises:
       UserError: no dataset or no such split there.
     """
-    dataset = tfds.builder_from_directory(str(_built(data_dir)))
+    dataset = builder.open_built(data_dir)
     splits = dataset.info.splits
     if split not in splits:
         raise UserError(f"split: got {split!r}, expected one of the dataset's: {', '.join(splits)}")
+    dataset.check(split)
     count = splits[split].num_examples if limit is None else min(limit, splits[split].num_examples)
     once = tfds.ReadConfig(try_autocache=False)
     examples = preprocessors.decode(dataset.as_dataset(split=split, read_config=once).take(count))
-    items = (
-        postprocess("", example=example, is_target=True) | {"image": example["image"]}
-        for example in examples.as_numpy_iterator()
-    )
-    return items, count
+
+    def items():
+        with builder.named(dataset.folder):
+            for example in examples.as_numpy_iterator():
+                yield postprocess("", example=example, is_target=True) | {"image": example["image"]}
+
+    return items(), count
+
+
+class BuiltSource(seqio.DataSource):
+    """The examples of a built dataset, as seqio's own source of TFDS datasets reads them.
+
+    Attributes:
+      dataset: a `builder.Richhf` of `builder.open_built`.
+    """
+
+    def __init__(self, dataset: builder.Richhf):
+        self.dataset = dataset
+        sizes = {split: info.num_examples for split, info in dataset.info.splits.items()}
+        super().__init__(splits=sizes, num_input_examples=sizes)
+
+    @property
+    def supports_arbitrary_sharding(self) -> bool:
+        return False
+
+    def list_shards(self, split: str) -> list[str]:
+        return [str(path) for path in self.dataset.info.splits[split].filepaths]
+
+    def get_dataset(self, split: str, shuffle: bool = True, seed: int | None = None, shard_info=None, **unused):
+        """See seqio. Raises UserError as `builder.Richhf.verify`."""
+        del unused
+        self.dataset.verify(split)
+        read = tfds.ReadConfig(shuffle_seed=seed, skip_prefetch=True)
+        if shard_info:
+            read.input_context = tf.distribute.InputContext(shard_info.num_shards, shard_info.index)
+        return self.dataset.as_dataset(split=split, shuffle_files=shuffle, read_config=read)
 
 
 def _built(data_dir) -> epath.Path:
-    folder = builder.dataset_dir(data_dir)
-    if not (folder / "report.json").is_file():
-        raise UserError(
-            f"data_dir: no dataset in {folder}, expected one; run "
-            f"python -m richhf_data.build --records=DIR --images=SPEC --data_dir={data_dir}"
-        )
-    return folder
+    return builder.open_built(data_dir).folder
 
 
 def _check_lengths(folder, pieces: vocabulary.Vocabulary, variant, text_length, keyword_length, truncate) -> None:

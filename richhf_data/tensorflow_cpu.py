@@ -41,6 +41,14 @@ with _start_up():
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import shuffle
 
+    _feature_of_name = tfds.features.FeatureConnector.cls_from_name
+
+    def _cls_from_name(name: str):
+        if not str(name).startswith("tensorflow_datasets."):  # TFDS would import whatever module it names
+            raise UserError(f"features.json: got a feature of class {name!r}, expected TFDS's own alone; it is not imported")
+        return _feature_of_name(name)
+
+    tfds.features.FeatureConnector.cls_from_name = staticmethod(_cls_from_name)
     shuffle.MAX_MEM_BUFFER_SIZE = 64 << 20  # bytes of examples that a build holds to shuffle them; 1000 MiB by default
     with contextlib.suppress(RuntimeError):  # the caller has started TensorFlow and chosen its devices
         tf.config.set_visible_devices([], "GPU")

@@ -1,14 +1,18 @@
 """records.py: what is written is read, and every fault of a record or file is named."""
 
+import gzip
 import math
 
 import cv2
 import numpy as np
 import pytest
-from tiny_data import png, raw_record
+from tiny_data import png, raw_record, record_header
 
 from richhf_data import records, schema
 from richhf_data.tensorflow_cpu import tf
+
+
+READERS = [lambda path: list(records.read(path)), lambda path: records.RandomAccess([path])]
 
 
 def _write_unchecked(path, raws):
@@ -60,7 +64,7 @@ def test_random_access_equals_reading(tmp_path):
         assert records.parse(stored[i], "here") == raws[i]
 
 
-@pytest.mark.parametrize("reader", [lambda path: list(records.read(path)), lambda path: records.RandomAccess([path])])
+@pytest.mark.parametrize("reader", READERS)
 def test_lfs_pointer_is_named(tmp_path, reader):
     path = tmp_path / "train.tfrecord"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 12345\n")
@@ -68,12 +72,41 @@ def test_lfs_pointer_is_named(tmp_path, reader):
         reader(path)
 
 
-@pytest.mark.parametrize("reader", [lambda path: list(records.read(path)), lambda path: records.RandomAccess([path])])
+@pytest.mark.parametrize("reader", READERS)
 def test_truncated_record_is_numbered(tmp_path, reader):
     path = tmp_path / "train.tfrecord"
     _write_unchecked(path, [raw_record(f"u{i}") for i in range(4)])
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"train.tfrecord record 3 .*truncated or corrupt"):
+        reader(path)
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("length", [1 << 20, 1 << 45, (1 << 64) - 5, (1 << 64) - 1])
+def test_length_beyond_the_file_is_numbered(tmp_path, reader, length):
+    """With a right checksum, which TensorFlow would believe, and reserve as much memory."""
+    path = tmp_path / "train.tfrecord"
+    _write_unchecked(path, [raw_record(f"u{i}") for i in range(3)])
+    first, content = records.extents(path)[0], path.read_bytes()
+    start = sum(first) + 4
+    path.write_bytes(content[:start] + record_header(length) + content[start + 12 :])
+    with pytest.raises(ValueError, match=r"train.tfrecord record 1 .*truncated or corrupt record \(it would end at byte"):
+        reader(path)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_files_that_are_no_records_are_named(tmp_path, reader):
+    path = tmp_path / "train.tfrecord"
+    path.mkdir()
+    with pytest.raises(ValueError, match=r"records: .*train.tfrecord is a folder; expected a RichHF TFRecord file"):
+        reader(path)
+    path.rmdir()
+    _write_unchecked(tmp_path / "plain", [raw_record("u")])
+    path.write_bytes(gzip.compress((tmp_path / "plain").read_bytes()))
+    with pytest.raises(ValueError, match=r"train.tfrecord is compressed with gzip, expected plain records"):
+        reader(path)
+    path.write_text("a text that is longer than a header")
+    with pytest.raises(ValueError, match=r"train.tfrecord record 0 .*truncated or corrupt record"):
         reader(path)
 
 

@@ -4,6 +4,7 @@ import collections
 import json
 import pathlib
 import re
+import sys
 
 import cv2
 import numpy as np
@@ -14,6 +15,7 @@ import tensorflow_datasets as tfds
 from tiny_data import SCORE_STEPS, image_of, jpg, prompt_of, write_captions, write_rapidata
 
 from richhf_data import build, builder, keywords, records, schema, tables, tasks, vocabulary
+from richhf_data.errors import UserError
 
 PROMPTS = [prompt_of(f"prompt-{i}") + " A cat, a dog" for i in range(40)]
 CAPTIONS = [f"a photo of {prompt_of(f'caption-{i}')}" for i in range(40)]
@@ -271,6 +273,27 @@ class NestedPictures(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self):
         for i in range(3):
             yield i, {"a": {"b": image_of(f"nested-{i}"), "c": CAPTIONS[i]}}
+
+
+@pytest.mark.parametrize(
+    "feature", [{"pythonClassName": "evil_table.X", "text": {}}, {"type": "evil_table.X", "content": {}}]
+)
+def test_a_tfds_dataset_runs_no_code(tmp_path, monkeypatch, feature):
+    """One that TFDS knows from its files alone; its features.json names a module, which TFDS would import."""
+    folder = tmp_path / "others" / "1.0.0"
+    folder.mkdir(parents=True)
+    (folder / "features.json").write_text(json.dumps(feature))
+    info = {"name": "others", "version": "1.0.0", "fileFormat": "tfrecord", "moduleName": "evil_table"}
+    info["splits"] = [{"name": "train", "numBytes": "9", "shardLengths": ["1"]}]
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    (tmp_path / "evil_table.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"captions: .*others.*: features.json: got a feature of class 'evil_table.X'"):
+        tables.Captions("tfds:others", tfds_data_dir=str(tmp_path))
+    (folder / "features.json").write_text('{"pythonClassName": 3}')
+    with pytest.raises(UserError, match=r"captions: .*others.*: Failed to parse pythonClassName"):
+        tables.Captions("tfds:others", tfds_data_dir=str(tmp_path))
+    assert not (tmp_path / "marker").exists() and "evil_table" not in sys.modules
 
 
 def test_tfds_features_may_be_nested(tmp_path):

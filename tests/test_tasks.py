@@ -1,14 +1,20 @@
 """tasks.py: registration, what the metrics are given, and the files beside the dataset."""
 
+import json
 import logging
 import pathlib
+import shutil
+import sys
 
 import numpy as np
 import pytest
 import seqio
-from tiny_data import built, prompt_of, raw_record
+from tiny_data import built, prompt_of, raw_record, record_header
 
-from richhf_data import keywords, records, schema, tasks, vocabulary
+from rahf import features
+from richhf_data import builder, keywords, records, schema, tasks, vocabulary
+from richhf_data.errors import UserError
+from richhf_data.tensorflow_cpu import tf
 
 SMALL = {"image_size": 32, "heatmap_size": 16, "text_length": 60, "keyword_length": 40}
 
@@ -137,3 +143,125 @@ def test_decoded_examples_equal_their_records():
     assert tasks.decoded(built(), "dev")[1] == 9
     with pytest.raises(ValueError, match="split: got 'test', expected one of the dataset's"):
         tasks.decoded(built(), "test")
+
+
+# ---- Datasets of other people, and damaged ones -----------------------------------------------------------------------
+DOORS = {
+    "report": tasks.report,
+    "prompts": tasks.prompts,
+    "decoded": lambda folder: list(tasks.decoded(folder, "dev")[0]),
+    "register": lambda folder: tasks.register(folder, **SMALL),
+}
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """A copy of the built dataset: (its data_dir, the folder of its files)."""
+    shutil.copytree(built(), tmp_path / "data")
+    return tmp_path / "data", builder.dataset_dir(tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        lambda text: text.replace("tensorflow_datasets.core.features.text_feature.Text", "evil_features.X", 1),
+        lambda text: text.replace("tensorflow_datasets.core.features.features_dict.FeaturesDict", "evil_features.X"),
+        lambda text: json.dumps({"type": "evil_features.X", "content": {}}),
+        lambda text: text.replace('"int32"', '"int64"'),
+        lambda text: "{}",
+    ],
+)
+def test_a_dataset_runs_no_code(copied, tmp_path, monkeypatch, hostile):
+    """TFDS would import what features.json names."""
+    data_dir, folder = copied
+    (tmp_path / "evil_features.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = folder / "features.json"
+    path.write_text(hostile(path.read_text()))
+    for door in DOORS.values():
+        with pytest.raises(UserError, match=r"features.json: "):
+            door(data_dir)
+    assert not (tmp_path / "marker").exists() and "evil_features" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"fileFormat": "tfrecord"', '"fileFormat": "array_record"', "fileFormat: got 'array_record', expected 'tfrecord'"),
+        ('"name": "richhf"', '"name": "other"', "name: got 'other', expected 'richhf'"),
+        ('"2.0.0"\n}', '"9.9.9"\n}', "version: got '9.9.9', expected '2.0.0'"),
+        ("{DATASET}-{SPLIT}", "../{DATASET}-{SPLIT}", "got a split 'train' in .*, expected some of"),
+        ('"name": "dev"', '"name": "other"', "got a split 'other' in .*, expected some of"),
+        ('"9"', '"x"', "invalid literal for int.*, expected what a build writes"),
+        ('"9"', "{}", "expected what a build writes"),
+    ],
+)
+def test_infos_of_another_dataset_are_refused(copied, old, new, message):
+    path = copied[1] / "dataset_info.json"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    for door in DOORS.values():
+        with pytest.raises(UserError, match=rf"dataset_info.json: .*{message}.*build it again"):
+            door(copied[0])
+
+
+def test_the_module_that_infos_name_is_not_imported(copied, tmp_path, monkeypatch):
+    (tmp_path / "evil_module.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = copied[1] / "dataset_info.json"
+    path.write_text(path.read_text().replace("richhf_data.builder", "evil_module"))
+    for door in DOORS.values():
+        door(copied[0])
+    assert not (tmp_path / "marker").exists() and "evil_module" not in sys.modules
+
+
+def _flipped(content: bytes) -> bytes:
+    return content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]
+
+
+READERS = {
+    "decoded": lambda folder: list(tasks.decoded(folder, "dev")[0]),
+    "evaluator": lambda folder: features.evaluator(tasks.register(folder, **SMALL), "dev"),
+    "batches": lambda folder: next(features.training_batches(tasks.register(folder, **SMALL), 2, 0, split="dev")),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("digests", [True, False])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (None, "no file .*{name}, expected 9 examples"),
+        (lambda content: content[:-100], "{name} record 8 .*truncated or corrupt"),
+        (lambda content: b"", "{name}: got 0 examples, expected 9"),
+        (lambda content: record_header(1 << 45) + content[12:], "{name} record 0 .*it would end at byte 35184372088848 of"),
+        (_flipped, "{place}: got (other bytes than the build wrote|a damaged example)"),
+    ],
+)
+def test_damaged_shards_are_named(copied, reader, digests, damage, message):
+    data_dir, folder = copied
+    (path,) = folder.glob("richhf-dev.tfrecord*")
+    if not digests:  # as in a dataset of an earlier version
+        (folder / "digests.json").unlink()
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_bytes(damage(path.read_bytes()))
+    place = f"({folder}|{path})"
+    with pytest.raises(UserError, match=message.format(name=path.name, place=place)):
+        READERS[reader](data_dir)
+
+
+def test_shards_of_another_build_are_not_read(copied):
+    """Their records have right checksums."""
+    data_dir, folder = copied
+    (path,) = folder.glob("richhf-dev.tfrecord*")
+    examples = [tf.train.Example.FromString(bytes(one.numpy())) for one in tf.data.TFRecordDataset(str(path))]
+    image = examples[0].features.feature["image"].bytes_list
+    image.value[0] = image.value[0][:-3] + b"\0" + image.value[0][-2:]
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for example in examples:
+            writer.write(example.SerializeToString(deterministic=True))
+    for reader in ("evaluator", "batches"):
+        with pytest.raises(UserError, match=rf"{path.name}: got other bytes than the build wrote \(digests.json\)"):
+            READERS[reader](data_dir)

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import cv2
 import ml_collections
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import tiny_data
 
 import rahf
 from rahf import evaluate, experiments, sources, train, workdirs
-from richhf_data import json_files
+from richhf_data import build, builder, json_files, records
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -84,6 +85,27 @@ def test_a_run_goes_on_with_the_data_that_it_began_with_alone(tmp_path):
     workdirs.record(file, identity(moved), "data")
     with pytest.raises(ValueError, match=r"(?s)holds a run with other data:.*datasets.0.splits.train.*Take another"):
         workdirs.record(file, identity(other), "data")
+
+
+def test_other_images_of_the_same_records_and_sizes_are_other_data(tmp_path):
+    """The counts, bytes and records of the two datasets are equal."""
+    uids, found = [f"train-{i}" for i in range(3)], []
+    records.write(tmp_path / "records" / "train.tfrecord", map(tiny_data.raw_record, uids))
+    for value in (1, 2):
+        image = cv2.imencode(".png", np.full((8, 8, 3), value, np.uint8), (cv2.IMWRITE_PNG_COMPRESSION, 0))[1].tobytes()
+        rows = [(uid, f"unused-{uid}") for uid in uids]
+        tiny_data.write_parquet(tmp_path / "images" / "0.parquet", rows, dict.fromkeys(uids, image))
+        images, data_dir = f"parquet:{tmp_path}/images/*.parquet", tmp_path / f"data_{value}"
+        build.build(tmp_path / "records", images, data_dir, vocabulary_size=60)
+        config = experiments.load("rahf_ci")
+        config.data.data_dir = str(data_dir)
+        found.append(sources.identity(config))
+    file = tmp_path / "data.json"
+    workdirs.record(file, found[0], "data")
+    with pytest.raises(ValueError, match=r"other data:\n  datasets.0.shards.train: .*\nTake another"):
+        workdirs.record(file, found[1], "data")
+    (builder.dataset_dir(data_dir) / "digests.json").unlink()  # as an earlier version built it
+    assert "shards" not in sources.identity(config)["datasets"]["0"]
 
 
 def test_a_mixtures_identity_holds_what_it_evaluates_on(tmp_path):

@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+import struct
 import tempfile
 import zlib
 
@@ -47,6 +48,17 @@ def raw_record(uid: str, **changes) -> dict:
     }
     raw |= changes
     return {key: value for key, value in raw.items() if value is not None}
+
+
+def record_header(length: int) -> bytes:
+    """The first 12 bytes of a TFRecord: a length, and its checksum, a CRC-32C that is rotated and offset."""
+    data, crc = struct.pack("<Q", length), 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    crc ^= 0xFFFFFFFF
+    return data + struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
 def image_of(uid: str, size: tuple[int, int] = (40, 48)) -> np.ndarray:
