@@ -17,7 +17,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from richhf_data import command, ranges
-from richhf_data.errors import UserError
+from richhf_data.errors import UserError, in_code_of_the_user
 
 FOLDER = pathlib.Path(__file__).parent / "configs"  # of the wheel
 FOLDER = FOLDER if FOLDER.is_dir() else FOLDER.parents[1] / "configs"  # of a checkout
@@ -40,10 +40,15 @@ def load(name: str) -> ml_collections.ConfigDict:
         raise UserError(f"config: no config {name!r}{_hint(name, names())}, or the path of a file with get_config()")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with in_code_of_the_user(f"config: {path}"):
+        spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise UserError(f"config: {path} has no function get_config(), expected one that returns a ConfigDict")
-    return module.get_config()
+    with in_code_of_the_user(f"config: {path}"):
+        config = module.get_config()
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f"config: {path}: get_config() returned a {type(config).__name__}, expected a ConfigDict")
+    return config
 
 
 def reader(

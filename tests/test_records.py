@@ -11,7 +11,6 @@ from tiny_data import png, raw_record, record_header
 from richhf_data import records, schema
 from richhf_data.tensorflow_cpu import tf
 
-
 READERS = [lambda path: list(records.read(path)), lambda path: records.RandomAccess([path])]
 
 

@@ -24,6 +24,7 @@ from rahf.models.clip import CLIP
 from rahf.reward import embed, model, predict, prompts, specs, train
 from rahf.reward.image_table import ImageTable, LabelledImages
 from richhf_data import json_files
+from richhf_data.errors import UserError
 from richhf_data.images import decode
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -478,11 +479,8 @@ def test_python_specs_give_the_users_own_functions(tmp_path, monkeypatch):
     (tmp_path / "own" / "rewards.py").write_text("class Of:\n    red = staticmethod(lambda images, prompts: images)\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert specs.reward_of("python:own.rewards:Of.red")(3, "") == 3
-    assert specs.features_of("python:numpy:asarray") is np.asarray
+    np.testing.assert_array_equal(specs.features_of("python:numpy:asarray")([1, 2]), [1, 2])
     assert specs.identity_of(specs.reward_of("python:builtins:max")) is None  # no source file
-    (tmp_path / "own" / "faulty.py").write_text("import no_such_package\n")
-    with pytest.raises(ModuleNotFoundError, match="no_such_package"):  # the user's own fault keeps its traceback
-        specs.reward_of("python:own.faulty:red")
     for spec, message in (
         ("python:own.nothing:red", r"reward: python:own.nothing:red: No module named 'own.nothing'; is its folder on"),
         ("python:own.rewards:blue", r"reward: python:own.rewards:blue: <module 'own.rewards' .* has no attribute 'blue'"),
@@ -519,6 +517,88 @@ def test_python_rewards_are_identified_by_their_source(tmp_path, monkeypatch):
     assert identity(named, defining.format(1) + "red.identity = 'version 2'\n") == "version 2"
     with pytest.raises(ValueError, match="reward: got the identity 3, expected a text"):
         identity(named, defining.format(1) + "red.identity = 3\n")
+
+
+def test_a_python_reward_is_identified_by_what_it_imports(tmp_path, monkeypatch):
+    """By modules of its own package and beside it, also for a constant and within a function; not by other files."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    files = {
+        "own_parts/__init__.py": "",
+        "own_parts/reward.py": "import numpy, rahf\nfrom . import scale\nfrom .limits import LOW\n"
+        "def red(images, prompts):\n    import own_late\n",
+        "own_parts/scale.py": "import own_deep.far\n",
+        "own_parts/limits.py": "LOW = 1\n",
+        "own_parts/unused.py": "",
+        "own_deep/__init__.py": "",
+        "own_deep/far.py": "from own_parts import reward\n",
+        "own_late.py": "",
+    }
+
+    def identity():
+        for module in [name for name in sys.modules if name.startswith("own_")]:
+            del sys.modules[module]
+        return specs.reward_of("python:own_parts.reward:red").identity
+
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    first = identity()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text + "# other\n")
+        assert (identity() == first) == (name == "own_parts/unused.py"), name
+        (tmp_path / name).write_text(text)
+    assert identity() == first
+
+
+FAULTY = {
+    "raise RuntimeError('mine')": "RuntimeError: mine",
+    "import no_such_package": "ModuleNotFoundError: No module named 'no_such_package'",
+    "import sys; sys.exit(0)": "SystemExit: 0",
+    "def": "SyntaxError: invalid syntax",
+    "raise UserWarning": "UserWarning",
+}
+
+
+@pytest.mark.parametrize("line", FAULTY)
+def test_an_error_of_the_users_code_is_shown_with_its_traceback(tmp_path, monkeypatch, line):
+    """At import and at the call, in a reward, a network of features and a config; none of our own lines is shown."""
+    monkeypatch.syspath_prepend(tmp_path)
+    at_import, at_call = (f"own_faulty_{kind}_{list(FAULTY).index(line)}" for kind in ("import", "call"))
+    (tmp_path / f"{at_import}.py").write_text(f"{line}\ndef get_config(): pass\n")
+    with pytest.raises(UserError, match="this code is yours, and it raised") as found:
+        specs.reward_of(f"python:{at_import}:red")
+    assert str(found.value).startswith(f"reward: python:{at_import}:red: this code") and FAULTY[line] in str(found.value)
+    assert str(found.value).count("File ") == 1 and f'{at_import}.py", line 1' in str(found.value)
+    with pytest.raises(UserError, match=rf"(?s)^config: .*{at_import}.py: this code is yours.*line 1"):
+        experiments.load(str(tmp_path / f"{at_import}.py"))
+    if line == "def":
+        return
+    (tmp_path / f"{at_call}.py").write_text(f"def inner():\n    {line}\ndef red(*given):\n    inner()\nget_config = red\n")
+    for call in (
+        lambda: specs.checked(specs.reward_of(f"python:{at_call}:red"), [0], ["a"]),
+        lambda: specs.features_of(f"python:{at_call}:red")([0]),
+        lambda: experiments.load(str(tmp_path / f"{at_call}.py")),
+    ):
+        with pytest.raises(UserError, match="this code is yours, and it raised") as found:
+            call()
+        assert FAULTY[line] in str(found.value) and str(found.value).count("File ") == 2
+
+
+def test_a_python_reward_is_named_when_it_returns_something_else(tmp_path, monkeypatch):
+    (tmp_path / "own_values.py").write_text(
+        "class Odd:\n    def __array__(self, *_, **__):\n        raise RuntimeError('no array')\n"
+        "odd = lambda *_: Odd()\nnan = lambda *_: [float('nan')]\nscalar = lambda *_: 1\nnone = lambda *_: None\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, message in (
+        ("odd", r"got Odd \(no array\), expected 1 finite numbers"),
+        ("nan", "got 1 values that are not finite, the first nan"),
+        ("scalar", r"got shape \(\), expected 1"),
+        ("none", "got NoneType"),
+    ):
+        with pytest.raises(UserError, match=rf"^reward python:own_values:{name}: {message}"):
+            specs.checked(specs.reward_of(f"python:own_values:{name}"), [0], ["a"])
 
 
 @pytest.mark.parametrize(

@@ -175,11 +175,12 @@ def check_reference(reference, features) -> None:
 
 
 def _features_of(features: Callable, batch) -> np.ndarray:
-    found = np.asarray(features(batch))
+    expected = f"expected finite [{len(batch)}, D]"
+    found = specs.as_floats("features", features(batch), expected)
     if found.ndim != 2 or len(found) != len(batch) or not np.isfinite(found).all():
         got = f"shape {found.shape}" if found.ndim != 2 or len(found) != len(batch) else "values that are not finite"
-        raise UserError(f"features: got {got} of {len(batch)} images, expected finite [{len(batch)}, D]")
-    return found.astype(np.float32)
+        raise UserError(f"features: got {got} of {len(batch)} images, {expected}")
+    return found
 
 
 def _verdicts(judge: Callable, batch, part) -> dict[str, np.ndarray]:

@@ -11,15 +11,18 @@ Features are clip:DIR, the image embeddings of a folder of `rahf.convert --sourc
 
 A reward may have an attribute `identity`, a short string that changes whenever the reward can give other numbers. Results
 are cached under it, and never without it. A `python:` reward without one gets an identity from the source files of its
-module: set the attribute if the reward depends on more, such as weights on disk.
+module and of those that it imports, installed packages apart: set the attribute if the reward depends on more, such as
+weights on disk.
 """
 
+import ast
+import contextlib
 import functools
-import importlib
+import importlib.util
 import math
 import pathlib
 import re
-import sys
+import sysconfig
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -29,7 +32,9 @@ from rahf import checkpoints
 from rahf import reward as rahf_reward
 from rahf.fingerprint import fingerprint
 from richhf_data import schema
-from richhf_data.errors import UserError
+from richhf_data.errors import UserError, in_code_of_the_user
+
+_INSTALLED = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 
 
 def reward_of(spec: str) -> Callable:
@@ -39,12 +44,12 @@ def reward_of(spec: str) -> Callable:
       UserError: a spec of another form, a folder without such a model, an unknown score, a missing module or name.
     """
     kinds = {"reward": lambda rest: rahf_reward.load(*re.split(":(?!//)", rest, maxsplit=1)), "rahf": _rahf}
-    return _parsed("reward", spec, kinds | {"python": _python_reward})
+    return _parsed("reward", spec, kinds | {"python": functools.partial(Own, "reward")})
 
 
 def features_of(spec: str) -> Callable:
     """The network that a spec names, `(images) -> float[B, D]`. Raises as `reward_of`."""
-    return _parsed("features", spec, {"clip": _clip, "python": functools.partial(_python, "features")})
+    return _parsed("features", spec, {"clip": _clip, "python": functools.partial(Own, "features")})
 
 
 def identity_of(reward: Callable) -> str | None:
@@ -64,21 +69,26 @@ def checked(reward: Callable, images: Sequence[np.ndarray], prompts: Sequence[st
     """
     if len(images) != len(prompts):
         raise UserError(f"reward: got {len(images)} images and {len(prompts)} prompts, expected as many")
+    name = f"reward {reward.spec}" if isinstance(reward, Own) else "reward"
     expected = f"expected {len(prompts)} finite numbers, one an image"
-    given = reward(images, prompts)
-    try:
-        rewards = np.asarray(given)
-        if rewards.dtype.kind in "OSUMmc":
-            raise TypeError(f"values of type {rewards.dtype}")
-        rewards = rewards.astype(np.float32)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"reward: got {type(given).__name__} ({error}), {expected}") from error
+    rewards = as_floats(name, reward(images, prompts), expected)
     if rewards.shape != (len(prompts),):
-        raise UserError(f"reward: got shape {rewards.shape}, {expected}")
+        raise UserError(f"{name}: got shape {rewards.shape}, {expected}")
     if len(wrong := np.flatnonzero(~np.isfinite(rewards))):
         first = f"{rewards[wrong[0]]} for {prompts[wrong[0]][:80]!r}"
-        raise UserError(f"reward: got {len(wrong)} values that are not finite, the first {first}; {expected}")
+        raise UserError(f"{name}: got {len(wrong)} values that are not finite, the first {first}; {expected}")
     return rewards
+
+
+def as_floats(name: str, given, expected: str) -> np.ndarray:
+    """What a function returned as float32. Raises UserError with its name if it is not numbers in one shape."""
+    try:
+        found = np.asarray(given)
+        if found.dtype.kind in "OSUMmc":
+            raise TypeError(f"values of type {found.dtype}")
+        return found.astype(np.float32)
+    except Exception as error:  # an array of another library raises its own
+        raise UserError(f"{name}: got {type(given).__name__} ({error}), {expected}") from error
 
 
 def _parsed(name: str, spec: str, kinds: Mapping[str, Callable]) -> Callable:
@@ -136,31 +146,84 @@ class ScoreReward:
         return fingerprint("rahf", *parts, list(self._weights.items()))
 
 
-def _python_reward(rest: str) -> Callable:
-    found = _python("reward", rest)
-    modules = dict.fromkeys((rest.partition(":")[0], getattr(found, "__module__", None)))
-    files = [pathlib.Path(getattr(sys.modules.get(module), "__file__", None) or "") for module in modules]
-    if hasattr(found, "identity") or not all(file.is_file() for file in files):
-        return found
-    reward = functools.partial(found)  # a partial can have attributes, a bound method cannot
-    reward.identity = fingerprint("python", rest, *files)
-    return reward
+class Own:
+    """A user's function, whose errors are the user's.
+
+    Args:
+      what: reward or features. rest: package.module:name.
+
+    Attributes:
+      spec: python:package.module:name.
+
+    Raises:
+      UserError: there is no such module or name, or the module raises an error.
+    """
+
+    def __init__(self, what: str, rest: str):
+        module, colon, name = rest.partition(":")
+        if not (module and colon and name):
+            raise UserError(f"{what}: got python:{rest}, expected python:package.module:name")
+        self.spec, self._name = f"python:{rest}", f"{what}: python:{rest}"
+        with in_code_of_the_user(self._name):
+            try:
+                found = importlib.import_module(module)
+            except ModuleNotFoundError as error:
+                if not f"{module}.".startswith(f"{error.name}."):
+                    raise  # of something that the module imports
+                found = error
+        if isinstance(found, ModuleNotFoundError):
+            raise UserError(f"{self._name}: {found}; is its folder on PYTHONPATH?") from found
+        for part in name.split("."):
+            if not hasattr(found, part):
+                raise UserError(f"{self._name}: {found!r} has no attribute {part!r}")
+            found = getattr(found, part)
+        if not callable(found):
+            raise UserError(f"{self._name} is a {type(found).__name__}, expected a function")
+        self._function, self._module = found, module
+
+    def __call__(self, *arguments):
+        with in_code_of_the_user(self._name):
+            return self._function(*arguments)
+
+    @functools.cached_property
+    def identity(self) -> str | None:
+        """The function's own; or of the source files that its module imports; None if the module has none."""
+        with in_code_of_the_user(self._name):
+            if hasattr(self._function, "identity"):
+                return self._function.identity
+        found = {}
+        for module in filter(None, (self._module, getattr(self._function, "__module__", None))):
+            if (file := _source(module)) is None:
+                return None
+            _add_imported(found, module, file)
+        return fingerprint("python", self.spec.removeprefix("python:"), *found.values())
 
 
-def _python(what: str, rest: str) -> Callable:
-    module, colon, name = rest.partition(":")
-    if not (module and colon and name):
-        raise UserError(f"{what}: got python:{rest}, expected python:package.module:name")
+def _add_imported(found: dict[str, pathlib.Path], module: str, file: pathlib.Path) -> None:
+    """Adds a module's file to {module: file}, and those of the modules that it imports, as far as they are the user's."""
+    if module in found:
+        return
+    found[module] = file
+    names = {module}
+    with contextlib.suppress(SyntaxError, ValueError):  # of a file that is not source text
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+                base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+                names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    parents = {name[:end] for name in names for end, letter in enumerate(name) if letter == "."}
+    for name in sorted(names | parents):
+        other = _source(name)
+        if other and name.partition(".")[0] not in ("rahf", "richhf_data") and not str(other).startswith(_INSTALLED):
+            _add_imported(found, name, other)
+
+
+def _source(module: str) -> pathlib.Path | None:
+    """The file of a module; None if there is none, or no such module."""
     try:
-        found = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if not f"{module}.".startswith(f"{error.name}."):
-            raise  # of something that the module imports
-        raise UserError(f"{what}: python:{rest}: {error}; is its folder on PYTHONPATH?") from error
-    for part in name.split("."):
-        if not hasattr(found, part):
-            raise UserError(f"{what}: python:{rest}: {found!r} has no attribute {part!r}")
-        found = getattr(found, part)
-    if not callable(found):
-        raise UserError(f"{what}: python:{rest} is a {type(found).__name__}, expected a function")
-    return found
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):  # its parent is no package
+        return None
+    return pathlib.Path(spec.origin) if spec and spec.has_location else None
