@@ -53,7 +53,8 @@ def generate(folder: pathlib.Path, num_shards: int, megabytes: int, rows_per_gro
                 size += len(row[f"jpg_{side}"])
             rows.append(row)
         table = pyarrow.Table.from_pylist(rows)
-        pyarrow.parquet.write_table(table, folder / "images" / f"{shard:04d}.parquet", row_group_size=rows_per_group)
+        path = folder / "images" / f"{shard:04d}.parquet"
+        pyarrow.parquet.write_table(table, path, row_group_size=rows_per_group, write_page_checksum=True)
     chosen = {"train": uids[0::3], "dev": uids[1::90], "test": uids[2::90]}
     for split, names in chosen.items():
         records.write(

@@ -269,7 +269,7 @@ def _caption_rows(filesystem, path: str, columns: dict[str, str]) -> Iterator[tu
     if path.endswith(".parquet"):
         with filesystem.open(path) as file:
             try:
-                table = pyarrow.parquet.read_table(file)
+                table = pyarrow.parquet.read_table(file, page_checksum_verification=True)
             except (pyarrow.ArrowException, OSError) as error:
                 raise parquet.unreadable("images", path, error) from error
         leaves = parquet.leaves(table.schema)

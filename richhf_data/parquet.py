@@ -42,10 +42,14 @@ def files(what: str, pattern: str) -> tuple[fsspec.AbstractFileSystem, dict[str,
 
 
 def open_file(what: str, url: str) -> pyarrow.parquet.ParquetFile:
-    """Opens a parquet file and reads its footer. Raises UserError if it cannot."""
+    """Opens a parquet file and reads its footer. Pages that have a checksum are compared with it when they are read.
+
+    Raises:
+      UserError: it cannot be opened.
+    """
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
-        return pyarrow.parquet.ParquetFile(path, filesystem=filesystem, buffer_size=_BUFFER)
+        return pyarrow.parquet.ParquetFile(path, filesystem=filesystem, buffer_size=_BUFFER, page_checksum_verification=True)
     except Exception as error:
         raise unreadable(what, url, error) from error
 

@@ -6,6 +6,7 @@ A part appears under its name when it is complete, so that the next run skips th
 
 import collections
 import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import json
@@ -42,7 +43,7 @@ def scan(shard, wanted: Collection[str], folder: str, max_pixels: int, advance: 
     """Reads one `image_sources.Shard` and writes its part to `folder`. Calls `advance` with the number of bytes read."""
     with (
         paths.writing_url(_part(folder, shard)) as file,
-        pyarrow.parquet.ParquetWriter(file, _SCHEMA, compression="NONE") as out,
+        pyarrow.parquet.ParquetWriter(file, _SCHEMA, compression="NONE", write_page_checksum=True) as out,
     ):
         rows, size = [], 0
         for row in _rows(shard.read(wanted, advance), max_pixels):
@@ -95,11 +96,8 @@ class Found:
 
     def add(self, part: str) -> None:
         """Indexes a part. If an earlier part has a uid too, the image of the earlier part counts."""
-        try:
-            with fsspec.open(part, "rb") as file:
-                table = pyarrow.parquet.read_table(file, columns=[name for name in _SCHEMA.names if name != "image"])
-        except pyarrow.ArrowException as error:
-            raise UserError(f"images: {part} is damaged ({error}); delete it and run the command again") from error
+        with _opened(part) as rows:
+            table = rows.read([name for name in _SCHEMA.names if name != "image"])
         for row in table.to_pylist():
             uid = row["uid"]
             if row["fault"]:
@@ -126,12 +124,27 @@ class Found:
         for part in dict.fromkeys(self._where.values()):
             if not wanted[part]:
                 continue
-            with fsspec.open(part, "rb") as file, pyarrow.parquet.ParquetFile(file) as rows:
+            with _opened(part) as rows:
                 for batch in rows.iter_batches(16, columns=["uid", "caption", "image"]):
                     for row in batch.to_pylist():
                         if row["uid"] in wanted[part] and row["image"]:
                             wanted[part].discard(row["uid"])
                             yield row["uid"], row["caption"], row["image"]
+
+
+@contextlib.contextmanager
+def _opened(part: str) -> Iterator[pyarrow.parquet.ParquetFile]:
+    """A part file, open to be read. Raises UserError if it is damaged."""
+    try:
+        with (
+            fsspec.open(part, "rb") as file,
+            pyarrow.parquet.ParquetFile(file, page_checksum_verification=True) as rows,
+        ):
+            yield rows
+    except (pyarrow.ArrowException, OSError) as error:
+        if getattr(error, "errno", None):  # of the machine, not of the file
+            raise
+        raise UserError(f"images: {part} is damaged ({error}); delete it and run the command again") from error
 
 
 def gather(

@@ -9,9 +9,11 @@ import time
 
 import pyarrow.parquet
 import pytest
-from tiny_data import image_of, jpg, png, prompt_of, write_parquet, write_table
+from tiny_data import flip, image_of, jpg, png, prompt_of, write_captions, write_parquet, write_table
 
-from richhf_data import image_sources, images, scan
+from rahf.reward.image_table import ImageTable
+from richhf_data import image_sources, images, scan, tables
+from richhf_data.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -194,6 +196,47 @@ def test_shard_with_a_broken_page_is_named_and_the_others_are_kept(tmp_path, wor
     parts = sorted(path.name for path in tmp_path.glob("parts/*/*"))
     assert [name[:2] for name in parts][:3] == ["00", "01", "02"]
     assert all(name.endswith(".parquet") for name in parts)
+
+
+def test_a_flipped_bit_of_a_page_with_checksum_is_named(tmp_path):
+    """In a text or an image, which decode as before: in shards, tables, captions, and in parts."""
+    path = tmp_path / "0.parquet"
+    damaged = r"0.parquet is not a readable parquet file .*CRC checksum verification failed"
+    for column in ("caption", "jpg_0"):
+        write_parquet(path, [("a0", "b0"), ("a1", "b1")])
+        flip(path, column)
+        with pytest.raises(UserError, match=damaged):
+            gathered(tmp_path / column, f"parquet:{path}", ["a0", "a1"])
+    write_captions(path, ["a cat", "a dog"], "prompt")
+    flip(path, "prompt")
+    for read in (
+        lambda: list(tables.Captions(str(path), holdout=0.0).examples("train")),
+        lambda: gathered(tmp_path / "table", f"table:{path}", ["x"], columns={"uid": "prompt"}),
+        lambda: ImageTable(path),
+    ):
+        with pytest.raises(UserError, match=damaged):
+            read()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "u0.png").write_bytes(png(image_of("u0")))
+    table = pyarrow.table({"uid": ["u0"], "caption": ["a cat"]})
+    pyarrow.parquet.write_table(table, tmp_path / "folder" / "captions.parquet")
+    flip(tmp_path / "folder" / "captions.parquet", "caption")
+    with pytest.raises(UserError, match=r"captions.parquet is not a readable parquet file .*CRC"):
+        gathered(tmp_path / "parts", f"folder:{tmp_path}/folder", ["u0"])
+
+
+@pytest.mark.parametrize("column", ["caption", "image"])
+def test_a_flipped_bit_of_a_part_is_named(tmp_path, column):
+    spec, wanted = write_shards(tmp_path / "images", count=1)
+    _, _, folder = gathered(tmp_path, spec, wanted)
+    (part,) = folder.iterdir()
+    with pyarrow.parquet.ParquetFile(part) as file:
+        chunk = file.metadata.row_group(0).column(file.schema_arrow.names.index(column))
+    data = bytearray(part.read_bytes())
+    data[(chunk.dictionary_page_offset or chunk.data_page_offset) + 60] ^= 4
+    part.write_bytes(data)
+    with pytest.raises(UserError, match=r"images: .*\.parquet is damaged \(.*CRC.*delete it and run the command again"):
+        gathered(tmp_path, spec, wanted)
 
 
 def test_no_wanted_uid_shows_those_there(tmp_path):

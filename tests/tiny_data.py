@@ -109,6 +109,21 @@ def write_table(path, uids: list[str], columns: dict[str, str], images: dict | N
     pyarrow.parquet.write_table(pyarrow.table(table), path, row_group_size=4)
 
 
+def flip(path, column: str) -> None:
+    """Flips a bit in the last value of a column of a parquet file, whose pages are written anew with checksums."""
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(path)
+    pyarrow.parquet.write_table(table, path, compression="NONE", use_dictionary=False, write_page_checksum=True)
+    with pyarrow.parquet.ParquetFile(path) as file:
+        group = file.metadata.row_group(0)
+        chunks = [group.column(i) for i in range(group.num_columns)]
+    (chunk,) = [chunk for chunk in chunks if chunk.path_in_schema == column]
+    data = bytearray(path.read_bytes())
+    data[chunk.data_page_offset + chunk.total_compressed_size - 2] ^= 4
+    path.write_bytes(data)
+
+
 def write_sources(folder: pathlib.Path, sizes: dict[str, int], split: str | None = None) -> tuple[str, str]:
     """Records and shards of splits with so many examples; returns the values of --records and --images.
 

@@ -120,13 +120,13 @@ def _row(i, *, seed, wrong_rate, words, size):
 def write(table: pyarrow.Table, file) -> None:
     """Writes the table as .parquet; the file appears only when it is complete."""
     encoded = io.BytesIO()
-    pyarrow.parquet.write_table(table, encoded)
+    pyarrow.parquet.write_table(table, encoded, write_page_checksum=True)
     paths.replace(file, encoded.getvalue())
 
 
 def read(file) -> pyarrow.Table:
     """A table that `write` wrote."""
-    return pyarrow.parquet.read_table(pathlib.Path(file))
+    return pyarrow.parquet.read_table(pathlib.Path(file), page_checksum_verification=True)
 
 
 def images(table: pyarrow.Table) -> np.ndarray:

@@ -115,7 +115,7 @@ class ImageTable:
 
     def _parquet_rows(self, columns) -> Iterator[tuple[str, dict | str]]:
         try:
-            with pyarrow.parquet.ParquetFile(self.path) as file:
+            with pyarrow.parquet.ParquetFile(self.path, page_checksum_verification=True) as file:
                 if missing := [name for name in self.columns if name not in file.schema_arrow.names]:
                     has = parquet.listed(parquet.leaves(file.schema_arrow))
                     raise UserError(f"{self.name}: {self.path} has no column {', '.join(missing)}; it has {has}")

@@ -133,7 +133,8 @@ def write(output, counts: dict[str, int], size: int, seed: int, workers: int | N
 
 def _write_parquet(path, rows):
     with paths.writing(path) as partial:
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), str(partial), row_group_size=100)
+        table = pyarrow.Table.from_pylist(rows)
+        pyarrow.parquet.write_table(table, str(partial), row_group_size=100, write_page_checksum=True)
 
 
 def _write_json(path, value):
