@@ -395,17 +395,19 @@ def status(pod: Pod) -> None:
 
 def plan(pod: Pod, verb: str, job: list[str]) -> list[list[str]]:
     """The commands that `verb` runs, each once, in the order of their first use."""
-    pack = archive_command("HEAD", "rahf.tar.gz")
-    install = [pack, pod.scp_command("rahf.tar.gz"), pod.ssh_command(SETUP)]
-    start, jobs, describe = pod.ssh_command(start_script(job)), pod.ssh_command(STATE), pod.describe_command()
+    describe, jobs = pod.describe_command(), pod.ssh_command(STATE)
+    install = [archive_command("HEAD", "rahf.tar.gz"), pod.scp_command("rahf.tar.gz"), pod.ssh_command(SETUP)]
+    if verb == "create":
+        return [pod.create_command(), describe]
+    if verb == "train":
+        start = [*install, pod.ssh_command(start_script(job))]
+        return [describe, pod.create_command(), pod.node_command(), jobs, *start, pod.delete_command()]
     return {
-        "create": [pod.create_command(), describe],
         "setup": install,
-        "run": [jobs, start],
+        "run": [jobs, pod.ssh_command(start_script(job))],
         "logs": [logs_command(pod)],
         "status": [describe, pod.node_command(), jobs],
         "delete": [pod.delete_command()],
-        "train": [describe, pod.create_command(), pod.node_command(), jobs, *install, start, pod.delete_command()],
     }[verb]
 
 

@@ -410,6 +410,27 @@ def test_dry_run_prints_the_commands_that_train_runs(cloud):
     assert [call for index, call in enumerate(done) if call not in done[:index]] == expected
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["create", *TYPE], ["queued-resources create", "queued-resources describe"]),
+        (["setup"], ["archive", "tpu-vm scp", "tpu-vm ssh"]),
+        (["run", "--", "python", "-m", "rahf.train"], ["tpu-vm ssh", "tpu-vm ssh"]),
+        (["logs"], ["tpu-vm ssh"]),
+        (["logs", "--worker=3", "--nofollow", "--lines=5"], ["tpu-vm ssh"]),
+        (["status"], ["queued-resources describe", "tpu-vm describe", "tpu-vm ssh"]),
+        (["delete"], ["queued-resources delete"]),
+    ],
+)
+def test_dry_run_prints_the_commands_of_every_step(arguments, expected, capsys, monkeypatch):
+    """That they are those that run is tested for `train`, which has all of them."""
+    monkeypatch.setattr(tpu_vm.Pod, "call", None)
+    verb, *rest = arguments
+    assert tpu_vm.main([verb, *FLAGS, "--dry_run", *rest]) == 0
+    lines = re.findall(r"^(?:gcloud compute tpus (\S+ \S+)|git .* (archive)) ", capsys.readouterr().out, re.MULTILINE)
+    assert ["".join(line) for line in lines] == expected
+
+
 @pytest.mark.parametrize("flag", ["--name", "--project", "--zone", "--type", "--version", "--workdir"])
 def test_missing_flag_is_named(cloud, flag):
     done = cloud.launch(*[argument for argument in TRAIN if not argument.startswith(f"{flag}=")])
