@@ -299,7 +299,7 @@ def named(place) -> Iterator[None]:
     try:
         yield
     except (tf.errors.DataLossError, tf.errors.InvalidArgumentError, tf.errors.NotFoundError) as error:
-        said = " ".join(error.message.split())
+        said = records.said_by(error)
         raise UserError(f"data_dir: {place}: got a damaged example ({said}), expected a whole one; {_AGAIN}") from error
 
 
@@ -410,12 +410,13 @@ def record_paths(where) -> dict[str, pathlib.Path]:
       where: a folder, a file, or a pattern of files.
 
     Raises:
-      UserError: there is no such file, there are two of a split, or a file that is not in a folder has another name.
+      UserError: there is no such file, there are two of a split, a file that is not in a folder has another name, or what
+        `records.check_file` refuses.
     """
     paths = {split: pathlib.Path(where) / f"{split}.tfrecord" for split in SPLITS}
     names = ", ".join(path.name for path in paths.values())
     if pathlib.Path(where).is_dir():
-        present = {split: path for split, path in paths.items() if path.exists()}
+        present = {split: path for split, path in paths.items() if os.path.lexists(path)}
     else:
         found = [pathlib.Path(path) for path in sorted(glob.glob(str(where)))]
         if other := [path for path in found if path.name not in names.split(", ")]:
@@ -424,6 +425,8 @@ def record_paths(where) -> dict[str, pathlib.Path]:
         if len(present) < len(found):
             listed = ", ".join(map(str, found))
             raise UserError(f"records: {where} matches two files of a split ({listed}), expected one of each")
+    for path in present.values():
+        records.check_file(path)
     if not present:
         raise UserError(f"records: {where} holds none of {names}, expected at least one; see --records")
     return present

@@ -238,6 +238,7 @@ def read(pattern: str) -> dict[str, AnnotatedImage]:
     pictures: dict[str, AnnotatedImage] = {}
     faults = []
     for path in files:
+        paths.check_file("annotations", path, "a JSONL file")
         with open(path, "rb") as file:
             for number, line in jsonl.lines(file):
                 try:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pathlib
 import secrets
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -9,11 +10,23 @@ from typing import BinaryIO
 import fsspec
 from etils import epath
 
+from richhf_data.errors import UserError
+
 
 def absolute(path) -> epath.Path:
     """The absolute path of a local path; a URL stays as it is."""
     text = os.fspath(path)
     return epath.Path(text if "://" in text else os.path.abspath(text))
+
+
+def check_file(what: str, path, expected: str) -> None:
+    """Raises UserError if a local path is no regular file: to open a named pipe would wait for ever."""
+    path = pathlib.Path(path)
+    if path.is_file():
+        return
+    if path.exists():
+        raise UserError(f"{what}: {path} is {'a folder' if path.is_dir() else 'no regular file'}; expected {expected}")
+    raise UserError(f"{what}: no file {path}{', a link to nothing' * path.is_symlink()}; expected {expected}")
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ be absent. Functions accept such records only with `allow_absent`.
 import math
 import os
 import pathlib
+import re
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -82,7 +83,7 @@ def read(path, allow_absent: bool = False) -> Iterator[dict]:
 
 def read_unchecked(path, allow_absent: bool = False) -> Iterator[dict]:
     """As `read`, but checks the checksums of the file and the keys of the records, and not the values."""
-    _check_file(path)
+    check_file(path)
     extents(path)
     iterator = iter(tf.data.TFRecordDataset(str(path)))
     number = 0
@@ -92,7 +93,7 @@ def read_unchecked(path, allow_absent: bool = False) -> Iterator[dict]:
         except StopIteration:
             return
         except tf.errors.DataLossError as error:
-            raise UserError(_corrupt(path, number, error.message)) from error
+            raise UserError(_corrupt(path, number, said_by(error))) from error
         yield parse(serialized.numpy(), f"{path} record {number}", allow_absent)
         number += 1
 
@@ -227,7 +228,7 @@ class RandomAccess(Sequence):
     def __init__(self, files: Sequence):
         self._files, entries = [], []
         for path in files:
-            _check_file(path)
+            check_file(path)
             entries += [(len(self._files), *extent) for extent in extents(path)]
             self._files.append(open(path, "rb"))  # noqa: SIM115 - kept open for the life of the object
         self._entries = np.asarray(entries, np.int64).reshape(-1, 3)
@@ -240,20 +241,22 @@ class RandomAccess(Sequence):
         return os.pread(self._files[file].fileno(), length, offset)
 
 
-def _check_file(path) -> None:
+def check_file(path) -> None:
+    """Raises UserError if the path is no regular local file, or a Git LFS pointer."""
     if "://" in str(path):
         raise UserError(f"records: got the remote path {path}, expected a local file; copy it to a local disk first")
-    path = pathlib.Path(path)
-    if not path.is_file():
-        kind = "a folder" if path.is_dir() else "no regular file"
-        got = f"{path} is {kind}" if path.exists() else f"no file {path}"
-        raise UserError(f"records: {got}; expected a RichHF TFRecord file such as train.tfrecord")
+    paths.check_file("records", path, "a RichHF TFRecord file such as train.tfrecord")
     with open(path, "rb") as file:
         if file.read(len(_LFS_START)) == _LFS_START:
             raise UserError(
                 f"records: {path} is a Git LFS pointer (a few lines of text), expected the records themselves; "
                 "run `git lfs install && git lfs pull` in the clone of google-research-datasets/richhf-18k"
             )
+
+
+def said_by(error: tf.errors.OpError) -> str:
+    """The message of TensorFlow's error in one line, without the names of its operations."""
+    return " ".join(re.sub(r"\{\{.*?\}\}|\[Op:.*", "", error.message, flags=re.DOTALL).split())
 
 
 def _corrupt(path, number: int, message: str) -> str:

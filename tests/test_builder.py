@@ -15,7 +15,8 @@ from absl import flags
 from absl.testing import flagsaver
 from tiny_data import built, image_of, jpg, png, prompt_of, raw_record, write_parquet, write_sources, write_table
 
-from richhf_data import build, builder, keywords, records, schema, tasks, vocabulary
+from richhf_data import build, builder, consolidate, keywords, records, schema, tasks, vocabulary
+from richhf_data.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -237,6 +238,28 @@ def test_faulty_record_folders_are_named(tmp_path):
     source = _sources(tmp_path, ["u0", "u1", "u0"])
     with pytest.raises(ValueError, match=r"uid 'u0' is in record 0 and in 2, expected it once; remove one"):
         build.build(*source, tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path.mkdir(), "dev.tfrecord is a folder"),
+        (lambda path: path.symlink_to("/nowhere/dev.tfrecord"), "no file .*dev.tfrecord, a link to nothing"),
+        (os.mkfifo, "dev.tfrecord is no regular file"),
+    ],
+)
+def test_what_is_there_but_no_file_is_named_and_not_left_out(tmp_path, make, message):
+    """Also when the other split is whole; to read a named pipe would wait for ever."""
+    records.write(tmp_path / "train.tfrecord", [raw_record("u")])
+    make(tmp_path / "dev.tfrecord")
+    for where in (tmp_path, tmp_path / "*.tfrecord"):
+        with pytest.raises(UserError, match=f"records: .*{message}; expected a RichHF TFRecord file"):
+            builder.record_paths(where)
+    lines = tmp_path / "lines.jsonl"
+    (tmp_path / "dev.tfrecord").rename(lines)
+    message = message.replace("dev.tfrecord", "lines.jsonl")
+    with pytest.raises(UserError, match=f"annotations: .*{message}; expected a JSONL file"):
+        consolidate.read(str(lines))
 
 
 def test_building_again_does_nothing(tmp_path, capsys):
