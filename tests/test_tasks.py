@@ -205,6 +205,28 @@ def test_infos_of_another_dataset_are_refused(copied, old, new, message):
             door(copied[0])
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("report.json", "{}", "report.json: "),
+        ("report.json", '{"records": {}, "splits": {"dev": {}}}', "report.json: "),
+        ("report.json", '{"records": {}, "splits": [1]}', "report.json: "),
+        ("prompts.json", '{"dev": {}}', "prompts.json: "),
+        ("prompts.json", '{"dev": [["u", "a cat"]]}', "prompts.json: "),
+        ("prompts.json", '{"dev": [["u", "a cat", null]]}', "prompts.json: "),
+        ("prompts.json", '{"dev": [["u", "\\ud800", ""]]}', "prompts.json: "),
+        ("references.json", '{"dev": {"row": {"metric": "x"}}}', "references.json: "),
+        ("references.json", '{"dev": 3}', "references.json: "),
+        ("constants.npz", "not a zip", "constants.npz: "),
+    ],
+)
+def test_damaged_files_beside_the_examples_are_named(copied, name, text, message):
+    (copied[1] / name).write_text(text)
+    reader = {"report": tasks.report, "prompts": tasks.prompts, "references": tasks.references, "constants": tasks.constants}
+    with pytest.raises(UserError, match=message):
+        reader[name.partition(".")[0]](copied[0])
+
+
 def test_the_module_that_infos_name_is_not_imported(copied, tmp_path, monkeypatch):
     (tmp_path / "evil_module.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')")
     monkeypatch.syspath_prepend(tmp_path)
