@@ -21,7 +21,7 @@ import fsspec
 import numpy as np
 import pyarrow
 
-from richhf_data import consolidate, images, jsonl, keywords, parquet, records, schema
+from richhf_data import consolidate, images, jsonl, keywords, parquet, schema
 from richhf_data.errors import UserError
 from richhf_data.example_source import ExampleSource, Item
 
@@ -387,7 +387,7 @@ class _TfdsTable:
         return [self._builder.info.full_name, self._builder.info.splits["train"].num_examples, self._image, self._caption]
 
     def rows(self) -> Iterator[tuple[str, bytes, dict]]:
-        from richhf_data import builder
+        from richhf_data import builder, records
         from richhf_data.tensorflow_cpu import tfds
 
         name, split = self._builder.info.full_name, self._builder.info.splits["train"]

@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import json
+import sys
 
 import flax.linen as nn
 import flax.traverse_util
@@ -304,6 +306,24 @@ def test_a_damaged_tokenizer_is_named_or_read(name, content, tmp_path):
         assert clip.Tokenizer(tmp_path).num_ids("red cat") > 1
     except UserError as error:
         assert str(tmp_path) in str(error)
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"tokenizer_class": "own_tokenizer.X"},
+        {"tokenizer_class": "X", "auto_map": {"AutoTokenizer": ["own_tokenizer.X"] * 2}},
+    ],
+)
+def test_a_tokenizers_folder_runs_no_code(tmp_path, monkeypatch, named):
+    write_tokenizer(tmp_path)
+    (tmp_path / "own_tokenizer.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')\nclass X: pass\n")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named | {"trust_remote_code": True}))
+    (tmp_path / "config.json").write_text(json.dumps({"auto_map": {"AutoConfig": "own_tokenizer.X"}}))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    clip.Tokenizer(tmp_path)(["cat"])
+    assert not (tmp_path / "marker").exists() and "own_tokenizer" not in sys.modules
 
 
 def test_tokenizer_merges_pads_and_cuts(tmp_path):

@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import tensorflow_datasets as tfds
-from tiny_data import SCORE_STEPS, image_of, jpg, prompt_of, write_captions, write_rapidata
+from tiny_data import SCORE_STEPS, image_of, jpg, prompt_of, record_header, write_captions, write_rapidata
 
 from richhf_data import build, builder, keywords, records, schema, tables, tasks, vocabulary
 from richhf_data.errors import UserError
@@ -257,6 +257,16 @@ def test_captions_of_a_tfds_dataset(tmp_path):
         tables.Captions("tfds:nobody", tfds_data_dir=str(tmp_path))
     with pytest.raises(ValueError, match=r"(?s)got features .*captions.*expected caption, or --columns=prompt=NAME"):
         tables.Captions("tfds:pictures_with_texts", tfds_data_dir=str(tmp_path))
+    (shard,) = tmp_path.glob("pictures_with_texts/1.0.0/*.tfrecord*")
+    content = shard.read_bytes()
+    for damaged, message in (
+        (record_header(1 << 45) + content[12:], f"{shard} record 0 .*it would end at byte"),
+        (content[:100] + b"?" + content[101:], f"{shard.parent}: got a damaged example"),
+        (None, f"{shard}"),
+    ):
+        shard.write_bytes(damaged) if damaged else shard.unlink()
+        with pytest.raises((UserError, FileNotFoundError), match=message):
+            _items(tables.Captions("tfds:pictures_with_texts", **where))
 
 
 class NestedPictures(tfds.core.GeneratorBasedBuilder):
