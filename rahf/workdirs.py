@@ -110,7 +110,7 @@ def read_config(workdir) -> ml_collections.ConfigDict:
     with json_files.named(epath.Path(workdir) / "config.json"):
         checked.conform(PredictorConfig, config, extra=True)
         config = _upgraded(config)
-        _check_types(config, experiments.load("rahf_base").to_dict())
+        _check_types(config, experiments.load("rahf_base").to_dict(), whole="kind" not in config)
     return ml_collections.ConfigDict(_with_tuples(config)).lock()
 
 
@@ -128,14 +128,17 @@ class PredictorConfig:
     data: Lengths
 
 
-def _check_types(config: Mapping, example: Mapping, name: str = "") -> None:
-    """Refuses values of other types than in `example`. Keys that one of the two lacks are not checked."""
-    for key in config.keys() & example.keys():
-        value, like, full = config[key], example[key], checked.join(name, key)
-        if isinstance(like, Mapping):
-            _check_types(checked.conform(dict[str, Any], value, full), like, full)
+def _check_types(config: Mapping, example: Mapping, whole: bool, name: str = "") -> None:
+    """Refuses values of other types than in `example`; with `whole`, missing keys too. Other keys are not checked."""
+    for key, like in example.items():
+        full = checked.join(name, key)
+        if key not in config:
+            if whole:
+                raise UserError(f"{full}: missing, expected a value such as {checked.shown(like)}")
+        elif isinstance(like, Mapping):
+            _check_types(checked.conform(dict[str, Any], config[key], full), like, whole, full)
         else:
-            checked.conform(tuple[Any, ...] if isinstance(like, tuple) else type(like), value, full)
+            checked.conform(tuple[Any, ...] if isinstance(like, tuple) else type(like), config[key], full)
 
 
 def _read(workdir) -> dict:

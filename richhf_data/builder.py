@@ -466,6 +466,15 @@ def _digest(path) -> str:
 
 def report_table(report: dict) -> str:
     """The report as text: a row per split, what was left out or changed, and histograms of the scores."""
+    try:
+        return _report_table(report)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"report.json: got {type(error).__name__} ({error}), expected what a build writes; build the dataset again"
+        ) from error
+
+
+def _report_table(report: dict) -> str:
     splits, scores, notes = [], [], []
     for split, row in report["splits"].items():
         counts = {title: row[key]["count"] for key, title in _COLUMNS.items()}
