@@ -59,10 +59,14 @@ class Report:
 
 
 def read_report(folder) -> dict:
-    """The report.json of a dataset's folder."""
+    """The report.json of a dataset's folder. Raises UserError if it is not what `report_table` prints."""
     file = folder / "report.json"
     found = json_files.read(file, json_files.MAX_DATA_BYTES)
     json_files.conform(Report, found, file, extra=True)
+    try:
+        report_table(found)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{file}: damaged ({type(error).__name__}: {error}), expected a build's report; {_AGAIN}") from error
     return found
 
 
@@ -466,15 +470,6 @@ def _digest(path) -> str:
 
 def report_table(report: dict) -> str:
     """The report as text: a row per split, what was left out or changed, and histograms of the scores."""
-    try:
-        return _report_table(report)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"report.json: got {type(error).__name__} ({error}), expected what a build writes; build the dataset again"
-        ) from error
-
-
-def _report_table(report: dict) -> str:
     splits, scores, notes = [], [], []
     for split, row in report["splits"].items():
         counts = {title: row[key]["count"] for key, title in _COLUMNS.items()}

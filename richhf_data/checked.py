@@ -18,6 +18,7 @@ import typing
 from collections.abc import Mapping
 from typing import Annotated, Any
 
+from richhf_data import jsonl
 from richhf_data.errors import UserError
 
 SHOWN = 80  # characters of a wrong value that a message shows
@@ -74,8 +75,8 @@ def conform(hint, value, name: str = "", extra: bool = False) -> Any:
     """`value` as the annotation says: lists become tuples where it says so, integers floats, mappings dataclasses.
 
     Args:
-      hint: int, float (finite), Metric, str, bool, None, Any, Literal, X | Y, Annotated[X, Range], tuple[X, Y],
-        tuple[X, ...], list[X], dict[str, X], or a dataclass of such fields. A bool is no integer.
+      hint: int, float (finite), Metric, str (without lone surrogates), bool, None, Any, Literal, X | Y, Annotated[X, Range],
+        tuple[X, Y], tuple[X, ...], list[X], dict[str, X], or a dataclass of such fields. A bool is no integer.
       name: of the value, in errors.
       extra: ignore a mapping's keys that its dataclass lacks. They are refused otherwise.
 
@@ -83,7 +84,9 @@ def conform(hint, value, name: str = "", extra: bool = False) -> Any:
       UserError: another type, a value out of its range, a missing key, an unknown key.
     """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any or (hint in (int, str, bool, types.NoneType) and type(value) is hint):
+    if hint is Any or (hint in (int, bool, types.NoneType) and type(value) is hint):
+        return value
+    if hint is str and jsonl.is_text(value):
         return value
     if hint is float and type(value) in (int, float) and _finite(value):
         return float(value)
@@ -100,7 +103,7 @@ def conform(hint, value, name: str = "", extra: bool = False) -> Any:
     if origin in (tuple, list) and isinstance(value, list | tuple):
         hints = arguments[:1] * len(value) if origin is list or arguments[1:] == (...,) else arguments
         if len(hints) == len(value):
-            if set(hints) == {str} and set(map(type, value)) == {str}:  # texts of a whole dataset
+            if set(hints) == {str} and all(map(jsonl.is_text, value)):  # texts of a whole dataset
                 return origin(value)
             entries = enumerate(zip(hints, value, strict=True))
             return origin(conform(one, entry, f"{name}[{i}]", extra) for i, (one, entry) in entries)
