@@ -85,28 +85,30 @@ def test_single_heads_convert_and_predict_with_the_prompts_of_the_release(tmp_pa
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_torch_file_predicts_as_pytorch_from_pictures_and_prompts(name, torch, tmp_path):
+    import transformers
+
     case, prompts = CASES[name], ["a red cat", "a blue dog and a red dog"]
     model = release_torch.build(case)
     torch.save({f"module.{key}": array for key, array in model.state_dict().items()}, tmp_path / "model_best.pt")
     for part, values in (("vit", case["vit"]), ("t5", case["t5"])):
         (tmp_path / part).mkdir()
-        (tmp_path / part / "config.json").write_text(json.dumps(values))
+        (tmp_path / part / "config.json").write_text(json.dumps(values | {"model_type": part}))
     (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(case.get("pixels", {})))
     arguments = {"vit_model": str(tmp_path / "vit"), "t5_model": str(tmp_path / "t5"), "multi_heads": case["multi_heads"]}
     (tmp_path / "args_config.json").write_text(json.dumps(arguments))
-    words = vocabulary.train(prompts, tmp_path / "t5" / "spiece.model", release_torch.VOCAB)
+    vocabulary.train(prompts, tmp_path / "t5" / "spiece.model", release_torch.VOCAB)
     convert.convert("rahf-pytorch", tmp_path, tmp_path / "out", tmp_path / "t5")
+    tokenizer = transformers.T5Tokenizer.from_pretrained(tmp_path / "t5")
     ours, images = predictor.load(tmp_path / "out"), release_torch.inputs(case)["image"]
     found = ours.predict(images, prompts)
     for i, prompt in enumerate(prompts):
         texts = [prompt] if case["multi_heads"] else schema.task_prompts(prompt, "augmented_prompt_pytorch")
-        ids = [words.encode(text, 200)[: words.num_ids(text)].tolist() for text in texts]
-        expected = release_torch.run(model, case, images[i], ids, [1], length=20)
+        expected = release_torch.run(model, case, images[i], tokenizer(texts).input_ids, [1], length=20)
         for j, score in enumerate(schema.SCORES):
             np.testing.assert_allclose(found.scores[score][i], expected["scores"][j], atol=2e-6)
         for j, heatmap in enumerate(schema.HEATMAPS):
             np.testing.assert_allclose(found.heatmaps[heatmap][i], expected["heatmaps"][..., j], atol=2e-6)
-        assert found.labelled_prompts[i].startswith(words.decode(expected["written"]))
+        assert found.labelled_prompts[i].startswith(ours.vocabulary.decode(expected["written"]))
 
 
 def test_the_fixture_is_what_the_rebuild_computes(torch):
