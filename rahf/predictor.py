@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import flax.traverse_util
 import jax
-import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 from flax import linen as nn
@@ -201,17 +200,12 @@ def load(workdir, config=None) -> Model:
         return Model(predictor, _read_params(file, predictor.params))
     params = checkpoints.restore_params(workdir, predictor.params)
     for name, array in flax.traverse_util.flatten_dict(params, sep="/").items():
-        if count := int(_not_finite(array)):
+        if count := sum(weights.count_not_finite(shard.data) for shard in array.addressable_shards if not shard.replica_id):
             raise UserError(
                 f"workdir: {workdir}: the parameter {name} holds {count} numbers that are not finite (NaN or infinity); "
                 "train again in another --workdir"
             )
     return Model(predictor, params)
-
-
-@jax.jit  # as in checkpoints.py, one small program for each shape
-def _not_finite(array):
-    return jnp.sum(~jnp.isfinite(array), dtype=jnp.int32)
 
 
 def _read_params(file, targets):

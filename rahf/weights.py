@@ -70,13 +70,20 @@ def _read_weights(what, dtype, read) -> np.ndarray:
         raise UserError(f"{what} holds {dtype}, expected weights of {', '.join(FLOATS)}")
     with np.errstate(over="ignore"):
         array = np.asarray(read(), np.float32)
-    if not np.isfinite([array.min(), array.max()]).all():  # NaN is the least and the greatest
-        count = array.size - np.count_nonzero(np.isfinite(array))
+    if count := count_not_finite(array):
         raise UserError(
             f"{what} holds {count} numbers of {array.size} that are not finite in float32 (NaN or infinity), expected only "
             "finite ones; take another file"
         )
     return array
+
+
+def count_not_finite(array) -> int:
+    """How many numbers of a float array are NaN or infinite."""
+    array = np.asarray(array)
+    if np.isfinite([array.min(), array.max()]).all():  # fast, in no memory; NaN is both the least and the greatest
+        return 0
+    return array.size - np.count_nonzero(np.isfinite(array))
 
 
 def open_npz(path) -> Tensors:

@@ -102,7 +102,7 @@ def test_a_prediction_that_is_not_finite_names_its_image(workdir, images):
         model.predict(images, PROMPTS)
     items = [{"image": image, "prompt": "a cat", "name": f"{i}.png"} for i, image in enumerate(images)]
     with pytest.raises(ValueError, match=r"prediction: got .* that are not finite for 0.png; the weights"):
-        list(predict.predict_items(model, items, 2))
+        list(predict.predict_items(model, items, 3))
 
 
 def test_weights_that_are_not_finite_are_refused_on_load(workdir, monkeypatch):
