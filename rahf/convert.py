@@ -22,7 +22,7 @@ from rahf.models.clip import TOKENIZER_FILES
 from rahf.models.rahf import RAHFConfig
 from rahf.pretrained import Pretrained
 from rahf.readers import READERS
-from richhf_data import command, json_files
+from richhf_data import command, json_files, ranges
 from richhf_data import vocabulary as vocabularies
 from richhf_data.errors import UserError
 
@@ -85,6 +85,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("input", None, "A file, a folder, or a gs:// address of a T5X checkpoint.")
     flags.DEFINE_string("output", None, "The folder to write.")
     flags.DEFINE_string("vocabulary", None, "rahf-pytorch: T5's SentencePiece model, or a tokenizer folder that has it.")
-    flags.DEFINE_float("timeout", weights.TIMEOUT, "t5x: seconds that a gs:// address may take to answer.", 1, 1e6)
+    ranges.flag("timeout", weights.TIMEOUT, "t5x: seconds that an address may take to answer.", ranges.Range(1, 1e6))
     flags.mark_flags_as_required(["source", "input", "output"])
     command.run(main)
