@@ -7,12 +7,13 @@ writes DIR/weights.safetensors, with our parameter names, and DIR/config.json, t
 from such folders (pretrained.py) with `--config.init.vit=DIR` and `--config.init.t5=DIR`. A RAHF's folder also holds its
 vocabulary and predict.stablehlo (export.py), a CLIP's the files of its tokenizer.
 
-Names and shapes are checked before anything is written. One tensor is in memory at a time.
+Names and shapes are checked before anything is written. One tensor is in memory at a time. The files are written beside an
+earlier conversion's, in DIR/.partial, and take their places when all are complete.
 """
 
 import json
+import os
 import pathlib
-import shutil
 
 import numpy as np
 from absl import flags
@@ -22,11 +23,12 @@ from rahf.models.clip import TOKENIZER_FILES
 from rahf.models.rahf import RAHFConfig
 from rahf.pretrained import Pretrained
 from rahf.readers import READERS
-from richhf_data import command, json_files, ranges
+from richhf_data import command, json_files, paths, ranges
 from richhf_data import vocabulary as vocabularies
 from richhf_data.errors import UserError
 
-FILES = ("config.json", "weights.safetensors", "predict.stablehlo", "vocabulary.model", *TOKENIZER_FILES)
+FILES = {"vit": (), "t5": (), "clip": TOKENIZER_FILES, "rahf": ("vocabulary.model", "predict.stablehlo")}  # besides:
+COMMON = ("weights.safetensors", "config.json")  # the last one marks a complete folder
 
 
 def convert(source: str, path, output, vocabulary=None, timeout: float = weights.TIMEOUT) -> Pretrained:
@@ -39,15 +41,11 @@ def convert(source: str, path, output, vocabulary=None, timeout: float = weights
 
     Raises:
       UserError: an input that is not of the format `source`; a RAHF without a vocabulary, or with too large a one; an output
-        folder with a config.json of something else.
+        folder with a file of these names that is not an earlier conversion's; another process writes there.
     """
     options = {"timeout": timeout} if source == "t5x" else {}
     converted, output = READERS[source](path, **options), pathlib.Path(output)
-    config_file = output / "config.json"
-    if output.absolute() == pathlib.Path(path).absolute() or (
-        config_file.is_file() and "kind" not in json_files.read(config_file)
-    ):
-        raise UserError(f"output: {output} holds a config.json that rahf.convert did not write; choose another folder")
+    replaced = _replaced(converted.kind, path, output)
     if converted.kind == "rahf":
         if source == "workdir":
             vocabulary = pathlib.Path(path) / "vocabulary.model"
@@ -55,19 +53,33 @@ def convert(source: str, path, output, vocabulary=None, timeout: float = weights
             raise UserError(f"vocabulary: got none, {path} needs the SentencePiece model of its T5; pass --vocabulary=PATH")
         vocabulary = vocabularies.Vocabulary(vocabulary)
         predictor.check_vocabulary(RAHFConfig.from_dict(converted.config["model"]), vocabulary)
-    for name in FILES:
-        (output / name).unlink(missing_ok=True)
-    output.mkdir(parents=True, exist_ok=True)
-    if converted.kind == "rahf":
-        vocabulary.copy(output / "vocabulary.model")
-        export.export_stablehlo(converted, output / "predict.stablehlo")
-    if converted.kind == "clip":
-        folder = pathlib.Path(path) if pathlib.Path(path).is_dir() else pathlib.Path(path).parent
-        for name in TOKENIZER_FILES:
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, output / name)
-    pretrained.write(converted, output)
+    with paths.exchanging(output, replaced) as partial:
+        if converted.kind == "rahf":
+            vocabulary.copy(partial / "vocabulary.model")
+            export.export_stablehlo(converted, partial / "predict.stablehlo")
+        if converted.kind == "clip":
+            folder = pathlib.Path(path) if pathlib.Path(path).is_dir() else pathlib.Path(path).parent
+            for name in TOKENIZER_FILES:
+                if (folder / name).is_file():
+                    paths.replace(partial / name, (folder / name).read_bytes())
+        pretrained.write(converted, partial)
     return converted
+
+
+def _replaced(kind: str, path, output: pathlib.Path) -> tuple[str, ...]:
+    """The names of the files that a conversion writes, and of an earlier one's in `output`, with the mark last.
+
+    Raises:
+      UserError: `output` holds such a file that no conversion wrote, or it is the input.
+    """
+    mark, written = output / COMMON[-1], (*FILES[kind], *COMMON)
+    found = str(json_files.read(mark).get("kind")) if mark.is_file() else None
+    earlier = (*FILES[found], *COMMON) if found in FILES else ()
+    if foreign := [name for name in reversed(written) if os.path.lexists(output / name) and name not in earlier]:
+        raise UserError(f"output: {output} holds a {foreign[0]} that rahf.convert did not write; choose another folder")
+    if os.path.realpath(path) in {os.path.realpath(output / name) for name in ("", *written)}:
+        raise UserError(f"output: {output} holds the input {path}; choose another folder")
+    return tuple(name for name in dict.fromkeys((*earlier, *written)) if name != mark.name) + (mark.name,)
 
 
 def main():

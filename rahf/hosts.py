@@ -19,7 +19,7 @@ import jax
 from absl import flags
 from orbax.checkpoint import multihost
 
-from richhf_data import command, ranges
+from richhf_data import command, paths, ranges
 from richhf_data.errors import UserError
 
 JOIN_SECONDS = 300  # how far apart the processes may start
@@ -84,6 +84,11 @@ def joined(preemptible: bool = False):
             silent()
             code = command.USER_ERROR if text and not lost else 1
             _end(f"{who}: {text or str(error) or type(error).__name__}{lost}", code)
+
+
+def locked(folder, name: str = paths.LOCK):
+    """`paths.locked` on process 0, which holds the folder for all."""
+    return paths.locked(folder, name) if jax.process_index() == 0 else contextlib.nullcontext()
 
 
 def _end(message, code: int) -> None:

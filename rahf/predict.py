@@ -144,7 +144,7 @@ def evaluation_tables(workdir, split: str) -> list[list[list[str]]]:
 def main():
     """The command."""
     args = flags.FLAGS
-    with hosts.joined():
+    with hosts.joined(), hosts.locked(args.output, ".predict.lock"):
         if (args.images is None) == (args.data_dir is None):
             raise UserError("pass either --images=GLOB|JSONL or --data_dir=DIR")
         workdirs.check_config(args.workdir, args.config, evaluate.EVALUATE_MAY_DIFFER)

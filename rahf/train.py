@@ -144,7 +144,7 @@ def print_run(workdir, training: programs.Training) -> None:
 
 def main():
     """The command."""
-    with hosts.joined(preemptible=True):
+    with hosts.joined(preemptible=True), hosts.locked(flags.FLAGS.workdir):
         train(flags.FLAGS.config, flags.FLAGS.workdir)
 
 

@@ -240,22 +240,23 @@ def main() -> None:
     """The command."""
     _refuse_unused(_RECORDS.value)
     table = tables.find_format(_RECORDS.value)
-    report = build(
-        _RECORDS.value,
-        _IMAGES.value,
-        _DATA_DIR.value,
-        vocabulary_path=_VOCABULARY.value,
-        vocabulary_size=_VOCABULARY_SIZE.value,
-        max_missing_share=_MAX_MISSING_SHARE.value,
-        max_pixels=_MAX_PIXELS.value,
-        allow_absent=_ALLOW_ABSENT.value,
-        columns=_columns(_COLUMNS.value),
-        workers=_WORKERS.value,
-        beam=_BEAM.value,
-        parts=_PARTS.value,
-        keep_parts=_KEEP_PARTS.value,
-        **({name: flags.FLAGS[name].value for name in table[0].options} if table else {}),
-    )
+    with paths.locked(_DATA_DIR.value):
+        report = build(
+            _RECORDS.value,
+            _IMAGES.value,
+            _DATA_DIR.value,
+            vocabulary_path=_VOCABULARY.value,
+            vocabulary_size=_VOCABULARY_SIZE.value,
+            max_missing_share=_MAX_MISSING_SHARE.value,
+            max_pixels=_MAX_PIXELS.value,
+            allow_absent=_ALLOW_ABSENT.value,
+            columns=_columns(_COLUMNS.value),
+            workers=_WORKERS.value,
+            beam=_BEAM.value,
+            parts=_PARTS.value,
+            keep_parts=_KEEP_PARTS.value,
+            **({name: flags.FLAGS[name].value for name in table[0].options} if table else {}),
+        )
     from richhf_data import builder
 
     print(builder.report_table(report))

@@ -22,8 +22,8 @@ not asked; an empty list of points means that nothing is wrong. A target is cons
 import dataclasses
 import glob
 import json
+import os
 import pathlib
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 
 import cv2
@@ -31,10 +31,11 @@ import numpy as np
 from absl import flags
 from tqdm.auto import tqdm
 
-from richhf_data import command, images, jsonl, keywords, paths, ranges, schema
+from richhf_data import command, images, json_files, jsonl, keywords, paths, ranges, schema
 from richhf_data.errors import UserError
 
-MARKER = "consolidated.json"  # marks a folder that this command wrote
+MARKER = "consolidated.json"  # marks a folder that this command wrote, and names its pictures
+CAPTIONS = "captions.jsonl"
 _LINE_KEYS = {"uid", "annotator", "prompt", "points", "labels", "misaligned", "scores"}
 _NAMED = 20  # bad lines in a message
 
@@ -309,8 +310,6 @@ def write(annotations: str, images_dir, output, holdout: float = schema.HOLDOUT,
     """
     pictures = read(annotations)
     output, folder = pathlib.Path(output), pathlib.Path(images_dir)
-    if folder.resolve() == (output / "images").resolve():
-        raise UserError(f"output: got {output}, whose images are the pictures to read, expected another folder")
     if not folder.is_dir():
         raise UserError(f"images: no folder {folder}, expected one with the pictures, named by uid")
     files: dict[str, pathlib.Path] = {}
@@ -324,27 +323,26 @@ def write(annotations: str, images_dir, output, holdout: float = schema.HOLDOUT,
             f"images: {folder} lacks the pictures of {len(missing)} of {len(pictures)} uids, first "
             f"{', '.join(missing[:5])}; expected <uid>{'|'.join(images.EXTENSIONS)}"
         )
-    if output.is_dir() and any(output.iterdir()) and not (output / MARKER).is_file():
-        raise UserError(f"output: {output} holds other files, expected a new folder; take another")
+    for path in (folder, *files.values()):
+        if paths.contains(output / "images", path):
+            raise UserError(f"output: got {output}, whose images hold {path}, which is read; expected another folder")
+    _check_output(output)
     aspects = {}
     for uid in pictures:
         width, height = images.size(files[uid])
         aspects[uid] = width / height
     from richhf_data import records  # TensorFlow: after the checks, which need none, and before anything is written
 
-    for split in schema.SPLITS:  # an earlier run may have written pictures with other splits or suffixes
-        (output / f"{split}.tfrecord").unlink(missing_ok=True)
-    shutil.rmtree(output / "images", ignore_errors=True)
-    (output / "images").mkdir(parents=True)
-    marker = json.dumps({"annotations": annotations, "holdout": holdout, "seed": seed})
-    paths.replace(output / MARKER, marker.encode())
-
     counts = {"pictures": len(pictures), "annotations": sum(len(one.annotations) for one in pictures.values())}
     counts |= dict.fromkeys((*schema.SPLITS, *schema.SCORES, *schema.HEATMAPS, "labels", "partly answered"), 0)
     by_split = {split: [] for split in schema.SPLITS}
     for uid in pictures:
         by_split[schema.split_of(uid, holdout, seed)].append(uid)
-    with tqdm(total=len(pictures), desc="consolidate", unit="picture") as bar:
+    names = (*(f"{split}.tfrecord" for split in schema.SPLITS), "images", MARKER)
+    with (
+        paths.exchanging(output, names) as partial,
+        tqdm(total=len(pictures), desc="consolidate", unit="picture") as bar,
+    ):
 
         def consolidated(uids):
             for uid in uids:
@@ -357,16 +355,35 @@ def write(annotations: str, images_dir, output, holdout: float = schema.HOLDOUT,
                 asked = [(*one.scores, *one.points, one.labels) for one in given]
                 counts["partly answered"] += any(0 < len(_given(one)) < len(one) for one in zip(*asked, strict=True))
                 yield raw_record(files[uid].name, targets)
-                shutil.copyfile(files[uid], output / "images" / files[uid].name)
+                paths.replace(partial / "images" / files[uid].name, files[uid].read_bytes())
                 bar.update()
 
         for split, uids in by_split.items():
             counts[split] = len(uids)
             if uids:
-                records.write(output / f"{split}.tfrecord", consolidated(uids), allow_absent=True)
-    captions = (json.dumps({"uid": uid, "caption": one.prompt}) + "\n" for uid, one in pictures.items())
-    paths.replace(output / "images" / "captions.jsonl", "".join(captions).encode())
+                records.write(partial / f"{split}.tfrecord", consolidated(uids), allow_absent=True)
+        captions = (json.dumps({"uid": uid, "caption": one.prompt}) + "\n" for uid, one in pictures.items())
+        paths.replace(partial / "images" / CAPTIONS, "".join(captions).encode())
+        marker = {"annotations": annotations, "holdout": holdout, "seed": seed, "files": _files(partial)}
+        paths.replace(partial / MARKER, json.dumps(marker).encode())
     return counts
+
+
+def _check_output(output: pathlib.Path) -> None:
+    """Refuses a folder with files that this command did not write, where it writes."""
+    if not (output / MARKER).is_file():
+        if paths.holds_files(output):
+            raise UserError(f"output: {output} holds other files, expected a new folder; take another")
+        return
+    found = _files(output)
+    if foreign := sorted(set(found) - set(json_files.read(output / MARKER).get("files", found))):
+        raise UserError(f"output: {output} holds {foreign[0]}, which this command did not write; move it, or take another")
+
+
+def _files(output: pathlib.Path) -> list[str]:
+    """The record files and pictures in a folder, sorted."""
+    found = (*(output / f"{split}.tfrecord" for split in schema.SPLITS), *(output / "images").glob("*"))
+    return sorted(str(path.relative_to(output)) for path in found if os.path.lexists(path))
 
 
 def main() -> None:

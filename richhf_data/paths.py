@@ -1,10 +1,17 @@
-"""Writes files on a disk or in a bucket (gs://) whole or not at all."""
+"""Writes files on a disk or in a bucket (gs://) whole or not at all, into folders that one process holds at a time."""
 
 import contextlib
+import datetime
+import errno
+import fcntl
+import json
 import os
 import pathlib
 import secrets
-from collections.abc import Iterator
+import shutil
+import socket
+import sys
+from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
 import fsspec
@@ -12,6 +19,7 @@ from etils import epath
 
 from richhf_data.errors import UserError
 
+LOCK, PARTIAL = ".lock", ".partial"  # what `locked` and `exchanging` keep in a folder while they write there
 
 def absolute(path) -> epath.Path:
     """The absolute path of a local path; a URL stays as it is."""
@@ -40,16 +48,17 @@ def writing(path) -> Iterator[epath.Path]:
     ...     partial.write_bytes(data)
     """
     path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(_partial(path.name))
-    if "://" not in os.fspath(path):
-        os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    try:
-        yield partial
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if "://" not in os.fspath(path):
+            os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        try:
+            yield partial
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def replace(path, data: bytes) -> None:
@@ -63,14 +72,167 @@ def writing_url(url: str) -> Iterator[BinaryIO]:
     """As `writing`, for a path or a URL of any file system that fsspec knows; gives the open file. The folder must exist."""
     filesystem, path = fsspec.core.url_to_fs(url)
     partial = _partial(path)
+    with naming(url):
+        try:
+            with filesystem.open(partial, "wb") as file:
+                yield file
+            filesystem.mv(partial, path)
+        except BaseException:
+            if filesystem.exists(partial):
+                filesystem.rm(partial)
+            raise
+
+
+@contextlib.contextmanager
+def naming(path) -> Iterator[None]:
+    """Gives an error of the operating system that names no file, such as that of a full disk, the name `path`."""
     try:
-        with filesystem.open(partial, "wb") as file:
-            yield file
-        filesystem.mv(partial, path)
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+@contextlib.contextmanager
+def locked(folder, name: str = LOCK, wait: bool = False) -> Iterator[None]:
+    """Holds a folder against other processes. The system frees it when this process ends, however it ends.
+
+    Makes the folder; at the end the lock's file goes, and the folder too if nothing else was written. Buckets have no locks:
+    there nothing is held. On a file system without locks nothing is held either, with a warning.
+
+    Args:
+      name: of the lock's file. wait: for the process that holds it, in place of an error.
+
+    Raises:
+      UserError: another process holds it; says which, where and since when.
+    """
+    if "://" in os.fspath(folder):
+        yield
+        return
+    folder = pathlib.Path(folder)
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    file = folder / name
+    handle = _lock(file, wait)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            if _is_at(handle, file):
+                file.unlink()  # before another process can hold it
+            os.close(handle)
+        with contextlib.suppress(OSError):  # a folder that holds files stays
+            for place in made:
+                place.rmdir()
+
+
+def _lock(file: pathlib.Path, wait: bool) -> int | None:
+    """The open file, locked, with a note of who holds it; None where nothing can be locked."""
+    while True:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            if error.errno == errno.ENOENT and not file.parent.exists():  # it went with the lock of another process
+                continue
+            if error.errno in (errno.EROFS, errno.EACCES):  # a command that has nothing to write may run there
+                return None
+            raise
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            holder = _holder(handle)
+            os.close(handle)
+            raise UserError(
+                f"{file.parent}: {holder} writes there, expected one process at a time; wait for it or end it, or choose "
+                "another folder"
+            ) from None
+        except OSError as error:
+            os.close(handle)
+            reason = f"its file system has no locks ({error.strerror})"
+            print(f"WARNING: {file.parent}: {reason}: let one process at a time write there", file=sys.stderr)
+            return None
+        if _is_at(handle, file):
+            break
+        os.close(handle)  # of a process that has ended meanwhile
+    note = {"pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}"}
+    with contextlib.suppress(OSError):  # on a full disk the lock holds without its note
+        os.truncate(handle, 0)
+        os.pwrite(handle, json.dumps(note).encode(), 0)
+    return handle
+
+
+def _is_at(handle: int, file: pathlib.Path) -> bool:
+    """Whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.lstat(file))
+    except FileNotFoundError:
+        return False
+
+
+def _holder(handle: int) -> str:
+    try:
+        note = json.loads(os.pread(handle, 4096, 0))
+        return f"process {note['pid']} of {note['host']} (since {note['since']})"
+    except (ValueError, LookupError, TypeError):
+        return "another process"
+
+
+@contextlib.contextmanager
+def exchanging(folder, names: Sequence[str]) -> Iterator[pathlib.Path]:
+    """Gives a new folder to write; when the block ends without an error, its files take the places of `names` in `folder`.
+
+    Those of `names` that were not written again are removed, everything else stays. The last of `names` goes first and comes
+    last: it marks a complete folder. An error leaves all as it was. Holds the lock of `folder`, which is on a disk.
+
+    Args:
+      names: of files and folders; the block writes no others.
+
+    Raises:
+      UserError: another process writes there.
+    """
+    with locked(folder):
+        new, old = pathlib.Path(folder, PARTIAL, "new"), pathlib.Path(folder, PARTIAL, "old")
+        _remove(new.parent)  # of a process that was killed
+        try:
+            with naming(folder):
+                new.parent.mkdir()
+                new.mkdir()
+                yield new
+                old.mkdir()
+                _exchange(pathlib.Path(folder), new, old, names)
+        finally:
+            _remove(new.parent)
+
+
+def _exchange(folder: pathlib.Path, new: pathlib.Path, old: pathlib.Path, names: Sequence[str]) -> None:
+    moves = [(folder / name, old / name) for name in reversed(names)] + [(new / name, folder / name) for name in names]
+    done = []
+    try:
+        for source, target in moves:
+            if os.path.lexists(source):
+                source.rename(target)
+                done.append((source, target))
     except BaseException:
-        if filesystem.exists(partial):
-            filesystem.rm(partial)
+        for source, target in reversed(done):
+            target.rename(source)
         raise
+
+
+def _remove(folder: pathlib.Path) -> None:
+    """Removes a folder that may not be there; refuses a link in its place."""
+    if os.path.lexists(folder):
+        shutil.rmtree(folder)
+
+
+def holds_files(folder) -> bool:
+    """Whether a folder on a disk holds anything but what `locked` and `exchanging` keep there."""
+    return os.path.isdir(folder) and bool(set(os.listdir(folder)) - {LOCK, PARTIAL})
+
+
+def contains(folder, path) -> bool:
+    """Whether `path` is `folder` or lies in it, links resolved."""
+    return pathlib.Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def _partial(name: str) -> str:

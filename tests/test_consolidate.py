@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -167,9 +169,19 @@ def test_written_annotations_equal_their_consolidation(tmp_path):
     assert counts["overall"] == 41 and counts["alignment"] == 40 and counts["partly answered"] == 1
     assert (tmp_path / "out" / "images" / "picture-3.png").read_bytes() == png(image_of("picture-3"))
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    (tmp_path / "out" / "images" / "picture-3.jpg").write_bytes(b"of an earlier run")
+    mine = tmp_path / "out" / "images" / "picture-3.jpg"
+    mine.write_bytes(b"mine")
+    with pytest.raises(ValueError, match=r"output: .*out holds images/picture-3.jpg, which this command did not write"):
+        consolidate.write(*sources, tmp_path / "out", holdout=0.2)
+    assert mine.read_bytes() == b"mine"
+    mine.unlink()
+    (tmp_path / "out/notes.txt").write_text("mine")
     consolidate.write(*sources, tmp_path / "out", holdout=0.2)
+    (tmp_path / "out/notes.txt").unlink()
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+    consolidate.write(*write_annotations(tmp_path, lines[:1]), tmp_path / "out", holdout=0)
+    assert sorted(os.listdir(tmp_path / "out")) == ["consolidated.json", "images", "train.tfrecord"]
+    assert sorted(os.listdir(tmp_path / "out" / "images")) == ["captions.jsonl", "picture-0.png"]
 
 
 BAD_LINES = [
@@ -227,6 +239,30 @@ def test_faulty_folders_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"output: .*richhf-18k holds other files, expected a new folder"):
         consolidate.write(lines, pictures, official)
     assert (official / "train.tfrecord").read_bytes() == b"precious"
+
+
+def test_pictures_that_are_read_are_not_replaced(tmp_path):
+    lines, pictures = write_annotations(tmp_path, [annotation("u0", "ada")])
+    consolidate.write(lines, pictures, tmp_path / "out")
+    inside = tmp_path / "out/images/sub"
+    shutil.move(pictures, inside)
+    (tmp_path / "link").symlink_to(inside)
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/u0.png").symlink_to(inside / "u0.png")
+    for folder in (inside, tmp_path / "link", tmp_path / "out/images", tmp_path / "linked"):
+        with pytest.raises(ValueError, match=r"output: got .*out, whose images hold .*, which is read; expected another"):
+            consolidate.write(lines, folder, tmp_path / "out")
+    assert (inside / "u0.png").read_bytes() == png(image_of("u0"))
+
+
+def test_a_consolidation_that_fails_leaves_the_earlier_one_as_it_was(tmp_path, monkeypatch):
+    sources = write_annotations(tmp_path, [annotation("u0", "ada")])
+    consolidate.write(*sources, tmp_path / "out")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    monkeypatch.setattr(consolidate, "CAPTIONS", "x" * 300)
+    with pytest.raises(OSError, match="File name too long"):
+        consolidate.write(*sources, tmp_path / "out")
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
 
 
 def test_command_line(tmp_path):

@@ -1,8 +1,10 @@
 """Other people's weights: parity with what they compute, every format, every refusal."""
 
 import dataclasses
+import errno
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -22,7 +24,7 @@ from rahf.models import t5
 from rahf.models.rahf import RAHF, RAHFConfig
 from rahf.models.vit import ViT, ViTConfig
 from rahf.weights import Tensor
-from richhf_data import schema, vocabulary
+from richhf_data import paths, schema, vocabulary
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -531,12 +533,54 @@ def test_an_output_that_holds_something_else_is_not_overwritten(tmp_path):
     assert (folder / "config.json").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("vocabulary.model", b"mine"), ("weights.safetensors", b"mine"), ("config.json", b'{"kind": "reward"}')],
+)
+def test_a_file_that_no_conversion_wrote_is_kept(name, content, tmp_path, release, monkeypatch):
+    converted = readers.rahf_from_release(release[0], num_heads=4, what="release")
+    monkeypatch.setitem(readers.READERS, "rahf-pytorch", lambda path: converted)
+    paths.replace(tmp_path / "out" / name, content)
+    for given in (tmp_path / "t5.model", tmp_path / "out/vocabulary.model"):
+        with pytest.raises(ValueError, match=f"output: .*out holds a {name} that rahf.convert did not write; choose"):
+            convert.convert("rahf-pytorch", "model.pt", tmp_path / "out", given)
+    assert os.listdir(tmp_path / "out") == [name] and (tmp_path / "out" / name).read_bytes() == content
+
+
+def test_a_vocabulary_of_the_users_in_a_folder_of_ours_is_kept(tmp_path):
+    folder, out = hugging_face_vit(tmp_path / "in"), tmp_path / "out"
+    convert.convert("vit-hf", folder, out)
+    (out / "vocabulary.model").write_bytes(b"mine")
+    convert.convert("vit-hf", folder, out)
+    assert (out / "vocabulary.model").read_bytes() == b"mine"
+    with pytest.raises(ValueError, match=r"output: .*out holds the input .*link; choose another folder"):
+        (tmp_path / "link").symlink_to(out / "weights.safetensors")
+        convert._replaced("vit", tmp_path / "link", out)
+
+
+def test_a_conversion_that_fails_leaves_the_earlier_one_as_it_was(tmp_path, monkeypatch):
+    folder, out = hugging_face_vit(tmp_path / "in"), tmp_path / "out"
+    convert.convert("vit-hf", folder, out)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+
+    def full(path, value):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(pretrained.json_files, "write", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*out'"):
+        convert.convert("vit-hf", folder, out)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+
+
 def test_a_folder_of_ours_is_written_anew(tmp_path):
     folder, out = hugging_face_vit(tmp_path / "in"), tmp_path / "out"
     convert.convert("vit-hf", folder, out)
-    (out / "predict.stablehlo").write_bytes(b"of another model")
+    for name in ("predict.stablehlo", "notes.txt"):
+        (out / name).write_bytes(b"of another model")
+    (out / "config.json").write_text('{"kind": "rahf"}')
+    (out / ".partial").mkdir()  # of a conversion that was killed
     convert.convert("vit-hf", folder, out)
-    assert sorted(file.name for file in out.iterdir()) == ["config.json", "weights.safetensors"]
+    assert sorted(file.name for file in out.iterdir()) == ["config.json", "notes.txt", "weights.safetensors"]
     with pytest.raises(ValueError, match=r"workdir: .* holds the weights of a vit, expected those of a whole RAHF"):
         predictor.load(out)
 

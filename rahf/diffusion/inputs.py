@@ -8,7 +8,6 @@ The name of a file is a digest of everything that its content depends on.
 """
 
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import itertools
@@ -28,7 +27,7 @@ from rahf.diffusion import folder
 from rahf.fingerprint import fingerprint
 from rahf.reward import embed, specs
 from rahf.reward.image_table import ImageTable
-from richhf_data import checked, images, json_files, schema
+from richhf_data import checked, images, json_files, paths, schema
 from richhf_data.checked import Range
 from richhf_data.errors import UserError
 
@@ -118,9 +117,7 @@ def kept(
       place: the .npy file. parts: called with the number of rows on disk, yields arrays with the following rows.
     """
     done_file, done = place.with_suffix(".json"), 0
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with place.with_suffix(".lock").open("wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with paths.locked(place.parent, f"{place.stem}.lock", wait=True):
         try:
             found = np.load(place, mmap_mode="r")
             if found.shape == shape and found.dtype == dtype:

@@ -397,7 +397,8 @@ def run(args) -> None:
 
 def main():
     """The command."""
-    run(flags.FLAGS)
+    with paths.locked(flags.FLAGS.output):
+        run(flags.FLAGS)
 
 
 if __name__ == "__main__":

@@ -186,7 +186,7 @@ def grid_of(images: np.ndarray, columns: int = 4) -> np.ndarray:
 
 def main():
     """The command."""
-    with hosts.joined(preemptible=True):
+    with hosts.joined(preemptible=True), hosts.locked(flags.FLAGS.workdir):
         train(flags.FLAGS.config, flags.FLAGS.workdir, cache=flags.FLAGS.cache)
 
 

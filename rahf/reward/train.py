@@ -216,7 +216,8 @@ def table(results) -> str:
 def main():
     """The command."""
     args = flags.FLAGS
-    results = train(args.config, args.feedback, args.clip, args.workdir, args.cache)
+    with paths.locked(args.workdir):
+        results = train(args.config, args.feedback, args.clip, args.workdir, args.cache)
     print(table(results))
     print(f"{args.workdir}: weights.safetensors, results.json, data_size.png")
 

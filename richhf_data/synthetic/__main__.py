@@ -11,7 +11,7 @@
 import tabulate
 from absl import flags
 
-from richhf_data import command, ranges
+from richhf_data import command, paths, ranges
 from richhf_data.synthetic import grammar
 from richhf_data.synthetic.write import write
 
@@ -24,7 +24,8 @@ def main():
     novel = args.test if args.test_novel is None else args.test_novel
     counts = dict(zip(grammar.SPLITS, (args.train, args.dev, args.test, novel), strict=True))
     counts = {split: count for split, count in counts.items() if count}
-    figures = write(args.output, counts, args.size, args.seed, args.workers)
+    with paths.locked(args.output):
+        figures = write(args.output, counts, args.size, args.seed, args.workers)
     rows = [(name, value, PAPER.get(name)) for name, value in figures.items()]
     print(tabulate.tabulate(rows, headers=("", "RichHF-Synth", "paper"), floatfmt=".3f", missingval="-"))
 

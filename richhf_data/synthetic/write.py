@@ -91,7 +91,7 @@ def write(output, counts: dict[str, int], size: int, seed: int, workers: int | N
     marker, done = output / "arguments.json", output / "statistics.json"
     if marker.is_file() and (recorded := json_files.read(marker)) != arguments:
         raise UserError(f"output: {output} holds RichHF-Synth of {recorded}, this is {arguments}; take another folder")
-    if not marker.is_file() and output.is_dir() and any(output.iterdir()):
+    if not marker.is_file() and paths.holds_files(output):
         raise UserError(f"output: {output} holds other files; take an empty or a new folder")
     if done.is_file():
         print(f"{output} is complete already")
