@@ -4,13 +4,15 @@
     workdir/best/<step>/         the parameters of the best periodic evaluation
 
 Orbax commits a checkpoint whole or not at all, but TensorStore keeps no checksum of an array's bytes: a flipped byte is read
-as another number. So each checkpoint's metadata has a digest of every array's values, and one of itself.
+as another number. So each checkpoint's metadata has a digest of every array's values, and one of itself. Orbax also commits
+what it could not merge, so a save counts when its metadata were read back.
 """
 
 import contextlib
 import functools
 import json
 import math
+import re
 import sys
 import zlib
 from collections.abc import Iterator, Mapping
@@ -31,8 +33,29 @@ class SaveError(hosts.EndNow):
     """A checkpoint did not reach the disk. The process must end at once: Orbax's threads would wait ten minutes."""
 
 
+class Manager(ocp.CheckpointManager):
+    """Orbax's manager, with what `save` has to check.
+
+    Attributes:
+      unread: the step that was saved and not read back yet.
+      config: the content of the workdir's config.json when this was opened; None where there was none.
+    """
+
+    unread: int | None = None
+    config: bytes | None = None
+
+
+def check_path(workdir) -> None:
+    """Refuses a workdir whose path Orbax would take for a pattern when it merges: it would find nothing, or another run."""
+    if found := re.search(r"[*?[]", str(paths.absolute(workdir))):
+        raise UserError(
+            f"workdir: {paths.absolute(workdir)} has a {found[0]} in its path, expected none of * ? [ (Orbax takes a "
+            "checkpoint's path for a pattern); take another --workdir, or a link to it"
+        )
+
+
 @contextlib.contextmanager
-def manager(workdir, kind: str) -> Iterator[ocp.CheckpointManager]:
+def manager(workdir, kind: str) -> Iterator[Manager]:
     """The Orbax manager of `checkpoints` (the two latest training states) or `best` (one set of parameters).
 
     Raises:
@@ -42,42 +65,64 @@ def manager(workdir, kind: str) -> Iterator[ocp.CheckpointManager]:
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
     handlers = {"state": ocp.StandardCheckpointHandler(), "metadata": ocp.JsonCheckpointHandler()}
     folder = paths.absolute(workdir) / kind
-    checkpoints = ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+    checkpoints = Manager(folder, options=options, item_handlers=handlers)
+    checkpoints.config = _config(checkpoints)
     try:
         try:
             yield checkpoints
         except SystemExit:  # a signal: what was begun is still saved
-            with _clear_save_errors(checkpoints):
-                checkpoints.wait_until_finished()
+            _finish(checkpoints)
             raise
-        with _clear_save_errors(checkpoints):
-            checkpoints.wait_until_finished()
+        _finish(checkpoints)
     finally:
         with contextlib.suppress(Exception):  # it raises again what was raised above
             checkpoints.close()
 
 
-def save(checkpoints: ocp.CheckpointManager, step: int, state, metadata: Mapping) -> None:
+def save(checkpoints: Manager, step: int, state, metadata: Mapping) -> None:
     """Starts writing `state` (a tree of arrays) and `metadata` (JSON) as `step`; returns before it is on disk.
 
     Raises:
       SaveError: this save cannot begin, or the one before did not reach the disk; names the folder and the last good step.
+        Or the workdir was removed, or holds another run.
     """
     metadata = {**metadata, "step": step, "digests": digests(state)}
     metadata["seal"] = _seal(metadata)
+    if checkpoints.config is not None and _config(checkpoints) != checkpoints.config:
+        raise SaveError(
+            f"workdir: {checkpoints.directory.parent} was removed, or another run began there: its config.json is not this "
+            f"run's. Step {step} is not saved. Put the folder back and give the same command again."
+        )
+    _finish(checkpoints)
+    checkpoints.unread = step
     with _clear_save_errors(checkpoints):
         checkpoints.save(
             step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(metadata))
         )
 
 
+def _config(checkpoints: Manager) -> bytes | None:
+    file = checkpoints.directory.parent / "config.json"
+    return file.read_bytes() if file.exists() else None
+
+
+def _finish(checkpoints: Manager) -> None:
+    """Waits for the last save and reads its metadata and its arrays' back."""
+    with _clear_save_errors(checkpoints):
+        checkpoints.wait_until_finished()
+        step = checkpoints.unread
+        if step is not None and read_metadata(checkpoints, step)["digests"].keys() != _shapes(checkpoints, step).keys():
+            raise UserError(f"step {step} does not hold the arrays that were saved")
+        checkpoints.unread = None
+
+
 @contextlib.contextmanager
-def _clear_save_errors(checkpoints):
+def _clear_save_errors(checkpoints: Manager):
     try:
         yield
     except Exception as error:
         checkpoints.reload()
-        good = checkpoints.latest_step()
+        good = max((step for step in checkpoints.all_steps() if step != checkpoints.unread), default=None)
         raise SaveError(
             f"checkpoint: could not write to {checkpoints.directory}: {_reason(error)}\n"
             f"  {'No checkpoint is there yet' if good is None else f'The last good one is of step {good}, intact'}. Make "
@@ -153,8 +198,7 @@ def restore(checkpoints: ocp.CheckpointManager, step: int, abstract_state):
     saved_digests = read_metadata(checkpoints, step)["digests"]
     wanted = {keystr(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_state)}
     try:
-        saved = checkpoints.item_metadata(step)["state"]
-        found = {keystr(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(saved.tree)}
+        found = _shapes(checkpoints, step)
         if found == wanted:
             state = checkpoints.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
@@ -173,6 +217,12 @@ def restore(checkpoints: ocp.CheckpointManager, step: int, abstract_state):
             f"first is {wrong[0]}"
         )
     return state
+
+
+def _shapes(checkpoints: ocp.CheckpointManager, step: int) -> dict[str, tuple[int, ...]]:
+    """The arrays' shapes in a checkpoint, by name, as it says itself."""
+    saved = checkpoints.item_metadata(step)["state"].tree
+    return {keystr(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(saved)}
 
 
 def restore_latest(checkpoints: ocp.CheckpointManager, abstract_state):
@@ -208,8 +258,9 @@ def restore_latest(checkpoints: ocp.CheckpointManager, abstract_state):
 
 def _remove_half_written(checkpoints) -> None:
     if jax.process_index() == 0:
-        for path in checkpoints.directory.glob("*.orbax-checkpoint-tmp"):
-            path.rmtree()
+        for path in checkpoints.directory.iterdir():  # not `glob`, which takes the folder for a pattern too
+            if path.name.endswith(".orbax-checkpoint-tmp"):
+                path.rmtree()
 
 
 def _set_aside(checkpoints, step) -> epath.Path:
@@ -265,7 +316,7 @@ def best_step(best: ocp.CheckpointManager) -> int:
     return step
 
 
-def best_value(best: ocp.CheckpointManager) -> float | None:
+def best_value(best: ocp.CheckpointManager, abstract_params) -> float | None:
     """The selection value that the kept best checkpoint was saved with; None when there is none to be read.
 
     For the run that writes here: sets aside a damaged one, removes what was left half-written.
@@ -275,6 +326,7 @@ def best_value(best: ocp.CheckpointManager) -> float | None:
     if step is None:
         return None
     try:
+        restore(best, step, abstract_params)
         return read_metadata(best, step)["value"]
     except UserError as error:
         _warn(f"{error}\nThe next evaluation takes its place. The damaged one is now {_set_aside(best, step)}")

@@ -18,7 +18,7 @@ import pathlib
 import numpy as np
 from absl import flags
 
-from rahf import export, predictor, pretrained, weights
+from rahf import export, predictor, pretrained, weights, workdirs
 from rahf.models.clip import TOKENIZER_FILES
 from rahf.models.rahf import RAHFConfig
 from rahf.pretrained import Pretrained
@@ -48,7 +48,7 @@ def convert(source: str, path, output, vocabulary=None, timeout: float = weights
     replaced = _replaced(converted.kind, path, output)
     if converted.kind == "rahf":
         if source == "workdir":
-            vocabulary = pathlib.Path(path) / "vocabulary.model"
+            vocabulary = workdirs.verified(pathlib.Path(path) / "vocabulary.model")
         elif not vocabulary:
             raise UserError(f"vocabulary: got none, {path} needs the SentencePiece model of its T5; pass --vocabulary=PATH")
         vocabulary = vocabularies.Vocabulary(vocabulary)

@@ -186,7 +186,8 @@ class SkippedSteps:
         file = io.BytesIO()
         np.savez_compressed(file, step=step, **batch)
         paths.replace(self._folder / f"step_{step:08d}_host_{jax.process_index()}.npz", file.getvalue())
-        for old in sorted(self._folder.glob(f"*_host_{jax.process_index()}.npz"))[: -self._limit]:
+        own = [path for path in self._folder.iterdir() if path.name.endswith(f"_host_{jax.process_index()}.npz")]
+        for old in sorted(own)[: -self._limit]:
             old.unlink()
         if self.in_a_row >= self._limit:
             raise UserError(

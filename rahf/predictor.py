@@ -193,7 +193,7 @@ def load(workdir, config=None) -> Model:
     """
     workdir = paths.absolute(workdir)
     config = workdirs.read_config(workdir) if config is None else config
-    predictor = Predictor(config, vocabularies.Vocabulary(workdir / "vocabulary.model"))
+    predictor = Predictor(config, vocabularies.Vocabulary(workdirs.verified(workdir / "vocabulary.model")))
     if (file := workdir / "weights.safetensors").is_file():
         if "://" in str(workdir):
             raise UserError(f"workdir: {workdir} holds weights of rahf.convert, expected them on a disk; copy the folder")

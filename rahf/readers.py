@@ -5,6 +5,7 @@ names.py. Names and shapes are checked; values are read later, one tensor at a t
 """
 
 import dataclasses
+import functools
 import pathlib
 import re
 from collections.abc import Iterable, Mapping
@@ -710,14 +711,24 @@ def _hugging_face_config(path, expected: str) -> tuple[dict, pathlib.Path]:
 
 # ---- Workdirs -------------------------------------------------------------------------------------------------------
 def rahf_workdir(path) -> Pretrained:
-    """The best checkpoint of a training run's workdir."""
+    """The best checkpoint of a training run's workdir. An array that does not read as it was saved is refused when read."""
     path = pathlib.Path(path)
     config = workdirs.read_config(path)
     model_config = RAHFConfig.from_dict(config.model.to_dict())
     ours = param_shapes(RAHF(model_config).init, *dummy_inputs(model_config))
     with checkpoints.manager(path, "best") as best:
-        theirs = weights.open_orbax(best.directory / str(checkpoints.best_step(best)) / "state")
-    tensors = matched(theirs, names.same_names(ours), ours, "", f"workdir {path}")
+        step = checkpoints.best_step(best)
+        where, saved_digests = best.directory / str(step), checkpoints.read_metadata(best, step)["digests"]
+    theirs = weights.open_orbax(where / "state")
+
+    def read(name):
+        array = theirs[name].read()
+        if checkpoints.digests({name: array}) != {name: saved_digests.get(name)}:
+            raise UserError(f"checkpoint: {where} is damaged: {name} does not read as it was saved")
+        return array
+
+    checked = {name: Tensor(tensor.shape, functools.partial(read, name)) for name, tensor in theirs.items()}
+    tensors = matched(checked, names.same_names(ours), ours, "", f"workdir {path}")
     lengths = {name: config.data[name] for name in LENGTHS}
     return Pretrained("rahf", {"model": dataclasses.asdict(model_config), "data": lengths}, tensors)
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from rahf import hosts
+from rahf import hosts, workdirs
 from rahf.fingerprint import fingerprint
 from rahf.models.rahf import RAHFConfig
 from richhf_data import json_files, paths, ranges, schema, synthetic
@@ -27,7 +27,7 @@ def install_vocabulary(config, workdir) -> vocabularies.Vocabulary:
     """The run's vocabulary, copied or trained into the workdir, so that the workdir alone can predict.
 
     Raises:
-      UserError: `data.vocabulary`, or the dataset's own, is missing.
+      UserError: `data.vocabulary`, or the dataset's own, is missing; the workdir's is damaged.
     """
     path = paths.absolute(workdir) / "vocabulary.model"
     if jax.process_index() == 0 and not path.exists():
@@ -37,8 +37,9 @@ def install_vocabulary(config, workdir) -> vocabularies.Vocabulary:
         else:
             prompts = synthetic.train_prompts(VOCABULARY_PROMPTS, seed=config.seed)
             vocabularies.train(prompts, path, config.model.t5.vocab_size)
+        workdirs.seal(path)
     hosts.wait("vocabulary")
-    return vocabularies.Vocabulary(path)
+    return vocabularies.Vocabulary(workdirs.verified(path))
 
 
 def training_batches(

@@ -88,6 +88,7 @@ def train(config, workdir) -> dict[str, float]:
     """
     # ---- Model, mesh, training step ---------------------------------------------------------------------------------
     check(config)
+    checkpoints.check_path(workdir)
     model_config = rahf_model.RAHFConfig.from_dict(config.model.to_dict())
     training = programs.assemble(program(config), config)
 
@@ -116,7 +117,7 @@ def train(config, workdir) -> dict[str, float]:
         checkpoints.manager(workdir, "best") as best,
         loop.start(config, workdir, training, initialise, batches_from) as run,
     ):
-        best_value = checkpoints.best_value(best)
+        best_value = checkpoints.best_value(best, training.params)
         for step in run.steps():
             if not run.due(config.eval.every):
                 continue

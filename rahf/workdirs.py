@@ -4,12 +4,14 @@
     workdir/data.json            which data it reads: datasets and vocabulary (rahf.train)
     workdir/rewards.json         which rewards weight its images (rahf.diffusion.train)
     workdir/vocabulary.model     the SentencePiece model that maps its text to ids
+    workdir/digests.json         SHA-256 of config.json and of vocabulary.model
     workdir/checkpoints/, best/  see checkpoints.py
     workdir/damaged/             checkpoints whose contents changed after they were saved
     workdir/bad_batches/         batches whose loss or gradient was not finite
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
@@ -47,6 +49,7 @@ def open_workdir(workdir, config: ml_collections.ConfigDict, may_differ: Sequenc
     path = workdir / "config.json"
     if jax.process_index() == 0 and is_new(workdir):
         json_files.write(path, config.to_dict())
+        seal(path)
     hosts.wait("workdir")
     if is_new(workdir):
         raise UserError(
@@ -55,6 +58,29 @@ def open_workdir(workdir, config: ml_collections.ConfigDict, may_differ: Sequenc
         )
     check_config(workdir, config, may_differ)
     return workdir
+
+
+def seal(file: epath.Path) -> None:
+    """Records the digest of a file that was written into a workdir, for `verified`."""
+    record = file.parent / "digests.json"
+    known = json_files.read_as(dict[str, str], record) if record.exists() else {}
+    json_files.write(record, known | {file.name: hashlib.sha256(file.read_bytes()).hexdigest()})
+
+
+def verified(file: epath.Path) -> epath.Path:
+    """A file of a workdir. What was not sealed, as in an older workdir, passes.
+
+    Raises:
+      UserError: its content is not what was written.
+    """
+    record = file.parent / "digests.json"
+    written = json_files.read_as(dict[str, str], record).get(file.name) if file.exists() and record.exists() else None
+    if written is not None and hashlib.sha256(file.read_bytes()).hexdigest() != written:
+        raise UserError(
+            f"workdir: {file} is damaged: its content is not what was written; put a copy back, or delete {record} if you "
+            "changed it yourself"
+        )
+    return file
 
 
 def check_config(workdir, config: ml_collections.ConfigDict, may_differ: Sequence[str] = ()) -> None:
@@ -144,7 +170,7 @@ def _check_types(config: Mapping, example: Mapping, whole: bool, name: str = "")
 def _read(workdir) -> dict:
     if is_new(workdir):
         raise UserError(f"workdir: {workdir} has no config.json; expected a folder written by `python -m rahf.train`")
-    return json_files.read(epath.Path(workdir) / "config.json")
+    return json_files.read(verified(epath.Path(workdir) / "config.json"))
 
 
 def _differences(old: Mapping, new: Mapping) -> list[tuple[str, Any, Any]]:

@@ -165,7 +165,8 @@ def _is_built(records, data_dir, identity) -> bool:
     folder = builder.dataset_dir(data_dir)
     if not folder.is_dir():
         # TFDS writes to a temporary folder and renames it.
-        for left in sorted(folder.parent.glob("incomplete.*")):
+        found = folder.parent.iterdir() if folder.parent.is_dir() else ()
+        for left in sorted(path for path in found if path.name.startswith("incomplete.")):
             print(f"left by an interrupted build, unless one is running: {left}; delete it to free its space")
         return False
     if builder.read_report(folder)["records"] != json.loads(json.dumps(identity)):

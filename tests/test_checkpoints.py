@@ -15,6 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rahf import checkpoints, experiments, partitioning, train
 from rahf import program as programs
+from richhf_data import json_files
+from richhf_data.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 ROOT = pathlib.Path(__file__).parent.parent
@@ -121,11 +123,61 @@ def test_damaged_best_is_set_aside_so_that_another_takes_its_place(tmp_path, cap
     path = tmp_path / "best" / "3" / "metadata" / "metadata"
     path.write_bytes(path.read_bytes().replace(b"0.5", b"0.7"))
     with checkpoints.manager(tmp_path, "best") as best:
-        assert checkpoints.best_value(best) is None
+        assert checkpoints.best_value(best, abstract(place(tree(0)))) is None
         assert "its metadata is not what was saved" in capsys.readouterr().err
         checkpoints.save(best, 3, place(tree(3)), {"value": 0.5})
         best.wait_until_finished()
-        assert checkpoints.best_value(best) == 0.5
+        assert checkpoints.best_value(best, abstract(place(tree(0)))) == 0.5
+    path = largest(tmp_path / "best" / "3")
+    path.write_bytes(flip(path.read_bytes()))
+    with checkpoints.manager(tmp_path, "best") as best:
+        assert checkpoints.best_value(best, abstract(place(tree(0)))) is None
+        assert "arrays do not read as they were saved" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["run[1]", "lr=1e-[3", "run*", "run?"])
+def test_a_path_that_orbax_takes_for_a_pattern_is_refused(name, tmp_path):
+    with pytest.raises(UserError, match=r"workdir: .* has a [*?[] in its path, expected none of \* \? \[ .* a link to"):
+        checkpoints.check_path(tmp_path / name / "sub")
+    checkpoints.check_path(tmp_path / "lr=1e-3]{},+@!" / "sub")
+
+
+def test_a_save_that_cannot_be_read_back_is_an_error(tmp_path):
+    workdir = tmp_path / "run[1]"  # Orbax merges nothing there, and commits
+    message = r"(?s)could not write to .*run\[1\]/checkpoints: .*No checkpoint is there"
+    with (
+        pytest.raises(checkpoints.SaveError, match=message),
+        checkpoints.manager(workdir, "checkpoints") as manager,
+    ):
+        checkpoints.save(manager, 2, place(tree(2)), {})
+        checkpoints.save(manager, 4, place(tree(4)), {})
+    assert os.listdir(workdir / "checkpoints") == ["2"]
+
+
+def test_what_another_run_is_writing_is_left_alone(tmp_path):
+    beside = tmp_path / "run1" / "checkpoints" / "4.orbax-checkpoint-tmp"
+    beside.mkdir(parents=True)
+    (tmp_path / "run[1]" / "checkpoints" / "4.orbax-checkpoint-tmp").mkdir(parents=True)
+    with checkpoints.manager(tmp_path / "run[1]", "checkpoints") as manager:
+        assert checkpoints.restore_latest(manager, abstract(place(tree(0)))) == (None, None)
+    assert beside.exists() and os.listdir(tmp_path / "run[1]" / "checkpoints") == []
+
+
+@pytest.mark.parametrize("change", ["removed", "another run"])
+def test_a_workdir_that_is_gone_is_not_made_anew(change, tmp_path):
+    workdir = tmp_path / "run"
+    json_files.write(workdir / "config.json", {"seed": 0})
+    with (
+        pytest.raises(checkpoints.SaveError, match=r"run was removed, or another run began there: .* Step 4 is not saved"),
+        checkpoints.manager(workdir, "checkpoints") as manager,
+    ):
+        checkpoints.save(manager, 2, place(tree(2)), {})
+        manager.wait_until_finished()
+        shutil.rmtree(workdir)
+        if change == "another run":
+            json_files.write(workdir / "config.json", {"seed": 1})
+        checkpoints.save(manager, 4, place(tree(4)), {})
+    assert not (workdir / "checkpoints").exists()
 
 
 def test_digest_is_the_same_on_every_mesh_and_another_for_other_bits():

@@ -10,7 +10,8 @@ import pytest
 import tiny_data
 
 import rahf
-from rahf import evaluate, experiments, sources, train, workdirs
+from rahf import convert, evaluate, experiments, readers, sources, train, weights, workdirs
+from rahf.diffusion import train as diffusion_train
 from richhf_data import build, builder, json_files, records
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -42,6 +43,43 @@ def test_an_older_run_resumes_and_its_data_are_recorded(older, capsys):
     assert "resumed from step 4" in capsys.readouterr().out
     assert results["num_examples"] == 8
     assert set(json_files.read(older / "run/data.json")) == {"datasets", "vocabulary"}
+
+
+@pytest.mark.parametrize("name", ["config.json", "vocabulary.model"])
+def test_a_changed_file_of_a_workdir_is_refused_on_load_and_on_resume(name, older):
+    run, config = older / "run", workdirs.read_config(older / "run")
+    workdirs.seal(run / name)
+    content = (run / name).read_bytes()
+    (run / name).write_bytes(content.replace(b"0", b"1", 1) if name == "config.json" else content[:-9] + b"x" + content[-8:])
+    message = rf"workdir: .*run/{name} is damaged: .* put a copy back, or delete .*digests.json"
+    for read in (rahf.load, lambda run: train.train(config, run), lambda run: convert.convert("workdir", run, older / "a")):
+        with pytest.raises(ValueError, match=message):
+            read(run)
+    (run / name).write_bytes(content)
+    workdirs.verified(run / name)
+
+
+def test_what_a_run_writes_is_sealed(tmp_path):
+    workdir = workdirs.open_workdir(tmp_path, ci_config())
+    sources.install_vocabulary(ci_config(), workdir)
+    assert set(json_files.read(tmp_path / "digests.json")) == {"config.json", "vocabulary.model"}
+    sources.install_vocabulary(ci_config(), workdirs.open_workdir(tmp_path, ci_config()))
+
+
+def test_a_damaged_best_checkpoint_is_not_converted(older):
+    path = max((older / "run/best").rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"checkpoint: .*run/best/2 is damaged: .* does not read as it was saved"):
+        dict(weights.read_all(readers.rahf_workdir(older / "run").tensors))
+
+
+def test_a_path_that_orbax_takes_for_a_pattern_is_refused_before_anything_is_written(tmp_path):
+    for command, name in ((train, "rahf_ci"), (diffusion_train, "sd_reward")):
+        with pytest.raises(ValueError, match=r"has a \[ in its path"):
+            command.train(experiments.load(name), tmp_path / "run[lr=1e-3]")
+    assert list(tmp_path.iterdir()) == []
 
 
 def ci_config(**data):

@@ -24,7 +24,7 @@ import PIL.Image
 from absl import flags
 from flax import linen as nn
 
-from rahf import experiments, hosts, loop, partitioning, workdirs
+from rahf import checkpoints, experiments, hosts, loop, partitioning, workdirs
 from rahf import program as programs
 from rahf.diffusion import finetuning, folder, inputs, sample
 from rahf.diffusion import schedule as sampler
@@ -60,6 +60,7 @@ def train(config, workdir, reward: Callable | None = None, cache=None) -> None:
       SystemExit: as `loop.start`.
     """
     # ---- Model, mesh, training step ---------------------------------------------------------------------------------
+    checkpoints.check_path(workdir)
     finetuning.check(config)
     mesh = partitioning.mesh_of(config.mesh)
     if not config.model.folder:

@@ -8,7 +8,7 @@ from typing import Annotated
 import flax.traverse_util
 import numpy as np
 
-from rahf import weights
+from rahf import weights, workdirs
 from rahf.fingerprint import fingerprint
 from rahf.models.parameters import param_shapes
 from rahf.reward import embed, model, specs
@@ -85,7 +85,7 @@ def load(workdir, clip=None) -> Reward:
     workdir = paths.absolute(workdir)
     if not (workdir / "config.json").is_file():
         raise UserError(f"workdir: {workdir} has no config.json; expected one of `python -m rahf.reward.train`")
-    file = workdir / "config.json"
+    file = workdirs.verified(workdir / "config.json")
     if (kind := json_files.read(file).get("kind", "rahf")) != "reward":
         raise UserError(f"workdir: {workdir} holds a {checked.shown(kind)}, expected a reward model")
     config = json_files.read_as(Config, file, extra=True)
