@@ -596,6 +596,7 @@ def test_xmanager_vertex_packages_the_commit_and_asks_for_resources(cloud, xmana
         ),
         ([*VERTEX, "--requirements=a100=1", "--sweep=seed=1,1"], "with distinct values"),
         ([*VERTEX, "--requirements=a100=1", "--sweep=seed=1", "--config.seed=2"], "got seed in --config.seed as well"),
+        ([*VERTEX, "--requirements=a100=1", "--sweep=optimizer.freeze=('t5',),['t5',]"], "got 2 runs for 1 folders"),
     ],
 )
 def test_xmanager_refuses(xmanager, arguments, message):
