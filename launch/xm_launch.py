@@ -158,7 +158,7 @@ def main(argv):
         needs = requirements(FLAGS.requirements)
         runs = [job_args(trial) for trial in trials(FLAGS.sweep, FLAGS.config)]
         if len(folders := {args["workdir"] for args in runs}) < len(runs):
-            raise UserError(f"--sweep: got {len(runs)} runs for {len(folders)} folders, expected values that differ as names")
+            raise UserError(f"--sweep: got {len(runs)} runs for {len(folders)} folders, expected other values")
         if FLAGS.executor == "vertex":
             os.environ |= {"GOOGLE_CLOUD_PROJECT": FLAGS.project, "GOOGLE_CLOUD_BUCKET_NAME": FLAGS.bucket}
             from xmanager.cloud import vertex

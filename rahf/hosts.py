@@ -52,6 +52,7 @@ def joined(preemptible: bool = False):
       preemptible: on several hosts SIGTERM is a notice that the work itself checks (loop.py); else it ends the process.
     """
     jax.config.update("jax_enable_preemption_service", preemptible)
+    sys.unraisablehook = _unraisable
     args = flags.FLAGS
     try:
         several = _join(args.coordinator, args.num_processes, args.process_id)
@@ -63,10 +64,6 @@ def joined(preemptible: bool = False):
             yield
         except EndNow as error:
             _end(error, command.USER_ERROR)
-        except OSError as error:
-            if error.errno and not error.filename:  # a full disk has no name
-                raise UserError(f"{args.workdir}: {error.strerror}") from error
-            raise
         return
     who = f"process {jax.process_index()} of {jax.process_count()}"
     with _last_words(f"error: {who}: killed, or ended by JAX because another process died. {LOST}") as silent:
@@ -84,6 +81,12 @@ def joined(preemptible: bool = False):
             silent()
             code = command.USER_ERROR if text and not lost else 1
             _end(f"{who}: {text or str(error) or type(error).__name__}{lost}", code)
+
+
+def _unraisable(unraisable) -> None:
+    """Python's own report, but for the hundreds of TensorStore's about the loop of a save that has failed."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def locked(folder, name: str = paths.LOCK):

@@ -22,7 +22,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from tqdm.auto import tqdm
 
-from rahf import checkpoints, event_files  # noqa: F401 - the second teaches tensorboardX to write into buckets
+from rahf import checkpoints, event_files
 from rahf.program import Training
 from richhf_data import paths
 from richhf_data.errors import UserError
@@ -60,8 +60,10 @@ def start(
             step, num_steps, bad_batches = saved["step"], config.train.num_steps, workdir / "bad_batches"
             skips = SkippedSteps(bad_batches, config.train.max_bad_steps, saved["skipped"], saved["skipped_in_a_row"])
             batches = stack.enter_context(contextlib.closing(batches_from(step)))
-            events = str(workdir / "tensorboard")
-            writer = stack.enter_context(tensorboardX.SummaryWriter(events, purge_step=step or None, write_to_disk=writes))
+            events = event_files.address(workdir / "tensorboard")
+            with paths.naming("/dev/shm"):  # its queue has semaphores
+                summaries = tensorboardX.SummaryWriter(events, purge_step=step or None, write_to_disk=writes)
+            writer = stack.enter_context(summaries)
             bar = stack.enter_context(
                 tqdm(desc="train", total=num_steps, initial=step, unit="step", dynamic_ncols=True, disable=not writes)
             )

@@ -138,7 +138,9 @@ def build(
 def _apart(function, *arguments):
     """Calls a function in a process of its own, which gives back the memory of TensorFlow (up to a GiB) when it ends."""
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, context, initializer=start_worker) as pool:
+    with paths.naming("/dev/shm"):  # its semaphores
+        made = concurrent.futures.ProcessPoolExecutor(1, context, initializer=start_worker)
+    with made as pool:
         try:
             return pool.submit(function, *arguments).result()
         except concurrent.futures.process.BrokenProcessPool as error:

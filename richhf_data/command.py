@@ -4,6 +4,7 @@ Exit codes: 0 = done, 1 = a fault of the code, with its traceback, 2 = an error 
 error stream. The docstring of a command names further codes.
 """
 
+import errno
 import functools
 import io
 import pathlib
@@ -13,6 +14,7 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
+from richhf_data import paths
 from richhf_data.errors import UserError
 
 USER_ERROR = 2
@@ -31,12 +33,33 @@ def run(main: Callable[[], object], read_arguments: Callable[[list[str]], list[s
 def message(error: Exception) -> str | None:
     """The line to print of an error that the user can mend; None for a fault of the code, which needs its traceback.
 
-    The first are a `UserError`, and what the machine refuses: a full disk, no right to write, no such file.
+    The first are a `UserError`, and what the machine refuses: a full disk, no right to write, no such file, no more memory.
     """
+    text = _text(error)
+    return None if text is None else printable(text)
+
+
+def _text(error: Exception) -> str | None:
     if isinstance(error, UserError):
-        return printable(str(error))
+        return str(error)
     if isinstance(error, OSError) and error.errno and not str(error.filename).startswith(_OURS):
-        return printable(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror))
+        text = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+        return f"{text}; raise the limit, ulimit -a shows it" if error.errno in paths.PROCESS_LIMITS else text
+    memory = "can't start new thread", "RESOURCE_EXHAUSTED: Out of memory"
+    if isinstance(error, MemoryError) or str(error).startswith(memory):
+        reason = str(error).partition("\n")[0] or "an allocation failed"
+        return f"memory: ran out, {reason}; free some, raise the limit (ulimit -a shows it), or take smaller batches"
+    return _full_disk(error)
+
+
+def _full_disk(error: BaseException | None) -> str | None:
+    """What a library says of a full disk, or what the error that it raised from says."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+        if type(error).__name__ == "ResourceExhaustedError":  # TensorFlow's, which names the file
+            return str(error).partition("\n")[0]
+        error = error.__cause__
     return None
 
 
@@ -91,7 +114,7 @@ def _main(main, argv):
     logging.get_absl_logger().addFilter(lambda record: not record.exc_info)  # and the tracebacks of errors that they raise
     try:
         main()
-    except (UserError, OSError) as error:
+    except Exception as error:
         if (text := message(error)) is None:
             raise
         fail(text)

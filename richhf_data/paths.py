@@ -19,6 +19,7 @@ from etils import epath
 
 from richhf_data.errors import UserError
 
+PROCESS_LIMITS = errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN  # no file is at fault
 LOCK, PARTIAL = ".lock", ".partial"  # what `locked` and `exchanging` keep in a folder while they write there
 
 def absolute(path) -> epath.Path:
@@ -89,7 +90,7 @@ def naming(path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None or error.filename is not None:
+        if error.errno in (None, *PROCESS_LIMITS) or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 

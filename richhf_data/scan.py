@@ -243,10 +243,11 @@ def _scanned(shards, left: set[str], job, workers: int, bar) -> Iterator:
             yield shard
         return
     context = multiprocessing.get_context("spawn")
-    counter = context.Value("q", 0)
-    pool = concurrent.futures.ProcessPoolExecutor(
-        min(workers, len(left)), mp_context=context, initializer=_start_worker, initargs=(job, counter)
-    )
+    with paths.naming("/dev/shm"):  # their semaphores
+        counter = context.Value("q", 0)
+        pool = concurrent.futures.ProcessPoolExecutor(
+            min(workers, len(left)), mp_context=context, initializer=_start_worker, initargs=(job, counter)
+        )
     try:
         ahead, waiting = collections.deque(), iter(shards)
         while True:

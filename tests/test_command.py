@@ -1,6 +1,7 @@
 """Every command: a user's error is one line and exit code 2, a fault of the code keeps its traceback."""
 
 import ast
+import errno
 import pathlib
 import subprocess
 import sys
@@ -66,6 +67,32 @@ def test_a_config_that_cannot_be_is_refused(arguments, message, monkeypatch, tmp
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
         experiments.reader(kinds=("rahf",))(["train", *arguments])
+
+
+class ResourceExhaustedError(Exception):
+    """As TensorFlow names it."""
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "out/a"), "out/a: No space left on device"),
+        (OSError(errno.EMFILE, "Too many open files", "a"), "a: Too many open files; raise the limit, ulimit -a shows it"),
+        (MemoryError("Unable to allocate 3 GiB"), "memory: ran out, Unable to allocate 3 GiB; free some, raise the limit"),
+        (MemoryError(), "memory: ran out, an allocation failed; free some"),
+        (RuntimeError("can't start new thread"), "memory: ran out, can't start new thread; free some"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating\n..."), "memory: ran out, RESOURCE_EXHAUSTED: Out of"),
+        (ResourceExhaustedError("out/a.tfrecord; No space left on device"), "out/a.tfrecord; No space left on device"),
+        (OSError(errno.ENOSPC, "No space left", command.__file__), f"{command.__file__}: No space left"),
+        (RuntimeError("a fault"), None),
+    ],
+)
+def test_what_the_machine_has_no_more_of_is_named(error, message):
+    wrapped = RuntimeError("a library's own")
+    wrapped.__cause__ = error if isinstance(error, ResourceExhaustedError) else None
+    for one in (error, wrapped) if wrapped.__cause__ else (error,):
+        text = command.message(one)
+        assert text is None if message is None else text.startswith(message)
 
 
 def test_help_lists_the_flags_of_other_modules_too():

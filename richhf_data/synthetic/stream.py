@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import cv2
 import numpy as np
 
-from richhf_data import keywords, schema
+from richhf_data import keywords, paths, schema
 from richhf_data.errors import UserError
 from richhf_data.synthetic import example
 from richhf_data.vocabulary import Vocabulary
@@ -68,9 +68,10 @@ def _drawn(draw, start, workers):
         for number in itertools.count(start):
             yield draw(number)
     context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_batches, initargs=(draw,)
-    )
+    with paths.naming("/dev/shm"):  # their semaphores
+        pool = concurrent.futures.ProcessPoolExecutor(
+            workers, mp_context=context, initializer=_start_batches, initargs=(draw,)
+        )
     try:
         pending = collections.deque(pool.submit(_draw, start + k) for k in range(AHEAD * workers))
         for number in itertools.count(start + AHEAD * workers):

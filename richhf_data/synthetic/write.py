@@ -101,9 +101,10 @@ def write(output, counts: dict[str, int], size: int, seed: int, workers: int | N
 
     references, likert, empty = {}, [], []
     context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(
-        workers or os.cpu_count(), mp_context=context, initializer=stream.start_drawing
-    )
+    with paths.naming("/dev/shm"):  # their semaphores
+        pool = concurrent.futures.ProcessPoolExecutor(
+            workers or os.cpu_count(), mp_context=context, initializer=stream.start_drawing
+        )
     with pool, tqdm(total=sum(counts.values()), desc="draw", unit="example") as bar:
         for split, count in counts.items():
             evidence, rows = [], []
