@@ -24,8 +24,8 @@ from etils import epath
 from rahf import experiments, hosts
 from rahf.models.rahf import RAHFConfig
 from richhf_data import checked, json_files, paths
-from richhf_data.checked import Range
 from richhf_data.errors import UserError
+from richhf_data.ranges import Range
 
 # How a run is divided, logged and saved: no result depends on it.
 CONDUCT = ("mesh", "log_every", "checkpoint_every", "train.max_bad_steps")

@@ -6,7 +6,7 @@
         activation: Literal["relu", "gelu"] = "relu"
 
         def __post_init__(self):
-            fields(self, "tower")  # Tower(depth=0): "tower.depth: got 0, expected an integer of 1 to 256"
+            fields(self, "tower")  # Tower(depth=0): "tower.depth: got 0, expected an integer from 1 to 256"
 """
 
 import dataclasses
@@ -20,42 +20,18 @@ from typing import Annotated, Any
 
 from richhf_data import jsonl
 from richhf_data.errors import UserError
+from richhf_data.ranges import Range
 
 SHOWN = 80  # characters of a wrong value that a message shows
 
 
-@dataclasses.dataclass(frozen=True)
-class Range:
-    """Bounds of a number, or of the number of entries of a list; `above` and `below` exclude the bound itself."""
-
-    low: float | None = None
-    high: float | None = None
-    above: float | None = None
-    below: float | None = None
-
-    def holds(self, value) -> bool:
-        value = value if isinstance(value, int | float) else len(value)
-        return (
-            (self.low is None or value >= self.low)
-            and (self.high is None or value <= self.high)
-            and (self.above is None or value > self.above)
-            and (self.below is None or value < self.below)
-        )
-
-    def __str__(self) -> str:
-        if self.low is not None and self.high is not None:
-            return f"of {self.low} to {self.high}"
-        bounds = {"at least": self.low, "at most": self.high, "above": self.above, "below": self.below}
-        return " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
-
-
 # Upper bounds are far above all published models; a larger number is an error or an attack, and would fill the memory.
-Count = Annotated[int, Range(1)]
+Count = Annotated[int, Range(1, 2**31 - 1)]
 Layers = Annotated[int, Range(1, 256)]
 Size = Annotated[int, Range(1, 2**20)]  # widths, heads, vocabularies, positions
 Pixels = Annotated[int, Range(1, 8192)]  # a side of an image or of a patch
-Share = Annotated[float, Range(0, below=1)]  # dropout
-Epsilon = Annotated[float, Range(above=0, below=1)]
+Share = Annotated[float, Range(0, 1, without=(1,))]  # dropout
+Epsilon = Annotated[float, Range(0, 1, without=(0, 1))]
 Metric = typing.NewType("Metric", float)  # may be not-a-number
 WORDS = {int: "an integer", float: "a number", str: "a text", bool: "true or false", types.NoneType: "null"}
 WORDS[Metric] = WORDS[float]
@@ -92,7 +68,7 @@ def conform(hint, value, name: str = "", extra: bool = False) -> Any:
         return float(value)
     if hint is Metric and type(value) in (int, float) and (value != value or _finite(value)):
         return float(value)
-    if origin is Annotated and _is_kind(arguments[0], value) and all(bounds.holds(value) for bounds in arguments[1:]):
+    if origin is Annotated and _is_kind(arguments[0], value) and all(_measure(value) in bounds for bounds in arguments[1:]):
         return conform(arguments[0], value, name, extra)
     if origin is typing.Literal and any(type(value) is type(one) and value == one for one in arguments):
         return value
@@ -162,6 +138,11 @@ def _finite(value) -> bool:
         return False
 
 
+def _measure(value):
+    """What a range bounds: a number itself, the number of entries of a list."""
+    return value if isinstance(value, int | float) else len(value)
+
+
 def _is_kind(hint, value) -> bool:
     """Whether the value is of an annotation's outer type, whatever its range and its entries."""
     origin = typing.get_origin(hint) or hint
@@ -183,8 +164,8 @@ def _words(hint) -> str:
         return WORDS[hint]
     if origin is Annotated:
         of_list = typing.get_origin(arguments[0]) in (tuple, list, dict)
-        bounds = " and ".join(map(str, arguments[1:])) + (" entries" if of_list else "")
-        return f"{_words(arguments[0])} {bounds}"
+        bounds = " and ".join(one.bounds() for one in arguments[1:])
+        return f"{_words(arguments[0])} {bounds}{' entries' if of_list else ''}"
     if origin is typing.Literal:
         return f"one of {arguments}" if len(arguments) > 1 else repr(arguments[0])
     if origin in (typing.Union, types.UnionType):

@@ -43,13 +43,16 @@ class Range:
         return inside or (self.also is not None and bool(value == self.also))
 
     def __str__(self):
-        least, most = (f"{bound:,.0f}" if bound == round(bound) else f"{bound:g}" for bound in (self.least, self.most))
-        bounds = f"from {least} to {most}"
-        if self.without:
-            lower = f"above {least}" if self.least in self.without else f"of {least} or more"
-            bounds = f"{lower} and {'below' if self.most in self.without else 'at most'} {most}"
         also = "" if self.also is None else f", or {self.also}"
-        return f"{'a whole number' if self.whole else 'a number'} {bounds}{also}"
+        return f"{'a whole number' if self.whole else 'a number'} {self.bounds()}{also}"
+
+    def bounds(self) -> str:
+        """The bounds in words: "from 1 to 256"."""
+        least, most = (f"{bound:,.0f}" if bound == round(bound) else f"{bound:g}" for bound in (self.least, self.most))
+        if not self.without:
+            return f"from {least} to {most}"
+        lower = f"above {least}" if self.least in self.without else f"of {least} or more"
+        return f"{lower} and {'below' if self.most in self.without else 'at most'} {most}"
 
 
 @dataclasses.dataclass(frozen=True)

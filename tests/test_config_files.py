@@ -138,5 +138,5 @@ def test_a_number_far_too_large_is_refused_with_its_key(tmp_path):
     for name, key, value in (("vit", "num_hidden_layers", 10_000_000), ("t5", "num_layers", 10_000_000)):
         values, read = CONFIGS[name]
         (tmp_path / "config.json").write_text(json.dumps(values | {key: value}))
-        with pytest.raises(UserError, match=rf"config.json: {key}: got 10000000, expected an integer of 1 to 256"):
+        with pytest.raises(UserError, match=rf"config.json: {key}: got 10000000, expected an integer from 1 to 256"):
             read(tmp_path / "config.json")

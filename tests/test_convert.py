@@ -589,7 +589,7 @@ def test_a_folder_of_ours_is_written_anew(tmp_path):
     ("settings", "message"),
     [
         ({"model_type": "t5"}, "config.json is of a 't5', expected 'vit'; choose another --source"),
-        ({"model_type": "vit", "hidden_size": 8}, r"in/config.json: patch_size: missing, expected an integer of 1"),
+        ({"model_type": "vit", "hidden_size": 8}, r"in/config.json: patch_size: missing, expected an integer from 1"),
         ([], "config.json: got a JSON list, expected an object"),
         (None, "config.json: damaged, expected JSON"),
     ],

@@ -46,11 +46,11 @@ def test_a_value_becomes_what_the_annotation_says():
     ("values", "message"),
     [
         ({}, r"^part: missing, expected an object with keys of \['depth', 'style'\]"),
-        ({"part": {}}, r"^part.depth: missing, expected an integer of 1 to 256"),
+        ({"part": {}}, r"^part.depth: missing, expected an integer from 1 to 256"),
         ({"part": []}, r"^part: got \[\], expected an object with keys"),
-        ({"part": {"depth": 0}}, r"^part.depth: got 0, expected an integer of 1 to 256"),
+        ({"part": {"depth": 0}}, r"^part.depth: got 0, expected an integer from 1 to 256"),
         ({"part": {"depth": -3}}, r"^part.depth: got -3, expected"),
-        ({"part": {"depth": 10_000_000}}, r"^part.depth: got 10000000, expected an integer of 1 to 256"),
+        ({"part": {"depth": 10_000_000}}, r"^part.depth: got 10000000, expected an integer from 1 to 256"),
         ({"part": {"depth": 10**5000}}, r"^part.depth: got an integer of 16610 bits, expected"),
         ({"part": {"depth": True}}, r"^part.depth: got True, expected"),
         ({"part": {"depth": 3.0}}, r"^part.depth: got 3.0, expected"),
@@ -59,11 +59,11 @@ def test_a_value_becomes_what_the_annotation_says():
         ({"part": {"depth": 3, "style": "papre"}}, r"^part.style: got 'papre', expected one of \('paper', 'pytorch'\)"),
         ({"part": {"depth": 3, "style": [1]}}, r"^part.style: got \[1\], expected one of"),
         ({"part": {"depth": 3, "styl": 1}}, r"^unknown option 'part.styl'; did you mean 'part.style'\?"),
-        ({"dropout": 1}, r"^dropout: got 1, expected a number at least 0 and below 1"),
+        ({"dropout": 1}, r"^dropout: got 1, expected a number of 0 or more and below 1"),
         ({"dropout": float("nan")}, r"^dropout: got nan, expected a number"),
         ({"dropout": 10**400}, r"^dropout: got an integer of 1329 bits, expected a number"),
         ({"dropout": False}, r"^dropout: got False, expected a number"),
-        ({"sizes": []}, r"^sizes: got \[\], expected a list, each entry an integer of 1 to 256, of 1 to 3 entries"),
+        ({"sizes": []}, r"^sizes: got \[\], expected a list, each entry an integer from 1 to 256, from 1 to 3 entries"),
         ({"sizes": [1, 0]}, r"^sizes\[1\]: got 0, expected an integer"),
         ({"sizes": [1] * 4}, r"^sizes: got \[1, 1, 1, 1\], expected a list"),
         ({"sizes": "123"}, r"^sizes: got '123', expected a list"),
@@ -91,7 +91,7 @@ def test_a_long_value_is_shortened():
 
 
 def test_a_dataclass_checks_itself_however_it_is_made():
-    with pytest.raises(UserError, match=r"^part.depth: got 0, expected an integer of 1 to 256"):
+    with pytest.raises(UserError, match=r"^part.depth: got 0, expected an integer from 1 to 256"):
         Part(0)
 
 

@@ -292,7 +292,7 @@ def test_augmented_prompt_runs_each_part_on_the_rows_that_need_it(augmented):
         ({"imagesize": 3}, r"unknown option 'model.imagesize'; did you mean 'model.image_size'\?"),
         ({"vit": {"dept": 3}}, r"unknown option 'model.vit.dept'; did you mean 'model.vit.depth'\?"),
         ({"vit": 3}, r"vit: got 3, expected an object with keys"),
-        ({"t5": {"emb_dim": "64"}}, r"model.t5.emb_dim: got '64', expected an integer of 1 to 1048576"),
+        ({"t5": {"emb_dim": "64"}}, r"model.t5.emb_dim: got '64', expected an integer from 1 to 1,048,576"),
         ({"dtype": "bf16"}, r"dtype: got 'bf16', expected one of"),
         ({"image_size": 100}, r"image_size: got 100, expected a multiple of vit.patch_size = 16"),
     ],

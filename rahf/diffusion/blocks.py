@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from rahf.models.layers import Conv, Dense, GroupNorm, Projection
-from richhf_data.checked import Range, Size
+from richhf_data.checked import Size
 from richhf_data.errors import UserError
+from richhf_data.ranges import Range
 
 Array = jax.Array
 DTYPES = ("float32", "bfloat16", "float16")

@@ -28,8 +28,8 @@ from rahf.fingerprint import fingerprint
 from rahf.reward import embed, specs
 from rahf.reward.image_table import ImageTable
 from richhf_data import checked, images, json_files, paths, schema
-from richhf_data.checked import Range
 from richhf_data.errors import UserError
+from richhf_data.ranges import Range
 
 AT_ONCE = 16  # images or texts per device in a batch for a frozen part
 REWARDED_AT_ONCE = 64  # images in a batch for a reward

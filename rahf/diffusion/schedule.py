@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from richhf_data import checked
-from richhf_data.checked import Range
 from richhf_data.errors import UserError
+from richhf_data.ranges import Range
 
 Array = jax.Array
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -25,7 +25,7 @@ BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
 SPACINGS = ("leading", "linspace", "trailing")  # of the samplers' timesteps (arXiv 2305.08891, table 2)
 SAMPLERS = ("ddim", "ddpm", "dpm++")
 MIN_ALPHA = 1e-12  # with less of the image left, dividing by its share loses everything in float32
-Beta = Annotated[float, Range(1e-7, below=1)]  # 1 minus a smaller one is 1 in float32
+Beta = Annotated[float, Range(1e-7, 1, without=(1,))]  # 1 minus a smaller one is 1 in float32
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,8 +26,9 @@ from rahf.diffusion.blocks import Channels, Dtype, ResnetBlock, attend, check_bl
 from rahf.models.layers import Conv, GroupNorm, LayerNorm, partitioned, upsample
 from rahf.partitioning import compute_copy
 from richhf_data import checked
-from richhf_data.checked import Range, Size
+from richhf_data.checked import Size
 from richhf_data.errors import UserError
+from richhf_data.ranges import Range
 
 Array = jax.Array
 DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D")  # the second has attention

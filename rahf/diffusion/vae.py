@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from rahf.diffusion.blocks import Channels, Dtype, ResnetBlock, attend, check_blocks
 from rahf.models.layers import Conv, GroupNorm, normalize_image, upsample
 from richhf_data import checked
-from richhf_data.checked import Range, Size
+from richhf_data.checked import Size
 from richhf_data.errors import UserError
+from richhf_data.ranges import Range
 
 Array = jax.Array
 

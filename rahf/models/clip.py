@@ -28,8 +28,9 @@ from jax.typing import DTypeLike
 
 from rahf.models.layers import MASKED, Dense, LayerNorm, normalize_image, partitioned, to_patches
 from richhf_data import checked, json_files, jsonl
-from richhf_data.checked import Epsilon, Layers, Pixels, Range, Size
+from richhf_data.checked import Epsilon, Layers, Pixels, Size
 from richhf_data.errors import UserError
+from richhf_data.ranges import Range
 
 Array = jax.Array
 ACTIVATIONS = {"quick_gelu": lambda x: x * nn.sigmoid(1.702 * x), "gelu": lambda x: nn.gelu(x, approximate=False)}

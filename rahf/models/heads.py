@@ -20,8 +20,9 @@ from rahf.models import tpu
 from rahf.models.layers import KERNEL_AXES, LayerNorm, RMSNorm, partitioned
 from rahf.partitioning import compute_copy, product
 from richhf_data import checked
-from richhf_data.checked import Range, Size
+from richhf_data.checked import Size
 from richhf_data.errors import UserError
+from richhf_data.ranges import Range
 
 Array = jax.Array
 STYLES = ("paper", "pytorch")

@@ -24,8 +24,9 @@ from jax.typing import DTypeLike
 from rahf.models.layers import MASKED, Dense, RMSNorm, matmul, partitioned, scan_layers, softmax
 from rahf.partitioning import compute_copy
 from richhf_data import checked
-from richhf_data.checked import Layers, Range, Share, Size
+from richhf_data.checked import Layers, Share, Size
 from richhf_data.errors import UserError
+from richhf_data.ranges import Range
 
 Array = jax.Array
 ACTIVATIONS = {"relu": nn.relu, "gelu": nn.gelu, "linear": lambda x: x}

@@ -19,8 +19,9 @@ from jax.typing import DTypeLike
 from rahf.models.layers import LayerNorm, Projection, partitioned, scan_layers, softmax, to_patches
 from rahf.partitioning import compute_copy
 from richhf_data import checked
-from richhf_data.checked import Epsilon, Layers, Pixels, Range, Share, Size
+from richhf_data.checked import Epsilon, Layers, Pixels, Share, Size
 from richhf_data.errors import UserError
+from richhf_data.ranges import Range
 
 Array = jax.Array
 

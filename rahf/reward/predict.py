@@ -13,8 +13,9 @@ from rahf.fingerprint import fingerprint
 from rahf.models.parameters import param_shapes
 from rahf.reward import embed, model, specs
 from richhf_data import checked, json_files, paths
-from richhf_data.checked import Range, Size
+from richhf_data.checked import Size
 from richhf_data.errors import UserError
+from richhf_data.ranges import Range
 
 
 @dataclasses.dataclass(frozen=True)
