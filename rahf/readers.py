@@ -6,10 +6,11 @@ names.py. Names and shapes are checked; values are read later, one tensor at a t
 
 import dataclasses
 import functools
+import os
 import pathlib
 import re
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -27,6 +28,7 @@ from rahf.weights import Tensor, Tensors
 from richhf_data import checked, json_files, schema
 from richhf_data.checked import Epsilon, Layers, Pixels, Size
 from richhf_data.errors import UserError
+from richhf_data.ranges import Range
 
 LENGTHS = {"text_length": 128, "keyword_length": 128}  # for the release, which does not limit them
 TASK_LENGTH = 32  # more ids of text for the names of `schema.PYTORCH_TASKS`
@@ -382,6 +384,24 @@ def rahf_pytorch(path) -> Pretrained:
     return rahf_from_release(weights.open_hugging_face(path), release_notes(path.parent), f"RAHF {path}")
 
 
+@dataclasses.dataclass(frozen=True)
+class ReleaseArguments:
+    """What is read of an args_config.json."""
+
+    vit_model: Annotated[str, Range(1, 4096)] = "google/vit-"
+    t5_model: Annotated[str, Range(1, 4096)] = "t5-base"
+    multi_heads: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ReleaseFile:
+    """What is read of a config.json beside the release's weights."""
+
+    vit: dict[str, Any] = dataclasses.field(default_factory=dict)
+    t5: dict[str, Any] = dataclasses.field(default_factory=dict)
+    multi_heads: bool | None = None
+
+
 def release_notes(folder: pathlib.Path) -> dict:
     """What the files beside the release's weights say of them. None has to exist.
 
@@ -393,29 +413,28 @@ def release_notes(folder: pathlib.Path) -> dict:
       {"vit": {...}, "t5": {...}, "pixels": {...}} and `multi_heads`, each where something is said. config.json comes first.
     """
 
-    def section(file, name=None):
-        values = json_files.read(file) if file.is_file() else {}
-        values = values.get(name, {}) if name else values
-        if not isinstance(values, dict):
-            raise UserError(f"{file}: got {name} = {values!r}, expected an object")
-        return values
+    def values(folder, file):
+        path = os.path.join(folder, file)
+        return json_files.read(path) if os.path.isfile(path) else {}  # False for a name that no file can have
 
-    arguments, config = section(folder / "args_config.json"), section(folder / "config.json")
-    notes = {part: section(folder / "config.json", part) for part in ("vit", "t5")}
-    notes["vit"] = {SHORT_KEYS.get(name, name): value for name, value in notes["vit"].items()}
-    notes["pixels"] = section(folder / "preprocessor_config.json")
-    name = str(arguments.get("vit_model", "google/vit-"))
+    def checked_values(hint, file):
+        return json_files.conform(hint, values(folder, file), folder / file, extra=True)
+
+    arguments, config = checked_values(ReleaseArguments, "args_config.json"), checked_values(ReleaseFile, "config.json")
+    notes = {"vit": {SHORT_KEYS.get(name, name): value for name, value in config.vit.items()}, "t5": config.t5}
+    notes["pixels"] = values(folder, "preprocessor_config.json")
+    name = arguments.vit_model
     known = [pixels for start, pixels in PIXELS.items() if name.startswith(start)]
-    if not known and not (pathlib.Path(name) / "config.json").is_file() and not (notes["vit"] and notes["pixels"]):
+    if not known and not os.path.isfile(os.path.join(name, "config.json")) and not (notes["vit"] and notes["pixels"]):
         raise UserError(
-            f"{folder / 'args_config.json'}: got vit_model {name!r}, expected a folder or a name that begins with one of "
-            f"{list(PIXELS)}; put this ViT's preprocessor_config.json there, and its config.json as `vit` of config.json"
+            f"{folder / 'args_config.json'}: got vit_model {checked.shown(name)}, expected a folder or a name that begins "
+            f"with one of {list(PIXELS)}; put this ViT's preprocessor_config.json there, and its config.json as `vit` of config.json"
         )
     for part, file in (("vit", "config.json"), ("pixels", "preprocessor_config.json")):
-        notes[part] = section(pathlib.Path(name) / file) | notes[part]
+        notes[part] = values(name, file) | notes[part]
     notes["pixels"] = (known[0] if known else {}) | notes["pixels"]
-    notes["t5"] = section(pathlib.Path(str(arguments.get("t5_model"))) / "config.json") | notes["t5"]
-    return notes | {"multi_heads": config.get("multi_heads", arguments.get("multi_heads"))}
+    notes["t5"] = values(arguments.t5_model, "config.json") | notes["t5"]
+    return notes | {"multi_heads": arguments.multi_heads if config.multi_heads is None else config.multi_heads}
 
 
 def rahf_from_release(theirs: Tensors, notes: Mapping, what: str) -> Pretrained:
@@ -596,8 +615,8 @@ def _release_config(theirs: Tensors, notes: Mapping, tied: bool, what: str) -> R
         variant=variant,
         image_size=side * patch,
         decoder_attends="text",
-        vit=vit_config_from_hugging_face(vit),
-        t5=t5_config_from_hugging_face(t5),
+        vit=vit_config_from_hugging_face(vit, what),
+        t5=t5_config_from_hugging_face(t5, what),
         score_head=ScoreHeadConfig(
             filters=sizes(rf"{score}\.conv_layers\.(\d+)\.weight", 4),
             kernel_size=3,

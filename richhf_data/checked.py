@@ -163,9 +163,10 @@ def _words(hint) -> str:
     if hint in WORDS:
         return WORDS[hint]
     if origin is Annotated:
-        of_list = typing.get_origin(arguments[0]) in (tuple, list, dict)
+        counted = {tuple: " entries", list: " entries", dict: " entries", str: " characters"}
+        kind = typing.get_origin(arguments[0]) or arguments[0]
         bounds = " and ".join(one.bounds() for one in arguments[1:])
-        return f"{_words(arguments[0])} {bounds}{' entries' if of_list else ''}"
+        return f"{_words(arguments[0])} {bounds}{counted.get(kind, '')}"
     if origin is typing.Literal:
         return f"one of {arguments}" if len(arguments) > 1 else repr(arguments[0])
     if origin in (typing.Union, types.UnionType):

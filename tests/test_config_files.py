@@ -1,6 +1,8 @@
 """Every kind of config that is read from JSON: each key with wrong types, zeros, negatives, huge values, or missing."""
 
 import copy
+import functools
+import itertools
 import json
 import pathlib
 import random
@@ -20,6 +22,11 @@ VIT = {"patch_size": 16, "hidden_size": 24, "num_hidden_layers": 2, "num_attenti
 T5 = {"vocab_size": 60, "d_model": 8, "num_heads": 2, "d_kv": 4, "num_layers": 1, "d_ff": 8, "num_decoder_layers": 2}
 CLIP = {"text_config": {"hidden_size": 64, "eos_token_id": 2}, "vision_config_dict": {"image_size": 64}, "projection_dim": 8}
 MODEL = experiments.load("rahf_ci").model.to_dict()
+HEADS = {"num_attention_heads": 4}
+RELEASE = {"vit": {**HEADS, "layer_norm_eps": 1e-12}, "t5": {"relative_attention_max_distance": 128}, "multi_heads": True}
+ARGUMENTS = {"vit_model": "google/vit-base", "t5_model": "t5-base", "multi_heads": True}
+PIXELS = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "do_normalize": True, "rescale_factor": 1 / 255}
+DATA = pathlib.Path(__file__).parent / "data"
 REWARD = {"kind": "reward", "clip": {"folder": "clip", "digest": "0"}, "model": {"hidden": [8, 8]}}
 INFO = {"name": "richhf", "version": "2.0.0", "splits": [{"name": "train", "numBytes": "3", "shardLengths": ["1"]}]}
 UNIT = {"records": {"train": "0"}, "splits": {"train": {"examples": 1}}}
@@ -41,12 +48,30 @@ def loaded_reward(file):
             return None
 
 
+@functools.cache
+def release_tensors():
+    files = [DATA / f"richhf_pytorch_tiny_{part}.npz" for part in ("trunk", "scores", "heatmaps")]
+    return dict(itertools.chain.from_iterable(weights.open_npz(file).items() for file in files))
+
+
+def release(file):
+    """The release's config from its tensors and from what the files beside it say. No values are read."""
+    notes = readers.release_notes(file.parent)
+    notes["vit"] = HEADS | notes["vit"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readers, "param_shapes", lambda *arguments: {})
+        patch.setattr(readers, "matched", lambda *arguments: {})
+        return readers.rahf_from_release(release_tensors(), notes, f"RAHF {file.parent}")
+
+
 VIT_OURS = pretrained.ViTConfig(patch_size=8, width=24, num_heads=2)
 CONFIGS = {  # name -> the file's values, what reads the file
     "vit": (VIT | {"layer_norm_eps": 1e-12}, lambda file: readers.vit_config_from_hugging_face(*hugging_face(file, "vit"))),
     "t5": (T5 | {"tie_word_embeddings": False, "relative_attention_num_buckets": 8}, lambda file: t5(file)),
     "clip": (CLIP, lambda file: readers.clip_config_from_hugging_face(*hugging_face(file, "clip"))),
-    "release": ({"vit": {"num_heads": 16}}, lambda file: json_files.read_as(readers.ReleaseFile, file, extra=True)),
+    "release": (RELEASE, lambda file: release(file)),
+    "release, pixels": (PIXELS, lambda file: release(file)),
+    "release, arguments": (ARGUMENTS, lambda file: release(file)),
     "our vit": ({"kind": "vit", "vit": vars(VIT_OURS), "image_size": 32}, lambda file: converted(file, "vit")),
     "our rahf": (
         {"kind": "rahf", "model": MODEL, "data": {"text_length": 8, "keyword_length": 8}},
@@ -59,7 +84,8 @@ CONFIGS = {  # name -> the file's values, what reads the file
     "prompts": ({"train": [["a", "b", "c"]]}, lambda file: builder.read_prompts(file.parent)),
     "references": ({"train": {"row": {"metric": 1.5}}}, builder.read_references),
 }
-FILES = {"report": "report.json", "prompts": "prompts.json"}
+FILES = {"report": "report.json", "prompts": "prompts.json", "release, pixels": "preprocessor_config.json"}
+FILES["release, arguments"] = "args_config.json"
 
 
 def hugging_face(file, kind):
@@ -127,7 +153,7 @@ DIFFUSERS = ("model_index.json", "unet/config.json", "vae/config.json", "schedul
 
 @pytest.mark.parametrize("part", [*DIFFUSERS, "text_encoder/config.json"])
 def test_a_changed_part_of_a_diffusers_folder_is_read_or_refused_by_name(part, tmp_path):
-    with zipfile.ZipFile(pathlib.Path(__file__).parent / "data" / "diffusion_tiny.zip") as archive:
+    with zipfile.ZipFile(DATA / "diffusion_tiny.zip") as archive:
         archive.extractall(tmp_path, [name for name in archive.namelist() if name.endswith(".json") and "first/" in name])
     file = tmp_path / "first" / part
     root = tmp_path / "first"

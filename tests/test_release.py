@@ -145,7 +145,7 @@ def test_a_vit_of_unknown_pixels_is_refused_until_they_are_said(tmp_path):
         notes_in(tmp_path, args_config=arguments)
     said = {"config": {"vit": {"layer_norm_eps": 1e-6}}, "preprocessor_config": release_torch.IMAGENET}
     assert notes_in(tmp_path, args_config=arguments, **said)["pixels"] == release_torch.IMAGENET
-    with pytest.raises(ValueError, match=r"config.json: got vit = 3, expected an object"):
+    with pytest.raises(ValueError, match=r"config.json: vit: got 3, expected an object"):
         notes_in(tmp_path, config={"vit": 3})
 
 
@@ -234,11 +234,11 @@ def drop(part):
         (say("vit", layer_norm_eps=float("nan")), "layer_norm_eps nan of the ViT, expected float above 0"),
         (say("vit", hidden_size=32), "its notes say hidden_size 32 of the ViT, its tensors 24"),
         (say("vit", image_size=18), "its notes say image_size 18 of the ViT, its tensors 16"),
-        (say("vit", hidden_act="quick_gelu"), "ViT: got the activation 'quick_gelu', expected one of"),
+        (say("vit", hidden_act="quick_gelu"), "release: hidden_act: got 'quick_gelu', expected one of"),
         (say("t5", num_layers=[2]), r"its notes say num_layers \[2\] of the T5, its tensors 1"),
-        (say("t5", feed_forward_proj="gated-silu"), "T5: got feed_forward_proj 'gated-silu', expected one of"),
+        (say("t5", feed_forward_proj="gated-silu"), "release: feed_forward_proj: got 'gated-silu', expected one of"),
         (say("t5", feed_forward_proj="relu"), "its notes say feed_forward_proj 'relu', its MLPs are gated"),
-        (say("t5", layer_norm_epsilon=1e-5), "T5: got layer_norm_epsilon 1e-05"),
+        (say("t5", layer_norm_epsilon=1e-5), "release: layer_norm_epsilon: got 1e-05, expected 1e-06"),
         (say("t5", relative_attention_max_distance=0), "relative_attention_max_distance 0 of the T5, expected int above 0"),
         (say("t5", tie_word_embeddings="false"), "tie_word_embeddings 'false' of the T5, expected true or false"),
         (say("t5", tie_word_embeddings=True), "one matrix for embedding and logits .* its t5.lm_head.weight is another"),
