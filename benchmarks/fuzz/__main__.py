@@ -19,6 +19,7 @@ inputs and outputs of those that fell short. The exit code is 1 where there are 
 import collections
 import contextlib
 import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -78,6 +79,7 @@ def slug(door: doors.Door) -> str:
     return re.sub(r"\W+", "_", door.name)
 
 
+@functools.cache
 def changes(door: doors.Door, good: pathlib.Path, seed: int) -> list[tuple]:
     """Everything that can be changed of a door's input, in an order in which the kinds take turns.
 
@@ -228,6 +230,7 @@ class Running:
     case: Case
     pid: int
     began: float
+    limit: float  # seconds
 
     def ended(self) -> tuple[int, str | None] | None:
         """(exit status, why it was killed), or None while it runs."""
@@ -235,7 +238,7 @@ class Running:
         if pid:
             self._kill()  # what it left behind
             return status, None
-        why = f"no end within {SECONDS} s" if time.monotonic() - self.began > SECONDS else None
+        why = f"no end within {self.limit} s" if time.monotonic() - self.began > self.limit else None
         with contextlib.suppress(psutil.Error):
             child = psutil.Process(self.pid)
             used = sum(process.memory_info().rss for process in (child, *child.children(recursive=True)))
@@ -258,70 +261,77 @@ def good_inputs(chosen: list[doors.Door], folder: pathlib.Path) -> None:
         if place.exists():
             continue
         logs = folder / f"{slug(door)}.logs"
-        logs.mkdir(parents=True)
+        logs.mkdir(parents=True, exist_ok=True)
         place.mkdir()
         if os.waitpid(forked(lambda door=door, place=place: door.make(place), logs), 0)[1]:
+            shutil.rmtree(place)
             raise RuntimeError(f"the good input of {door.name} was not made:\n{(logs / 'stderr').read_text()}")
 
 
-def numbered(chosen: list[doors.Door], spent: dict[str, float]) -> Iterator[tuple[doors.Door, int | None]]:
-    """Doors and the numbers of their cases, endlessly: first all good inputs, then what had the least time for its share."""
-    yield from ((door, None) for door in chosen)
-    counts = collections.Counter()
+def run_all(cases: Iterator[Case], limit: float) -> Iterator[tuple[Case, int, str | None, float]]:
+    """Runs cases, as many at once as there are cores; yields each with its exit status, why it was killed, its seconds."""
+    running = []
     while True:
-        door = min(chosen, key=lambda door: spent[door.name] / door.share)
-        spent[door.name] += 0.01
-        yield door, counts[door.name]
-        counts[door.name] += 1
+        while len(running) < os.cpu_count() and (case := next(cases, None)) is not None:
+            running.append(Running(case, forked(lambda case=case: run(case), case.folder), time.monotonic(), limit))
+        if not running:
+            return
+        time.sleep(0.02)
+        for one in list(running):
+            if (ended := one.ended()) is not None:
+                running.remove(one)
+                yield one.case, *ended, time.monotonic() - one.began
 
 
 def fuzz(chosen: list[doors.Door], output: pathlib.Path, seed: int, seconds: float, only: int | None = None) -> list[dict]:
-    """Runs cases until the time is over, as many at once as there are cores; returns a row of results.jsonl for each.
+    """Runs the good inputs, then cases until `seconds` have passed; returns a row of results.jsonl for each.
+
+    The good inputs compile what the others need. Of the doors, the one that had the least time for its share is next.
 
     Args:
-      only: the one number to run, after the good inputs.
+      only: the number of the one case to run.
     """
     good_inputs(chosen, output / "good")
-    spent, results, rows, running = dict.fromkeys((door.name for door in chosen), 0.0), {}, [], []
-    todo = numbered(chosen, spent) if only is None else iter([(chosen[0], None), (chosen[0], only)])
-    began, waiting = time.monotonic(), len(chosen)  # good inputs whose result is not known yet
-    with (output / "results.jsonl").open("a") as file:
-        while True:
-            while len(running) < (os.cpu_count() if only is None else 1) and time.monotonic() - began < seconds:
-                if (following := next(todo, None)) is None:
-                    break
-                door, number = following
-                case = case_of(door, output / "good" / slug(door), number, seed, output / "cases")
-                running.append(Running(case, forked(lambda case=case: run(case), case.folder), time.monotonic()))
-                if number is not None and waiting:
-                    break
-            if not running:
-                return rows
-            time.sleep(0.02)
-            for one in list(running):
-                if (ended := one.ended()) is None:
-                    continue
-                running.remove(one)
-                case, took = one.case, time.monotonic() - one.began
-                spent[case.door.name] += took
-                found, why = verdict(case, *ended, results.get(case.door.name))
-                if case.kind == "good":
-                    waiting -= 1
-                    if found == "ok":
-                        results[case.door.name] = json.loads((case.folder / "result.json").read_bytes())
-                    else:
-                        found, why = "FAULT", f"the good input: {found}: {why}"
-                row = {"case": case.name, "door": case.door.name, "group": case.door.group, "kind": case.kind}
-                row |= {"what": case.what, "verdict": found, "why": why, "seconds": round(took, 2)}
-                rows.append(row)
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-                if found == "FAULT":
-                    print(f"FAULT {case.name}: {case.what}: {why}", flush=True)
-                    shutil.rmtree(output / "faults" / case.name, ignore_errors=True)
-                    shutil.copytree(case.folder, output / "faults" / case.name, symlinks=True, ignore=_special)
-                if only is None:
-                    shutil.rmtree(case.folder, ignore_errors=True)
+    spent, results, rows = dict.fromkeys((door.name for door in chosen), 0.0), {}, []
+
+    def case(door, number):
+        return case_of(door, output / "good" / slug(door), number, seed, output / "cases")
+
+    def cases():
+        if only is not None:
+            yield case(chosen[0], only)
+            return
+        counts, end = collections.Counter(), time.monotonic() + seconds
+        while time.monotonic() < end:
+            door = min(chosen, key=lambda door: spent[door.name] / door.share)
+            spent[door.name] += 0.05  # while it runs
+            counts[door.name] += 1
+            yield case(door, counts[door.name] - 1)
+
+    def record(case, status, ended, took):
+        found, why = verdict(case, status, ended, results.get(case.door.name))
+        if case.kind == "good" and found == "ok":
+            results[case.door.name] = json.loads((case.folder / "result.json").read_bytes())
+        elif case.kind == "good":
+            found, why = "FAULT", f"the good input: {found}: {why}"
+        else:
+            spent[case.door.name] += took
+        row = {"case": case.name, "door": case.door.name, "group": case.door.group, "kind": case.kind}
+        rows.append(row | {"what": case.what, "verdict": found, "why": why, "seconds": round(took, 2)})
+        with (output / "results.jsonl").open("a") as file:
+            file.write(json.dumps(rows[-1]) + "\n")
+        if found == "FAULT":
+            print(f"FAULT {case.name}: {case.what}: {why}", flush=True)
+            shutil.rmtree(output / "faults" / case.name, ignore_errors=True)
+            shutil.copytree(case.folder, output / "faults" / case.name, symlinks=True, ignore=_special)
+        if only is None:
+            shutil.rmtree(case.folder, ignore_errors=True)
+
+    for done in run_all((case(door, None) for door in chosen), 5 * SECONDS):
+        record(*done)
+    for done in run_all(cases(), SECONDS):
+        record(*done)
+    return rows
 
 
 def _special(folder, names):
@@ -350,7 +360,7 @@ def main():
     args = flags.FLAGS
     output = pathlib.Path(args.output).absolute()
     output.mkdir(parents=True, exist_ok=True)
-    os.environ |= {"HF_HUB_OFFLINE": "1", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    os.environ |= {"HF_HUB_OFFLINE": "1", "XLA_FLAGS": doors.quick_xla.FLAGS}
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_compilation_cache_dir", str(output / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -361,9 +371,8 @@ def main():
         if not chosen or only is False:
             known = ", ".join(map(slug, doors.DOORS))
             raise UserError(f"--case: got {args.case}, expected DOOR-NUMBER with a door of {known}")
-    for door in chosen:
-        if not callable(door.call):
-            importlib.import_module(door.call[0])
+    for module in ("richhf_data.tasks", "rahf.features", *(door.call[0] for door in chosen if not callable(door.call))):
+        importlib.import_module(module)  # once for all cases
     rows = fuzz(chosen, output, args.seed, 60 * args.minutes, only)
     if args.case:
         print((output / "cases" / args.case / "stdout").read_text(errors="replace"))

@@ -1,7 +1,10 @@
 """The doors: each has a small good input, the command or function that reads it, and a check of what comes out."""
 
+import contextlib
 import dataclasses
+import functools
 import json
+import math
 import pathlib
 import shutil
 import sys
@@ -14,17 +17,18 @@ import PIL.Image
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
+import quick_xla  # noqa: E402, F401 - for __main__.py
 import tiny_clip  # noqa: E402
 import tiny_data  # noqa: E402
 import tiny_diffusion  # noqa: E402
 
 import rahf  # noqa: E402
-from rahf import predict, workdirs  # noqa: E402
+from rahf import names, predict, readers, workdirs  # noqa: E402
 from rahf.diffusion import folder as diffusion_folder  # noqa: E402
 from rahf.diffusion import sample  # noqa: E402
 from rahf.reward import embed, image_table, model  # noqa: E402
 from rahf.reward import predict as reward_predict  # noqa: E402
-from richhf_data import images, json_files, tasks, vocabulary  # noqa: E402
+from richhf_data import images, json_files, vocabulary  # noqa: E402
 
 DATA = ROOT / "tests/data"
 PROMPTS = ("two red cats on a table", "a blue dog")
@@ -74,6 +78,7 @@ def _converted(folder):
 
 
 def _workdir(folder):
+    folder.mkdir(exist_ok=True)
     _unzip("older_workdirs", folder, "run")
     shutil.rmtree(folder / "checkpoints")
     (folder / "golden.json").unlink()
@@ -99,6 +104,7 @@ def _predicted(folder):
 
 
 def _diffusers(folder):
+    folder.mkdir(exist_ok=True)
     _unzip("diffusion_tiny", folder, "first")
     tiny_diffusion.write_weights(folder)
     for name in ("tensors.json", "golden.npz"):
@@ -169,6 +175,78 @@ def _vit(folder):
     (folder / "golden.npz").unlink()
 
 
+def _hugging_face(kind, folder):
+    """A folder of Hugging Face's, with the configuration that transformers writes and a tensor of each name."""
+    import safetensors.numpy
+    import transformers
+
+    from rahf.models.clip import CLIP
+    from rahf.models.parameters import param_shapes
+
+    if kind == "vit":
+        sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+        transformers.ViTConfig(**sizes, patch_size=4, image_size=8).save_pretrained(folder)
+    elif kind == "t5":
+        sizes = {"d_model": 8, "num_heads": 2, "d_kv": 4, "num_layers": 1, "d_ff": 12, "vocab_size": 40}
+        transformers.T5Config(**sizes, feed_forward_proj="gated-gelu", tie_word_embeddings=False).save_pretrained(folder)
+    else:
+        sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+        size = len(tiny_diffusion.write_tokenizer(folder))
+        text = sizes | {"vocab_size": size, "eos_token_id": size - 1, "bos_token_id": size - 2}
+        text["max_position_embeddings"] = 16
+        vision = sizes | {"image_size": 8, "patch_size": 4}
+        transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=6).save_pretrained(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    if kind == "vit":
+        config = readers.vit_config_from_hugging_face(settings)
+        table, ours = names.vit_from_hugging_face(config), readers._vit_shapes(config, 5, kind)
+    elif kind == "t5":
+        config = readers.t5_config_from_hugging_face(settings)
+        table, ours = names.t5_from_hugging_face(config), readers._t5_shapes(config)
+    else:
+        config = readers.clip_config_from_hugging_face(settings)
+        ids, image = np.zeros((1, 16), np.int32), np.zeros((1, 8, 8, 3), np.float32)
+        table, ours = names.clip_from_hugging_face(config), param_shapes(CLIP(config).init, image, ids)
+    rng = np.random.default_rng(0)
+    shapes = {theirs: _shape_before(layout, ours[name].shape) for name, (theirs, layout) in table.items()}
+    tensors = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+
+
+def _shape_before(layout, shape):
+    """The shape of which a layout of names.py makes `shape`."""
+    if not shape:
+        return shape
+    choices = {shape, shape[::-1], shape[1:], (math.prod(shape),), (math.prod(shape[1:]), shape[0])}
+    choices |= {(shape[-1], math.prod(shape[:-1])), (*shape[:1:-1], *shape[:2])}
+    choices.add((shape[-1], 3, *[math.isqrt(shape[0] // 3)] * 2))  # of a convolution over patches
+    for choice in sorted(choices):
+        with contextlib.suppress(ValueError, IndexError):
+            if layout(np.broadcast_to(np.float32(0), choice)).shape == shape:
+                return choice
+    raise ValueError(f"no shape of which {layout} makes {shape}")
+
+
+def _evaluated(folder):
+    _workdir(folder / "workdir")
+    _dataset(folder)
+
+
+def _rated(folder):
+    _list(folder / "feedback", labels=True)
+    tiny_clip.write(folder / "clip")
+
+
+def _tuned(folder):
+    _diffusers(folder / "model")
+    _list(folder / "pictures")
+
+
+def _compared(folder):
+    _list(folder / "images")
+    tiny_clip.write(folder / "clip")
+
+
 def _t5x(folder):
     _unzip("t5x_v1_1_tiny", folder, "checkpoint_0")
 
@@ -202,6 +280,10 @@ def _read_diffusers(folder):
     for part in read.params.values():
         assert all(np.isfinite(np.asarray(leaf)).all() for leaf in _leaves(part)), "not finite"
     return read.text_ids(["red cat"]).tolist()
+
+
+def _read_configs(folder):
+    return [round(float(value), 8) for value in diffusion_folder.read_config(folder).schedule.alphas_cumprod[::100]]
 
 
 def _leaves(tree):
@@ -270,6 +352,8 @@ def _config(folder):
 
 
 def _built(output):
+    from richhf_data import tasks  # which imports TensorFlow
+
     report = tasks.report(output)
     for split in report["splits"]:
         examples, count = tasks.decoded(output, split)
@@ -284,6 +368,12 @@ def _weights(output):
     assert tensors and all(np.isfinite(tensor).all() for tensor in tensors.values()), "not finite"
     json.loads((output / "config.json").read_bytes())
     return {name: list(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _scores(file):
+    results = json.loads(file.read_bytes())
+    assert results["num_examples"] > 0, results
+    return results
 
 
 def _page(output):
@@ -306,6 +396,7 @@ DOORS = [
     Door("workdirs.read_config", "JSON, weights", _converted, _config, files="config.json"),
     Door("vocabulary", "JSON, weights", _converted, _vocabulary, files="vocabulary.model", share=0.3),
     Door("diffusers' folder", "JSON, weights", _diffusers, _read_diffusers, share=3),
+    Door("diffusers' configs", "JSON, weights", _diffusers, _read_configs, files="**/*config.json"),
     Door("CLIP", "JSON, weights", lambda folder: tiny_clip.write(folder), _embedded, share=2),
     Door("reward", "JSON, weights", _reward, _rewarded),
     Door(
@@ -319,6 +410,13 @@ DOORS = [
     Door(
         "convert workdir", "JSON, weights", _workdir,
         ("rahf.convert", "--source=workdir", "--input={input}", "--output={output}"), _weights,
+    ),
+    *(
+        Door(
+            f"convert {kind}-hf", "JSON, weights", functools.partial(_hugging_face, kind),
+            ("rahf.convert", f"--source={kind}-hf", "--input={input}", "--output={output}"), _weights,
+        )
+        for kind in ("vit", "t5", "clip")
     ),
     Door("prompts", "texts", _prompts, _texts),
     Door("list of images", "texts", _list, _inputs, files="*.jsonl"),
@@ -363,6 +461,11 @@ DOORS = [
         _predictions, flags=("limit", "batch_size"), files="images/*", share=3,
     ),
     Door(
+        "compare pictures", "pictures", _compared,
+        ("rahf.diffusion.evaluate", "--images={input}/images", "--clip={input}/clip", "--output={output}"),
+        lambda output: json.loads((output / "results.json").read_bytes()), files="images/*",
+    ),
+    Door(
         "sample", "JSON, weights", _diffusers,
         ("rahf.diffusion.sample", "--model={input}", "--prompt=red cat", "--output={output}", "--steps=2"), _sampled,
         flags=("num_images", "batch_size", "steps", "guidance_scale", "seed", "height", "width", "strength"),
@@ -371,7 +474,7 @@ DOORS = [
     Door(
         "train", "flags", _nothing,
         ("rahf.train", "--config=rahf_ci", "--config.data.source=stream", "--workdir={output}",
-         "--config.train.num_steps=1", "--config.eval.every=2"),
+         "--config.optimizer.warmup_steps=0", "--config.train.num_steps=1"),
         lambda output: [path.name for path in (output / "checkpoints").iterdir()],
         flags=("config.optimizer.learning_rate", "config.optimizer.b2", "config.optimizer.ema_decay", "config.seed",
                "config.optimizer.clip_norm", "config.optimizer.warmup_steps", "config.train.batch_size",
@@ -379,6 +482,33 @@ DOORS = [
                "config.eval.batch_size", "config.eval.every", "config.data.num_workers", "config.log_every",
                "config.model.image_size", "config.model.t5.num_heads", "config.model.vit.depth"),
         files="", share=2,
+    ),
+    Door(
+        "evaluate", "datasets", _evaluated,
+        ("rahf.evaluate", "--workdir={input}/workdir", "--split=dev", "--config.data.data_dir={input}/data",
+         "--config.data.source=seqio"),
+        lambda output: _scores(next(pathlib.Path().glob("*/workdir/eval/dev.json"))),
+        flags=("num_examples", "config.eval.batch_size"), files="data/**/*",
+    ),
+    Door(
+        "train a reward", "flags", _rated,
+        ("rahf.reward.train", "--feedback={input}/feedback/images.jsonl", "--clip={input}/clip", "--workdir={output}",
+         "--config.train.num_steps=2", "--config.eval.data_sizes=(1.0,)", "--config.loss.classification_weight=0",
+         "--config.eval.validation=0.4"),
+        lambda output: json.loads((output / "results.json").read_bytes())["results"][-1]["train"],
+        flags=("config.train.learning_rate", "config.train.batch_size", "config.loss.temperature", "config.seed",
+               "config.eval.validation", "config.train.weight_decay", "config.loss.num_prompts"), files="feedback/*",
+    ),
+    Door(
+        "fine-tune", "flags", _tuned,
+        ("rahf.diffusion.train", "--config=sd_reward", "--workdir={output}", "--config.model.folder={input}/model",
+         "--config.data.pretraining={input}/pictures", "--config.data.resize=True", "--config.model.dtype=float32",
+         "--config.train.num_steps=1", "--config.train.batch_size=2", "--config.optimizer.warmup_steps=0",
+         "--config.sample.steps=1", "--config.sample.prompts=('a cat',)"),
+        lambda output: (output / "model/model_index.json").stat().st_size,
+        flags=("config.optimizer.learning_rate", "config.train.beta", "config.lora.rank", "config.lora.alpha",
+               "config.sample.every", "config.sample.seed", "config.sample.guidance_scale", "config.train.text_dropout",
+               "config.reward.temperature", "config.reward.fraction", "config.mesh.data"), files="pictures/*",
     ),
     Door(
         "compile", "flags", _nothing, ("rahf.compile", "--config=rahf_ci", "--step=predict"),
