@@ -29,10 +29,12 @@ def lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 
 def decode(data: bytes, where: str) -> str:
-    """UTF-8 text without a byte order mark. Raises UserError if it is not UTF-8."""
+    """UTF-8 text without a byte order mark. Raises UserError if it is not UTF-8, or has zeros, as UTF-16 has."""
     try:
+        if b"\0" in data:
+            raise ValueError("a byte 0, as in UTF-16")
         return data.removeprefix(codecs.BOM_UTF8).decode()
-    except UnicodeDecodeError as error:
+    except ValueError as error:
         shown = data[:_SHOWN].decode(errors="replace")
         raise UserError(f"{where}: got {shown!r}, which is not UTF-8 ({error}), expected UTF-8; save it as UTF-8") from error
 

@@ -400,6 +400,8 @@ class _TfdsTable:
             for number, example in enumerate(examples):
                 texts = np.atleast_1d(_part(example, self._caption).numpy()).tolist()
                 where = f"{name} example {number}"
+                if texts and not isinstance(texts[0], bytes):
+                    raise UserError(f"captions: {where}: {self._caption}: got {texts[0]!r}, expected text; see --columns")
                 caption = jsonl.decode(texts[0], f"captions: {where}") if texts else None
                 yield where, _part(example, self._image).numpy(), {"prompt": (caption, len(texts))}
 

@@ -93,6 +93,10 @@ def test_prompts_of_a_text_file(tmp_path):
     path.write_bytes(b"a cat\nun caf\xe9\n")
     with pytest.raises(ValueError, match=r"prompts: .*prompts.txt line 2: got 'un caf.', which is not UTF-8"):
         sample.read_prompts(path)
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32"):
+        path.write_bytes("a cat\na dog\n".encode(encoding))
+        with pytest.raises(ValueError, match=r"(?s)prompts: .*prompts.txt line 1: got .*, which is not UTF-8"):
+            sample.read_prompts(path)
 
 
 def test_a_prompt_beside_a_picture(tmp_path):

@@ -251,6 +251,9 @@ def test_captions_of_a_tfds_dataset(tmp_path):
     where = {"columns": {"prompt": "captions/text"}, "tfds_data_dir": str(tmp_path)}
     items = _items(tables.Captions("tfds:pictures_with_texts", **where))
     assert set(items) == set(CAPTIONS)
+    source = tables.Captions("tfds:pictures_with_texts", holdout=0, **where)
+    assert len(list(source.examples("train"))) == 40
+    assert len(source.notes("train")["rows_with_several_texts_of_which_the_first_is_taken"]) == 40
     image = cv2.imdecode(np.frombuffer(items[CAPTIONS[3]][1].image, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
     np.testing.assert_array_equal(image, image_of("tfds-3"))
     with pytest.raises(ValueError, match=r"captions: no TFDS dataset 'nobody' .*--tfds_data_dir"):
@@ -274,7 +277,8 @@ class NestedPictures(tfds.core.GeneratorBasedBuilder):
     code_path = pathlib.Path(__file__)
 
     def _info(self):
-        features = {"a": {"b": tfds.features.Image(), "c": tfds.features.Text()}}
+        text = tfds.features.Text()
+        features = {"a": {"b": tfds.features.Image(), "c": text}, "number": np.int64, "bad": text}
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):
@@ -282,7 +286,7 @@ class NestedPictures(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self):
         for i in range(3):
-            yield i, {"a": {"b": image_of(f"nested-{i}"), "c": CAPTIONS[i]}}
+            yield i, {"a": {"b": image_of(f"nested-{i}"), "c": CAPTIONS[i]}, "number": 7, "bad": b"caf\xe9"}
 
 
 @pytest.mark.parametrize(
@@ -312,6 +316,10 @@ def test_tfds_features_may_be_nested(tmp_path):
     assert set(items) == set(CAPTIONS[:3])
     image = cv2.imdecode(np.frombuffer(items[CAPTIONS[1]][1].image, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
     np.testing.assert_array_equal(image, image_of("nested-1"))
+    for column, message in (("number", "number: got 7, expected text"), ("bad", "got 'caf.', which is not UTF-8")):
+        source = tables.Captions("tfds:nested_pictures", "a", {"image": "a/b", "prompt": column}, 0.0, str(tmp_path))
+        with pytest.raises(UserError, match=f"captions: nested_pictures/1.0.0 example 0: {message}"):
+            _items(source)
 
 
 def test_wrong_captions_tables_are_named(tmp_path):
