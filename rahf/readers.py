@@ -428,7 +428,8 @@ def release_notes(folder: pathlib.Path) -> dict:
     if not known and not os.path.isfile(os.path.join(name, "config.json")) and not (notes["vit"] and notes["pixels"]):
         raise UserError(
             f"{folder / 'args_config.json'}: got vit_model {checked.shown(name)}, expected a folder or a name that begins "
-            f"with one of {list(PIXELS)}; put this ViT's preprocessor_config.json there, and its config.json as `vit` of config.json"
+            f"with one of {list(PIXELS)}; put this ViT's preprocessor_config.json there, and its config.json as `vit` of "
+            "config.json"
         )
     for part, file in (("vit", "config.json"), ("pixels", "preprocessor_config.json")):
         notes[part] = values(name, file) | notes[part]
