@@ -16,7 +16,6 @@ tables.py. Beside the examples, the folder of the dataset holds
 import collections
 import contextlib
 import dataclasses
-import glob
 import hashlib
 import json
 import os
@@ -30,7 +29,7 @@ import tabulate
 from etils import epath
 from google.protobuf import json_format
 
-from richhf_data import checked, command, json_files, keywords, records, scan, schema
+from richhf_data import checked, command, input_files, json_files, keywords, records, scan, schema
 from richhf_data.errors import UserError
 from richhf_data.example_source import ExampleSource, Item
 from richhf_data.tensorflow_cpu import tf, tfds
@@ -422,7 +421,7 @@ def record_paths(where) -> dict[str, pathlib.Path]:
     if pathlib.Path(where).is_dir():
         present = {split: path for split, path in paths.items() if os.path.lexists(path)}
     else:
-        found = [pathlib.Path(path) for path in sorted(glob.glob(str(where)))]
+        found = [pathlib.Path(path) for path in input_files.matches(where)]
         if other := [path for path in found if path.name not in names.split(", ")]:
             raise UserError(f"records: got {other[0]}, expected a file called {names}, which names its split; rename it")
         present = {split: path for split in SPLITS for path in found if path.stem == split}

@@ -20,7 +20,6 @@ not asked; an empty list of points means that nothing is wrong. A target is cons
 """
 
 import dataclasses
-import glob
 import json
 import os
 import pathlib
@@ -31,7 +30,7 @@ import numpy as np
 from absl import flags
 from tqdm.auto import tqdm
 
-from richhf_data import command, images, json_files, jsonl, keywords, paths, ranges, schema
+from richhf_data import command, images, input_files, json_files, jsonl, keywords, paths, ranges, schema
 from richhf_data.errors import UserError
 
 MARKER = "consolidated.json"  # marks a folder that this command wrote, and names its pictures
@@ -233,7 +232,7 @@ def read(pattern: str) -> dict[str, AnnotatedImage]:
     Raises:
       UserError: no file matches, or lines are wrong; names the file and number of the first 20.
     """
-    files = sorted(glob.glob(pattern, recursive=True))
+    files = input_files.matches(pattern)
     if not files:
         raise UserError(f"annotations: no file matches {pattern!r}, expected JSONL files; quote the pattern in a shell")
     pictures: dict[str, AnnotatedImage] = {}

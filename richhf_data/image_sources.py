@@ -19,11 +19,10 @@ import pathlib
 from collections.abc import Callable, Collection, Iterator
 from typing import Protocol
 
-import fsspec
 import pyarrow
 import pyarrow.parquet
 
-from richhf_data import jsonl, parquet
+from richhf_data import jsonl, parquet, paths
 from richhf_data.errors import UserError
 from richhf_data.images import EXTENSIONS
 
@@ -137,8 +136,8 @@ class FolderShard:
     def read(self, wanted: Collection[str], advance: Callable[[int], object]) -> Iterator[Row]:
         for uid, caption, url, size in self.entries:
             if uid in wanted:
+                filesystem, path = parquet.open_url("images", url)
                 try:
-                    filesystem, path = fsspec.core.url_to_fs(url)
                     encoded = filesystem.cat_file(path)
                 except Exception as error:
                     raise parquet.unreadable("images", url, error) from error
@@ -229,6 +228,8 @@ def _folder(filesystem, folder: str, wanted: Collection[str], columns: dict[str,
     for path, info in sorted(filesystem.find(folder, detail=True).items()):
         path = pathlib.PurePosixPath(path)
         if path.suffix.lower() in EXTENSIONS and path.stem in wanted:
+            if info["type"] == "other":
+                paths.check_file("images", path, "an image")
             files.append((path.stem, captions.get(path.stem), str(path), info))
     if not files:
         raise UserError(f"images: {folder} has no image called by a uid of the records, such as {min(wanted)}.jpg")

@@ -12,6 +12,7 @@
 import contextlib
 import functools
 import io
+import math
 import pathlib
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ import PIL.Image
 import PIL.ImageCms
 import PIL.ImageOps
 
+from richhf_data import input_files
 from richhf_data.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".mpo", ".avif", ".jp2")
@@ -41,9 +43,7 @@ def read(path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
       UserError: the file is missing or does not decode.
     """
     try:
-        if not pathlib.Path(path).is_file():
-            raise UserError("no such file")
-        with _opened(pathlib.Path(path).read_bytes(), max_pixels) as image:
+        with _opened(pathlib.Path(path), max_pixels) as image:
             return np.array(_rgb(image, max_pixels))  # a copy, which the caller may write to
     except UserError as error:
         raise UserError(f"image: {path} is missing or is not a readable image ({error}), {_EXPECTED}") from error
@@ -76,6 +76,16 @@ def size(path) -> tuple[int, int]:
         raise UserError(f"images: {path} is not a readable image ({error}), {_EXPECTED}; replace it") from error
 
 
+def stored_size(data: bytes) -> tuple[int, int]:
+    """(width, height) of an encoded picture of any size; reads only its head.
+
+    Raises:
+      UserError: the head does not decode; the message is the reason alone.
+    """
+    with _opened(data, math.inf) as image:
+        return image.size
+
+
 def plain(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[bytes, str, bytes]:
     """An encoded picture in a form that every decoder reads alike, such as training's `tf.io.decode_image`.
 
@@ -106,14 +116,22 @@ def same_picture(thumbnail: bytes, other: bytes) -> bool:
 
 
 @contextlib.contextmanager
-def _opened(source: bytes | pathlib.Path, max_pixels: int) -> Iterator[PIL.Image.Image]:
+def _opened(source: bytes | pathlib.Path, max_pixels: float) -> Iterator[PIL.Image.Image]:
     """Opens a picture, without decoding it. An error, also of the block, becomes a UserError with the reason alone."""
-    if source == b"":
-        raise UserError("no bytes")
-    file = io.BytesIO(source) if isinstance(source, bytes) else source
     limit, PIL.Image.MAX_IMAGE_PIXELS = PIL.Image.MAX_IMAGE_PIXELS, None  # the check below replaces Pillow's
     try:
-        with warnings.catch_warnings(action="ignore"), PIL.Image.open(file, formats=_formats()) as image:
+        with contextlib.ExitStack() as stack:
+            if isinstance(source, bytes):
+                file = io.BytesIO(source)
+            elif reason := input_files.not_a_file(source):
+                raise UserError(reason)
+            else:
+                file = stack.enter_context(source.open("rb"))  # Pillow maps a file that it opens itself into memory
+            if not file.seek(0, io.SEEK_END):
+                raise UserError("no bytes")
+            file.seek(0)
+            stack.enter_context(warnings.catch_warnings(action="ignore"))
+            image = stack.enter_context(PIL.Image.open(file, formats=_formats()))
             if image.width * image.height > _REFUSED * max_pixels:
                 raise UserError(f"more than {_REFUSED * max_pixels / 1e6:g} megapixels")
             yield image
@@ -139,7 +157,7 @@ def _changes(image: PIL.Image.Image, data: bytes, max_pixels: int) -> list[str]:
     kind = "JPEG" if image.format == "MPO" else image.format  # a telephone's JPEG, followed by more pictures
     changes = {
         kind: kind not in ("JPEG", "PNG"),
-        "animation": kind != "JPEG" and getattr(image, "n_frames", 1) > 1,
+        "animation": kind != "JPEG" and getattr(image, "is_animated", False),
         "alpha": image.has_transparency_data,
         "palette": image.mode in ("P", "PA"),
         "CMYK": image.mode == "CMYK",
@@ -162,20 +180,25 @@ def _rgb(image: PIL.Image.Image, max_pixels: int) -> PIL.Image.Image:
     if scale < 1:
         image.draft(None, size)  # decodes a JPEG of twice the size or more to a fraction
     to_srgb = _to_srgb(image) or (lambda colours: colours.convert("RGB"))
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        colours = to_srgb(rgba)
-        colours.putalpha(rgba.getchannel("A"))
-        rgb = PIL.Image.alpha_composite(PIL.Image.new("RGBA", rgba.size, "white"), colours).convert("RGB")
-    elif image.mode[0] == "I":  # Pillow's own conversion clips these at 255
+    alpha = None
+    if image.mode[0] == "I":  # Pillow's own conversion clips these at 255
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 0xFFFF:
             raise UserError("more than 16 bits")
         rgb = to_srgb(PIL.Image.fromarray((values >> 8).astype(np.uint8)))
+        if image.has_transparency_data:
+            alpha = PIL.Image.fromarray(np.uint8(255) * (values != image.info["transparency"]))
     elif image.mode == "F":
         raise UserError("more than 16 bits")
+    elif image.has_transparency_data:
+        _scale_transparent_colour(image)
+        rgba = image.convert("RGBA")
+        rgb, alpha = to_srgb(rgba), rgba.getchannel("A")
     else:
         rgb = to_srgb(image)
+    if alpha is not None:
+        rgb.putalpha(alpha)
+        rgb = PIL.Image.alpha_composite(PIL.Image.new("RGBA", rgb.size, "white"), rgb).convert("RGB")
     if scale < 1:
         rgb = rgb.resize(size, PIL.Image.Resampling.LANCZOS)
     if _is_turned(image):
@@ -183,6 +206,15 @@ def _rgb(image: PIL.Image.Image, max_pixels: int) -> PIL.Image.Image:
         rgb = PIL.ImageOps.exif_transpose(rgb)
     rgb.info = {}  # some readers would apply a colour profile, gamma or EXIF, and others not
     return rgb
+
+
+def _scale_transparent_colour(image: PIL.Image.Image) -> None:
+    """Makes a PNG's transparent colour one of 8 bits: Pillow scales the picture to 8 bits, and not this colour."""
+    if image.format == "PNG" and image.mode in ("1", "L", "RGB"):
+        scale = {"1": 255, "L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(image.tile[0].args, 1)
+        colour = image.info["transparency"]
+        scaled = [int(value * scale) for value in (colour if isinstance(colour, tuple) else (colour,))]
+        image.info["transparency"] = tuple(scaled) if image.mode == "RGB" else scaled[0]
 
 
 def _to_srgb(image: PIL.Image.Image) -> Callable[[PIL.Image.Image], PIL.Image.Image] | None:

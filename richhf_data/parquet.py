@@ -3,13 +3,14 @@
 The names of a table's columns are given, or guessed from `GUESSES`.
 """
 
+import os
 from collections.abc import Collection
 
-import fsspec
 import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
+from richhf_data import input_files, paths
 from richhf_data.errors import UserError
 
 _BUFFER = 1 << 20  # bytes; without one pyarrow reads a whole column of a row group
@@ -23,18 +24,23 @@ GUESSES = {  # compared without case, first match wins
 def open_url(what: str, url: str):
     """fsspec's file system of a URL or path, and the path there. UserError if it is unknown or not installed."""
     try:
-        return fsspec.core.url_to_fs(url)
+        return input_files.open_url(url)
     except Exception as error:
         raise unreadable(what, url, error) from error
 
 
-def files(what: str, pattern: str) -> tuple[fsspec.AbstractFileSystem, dict[str, dict]]:
+def files(what: str, pattern: str):
     """The file system of a pattern (a path or URL), and {path: info} of the files that match. UserError if none does."""
     filesystem, path = open_url(what, pattern)
     try:
-        found = filesystem.glob(path, detail=True)
+        if input_files.is_local(pattern):
+            found = {os.path.abspath(name): filesystem.info(name) for name in input_files.matches(path)}
+        else:
+            found = filesystem.glob(path, detail=True)
     except Exception as error:
         raise unreadable(what, pattern, error) from error
+    for name in (name for name, info in found.items() if info["type"] == "other"):
+        paths.check_file(what, name, "a parquet file")
     matched = {name: info for name, info in sorted(found.items()) if info["type"] == "file"}
     if not matched:
         raise UserError(f"{what}: no file matches {pattern!r}, expected parquet files; quote the pattern in a shell")
@@ -48,7 +54,7 @@ def open_file(what: str, url: str) -> pyarrow.parquet.ParquetFile:
       UserError: it cannot be opened.
     """
     try:
-        filesystem, path = fsspec.core.url_to_fs(url)
+        filesystem, path = input_files.open_url(url)
         return pyarrow.parquet.ParquetFile(path, filesystem=filesystem, buffer_size=_BUFFER, page_checksum_verification=True)
     except Exception as error:
         raise unreadable(what, url, error) from error
@@ -63,8 +69,10 @@ def unreadable(what: str, url: str, error: Exception) -> UserError:
     if of_pyarrow or isinstance(error, pyarrow.ArrowException):
         again = "download it again (in a git clone: git lfs pull)"
         return UserError(f"{what}: {local(url)} is not a readable parquet file ({said}); {again}")
+    if input_files.is_local(url):
+        return UserError(f"{what}: cannot reach {local(url)} ({type(error).__name__}: {said}); check path and rights")
     return UserError(
-        f"{what}: cannot reach {local(url)} ({type(error).__name__}: {said}); install what its file system needs (gs:// "
+        f"{what}: cannot reach {url} ({type(error).__name__}: {said}); install what its file system needs (gs:// "
         "gcsfs, s3:// s3fs, hf:// huggingface_hub), check the network and your rights there, or give the path of a copy"
     )
 

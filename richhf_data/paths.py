@@ -6,7 +6,6 @@ import errno
 import fcntl
 import json
 import os
-import pathlib
 import secrets
 import shutil
 import socket
@@ -14,9 +13,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
-import fsspec
 from etils import epath
 
+from richhf_data import input_files
 from richhf_data.errors import UserError
 
 PROCESS_LIMITS = errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN  # no file is at fault
@@ -30,12 +29,11 @@ def absolute(path) -> epath.Path:
 
 def check_file(what: str, path, expected: str) -> None:
     """Raises UserError if a local path is no regular file: to open a named pipe would wait for ever."""
-    path = pathlib.Path(path)
-    if path.is_file():
-        return
-    if path.exists():
-        raise UserError(f"{what}: {path} is {'a folder' if path.is_dir() else 'no regular file'}; expected {expected}")
-    raise UserError(f"{what}: no file {path}{', a link to nothing' * path.is_symlink()}; expected {expected}")
+    reason = input_files.not_a_file(path)
+    if reason == "no such file":
+        raise UserError(f"{what}: no file {path}{', a link to nothing' * os.path.islink(path)}; expected {expected}")
+    if reason:
+        raise UserError(f"{what}: {path} is {reason}; expected {expected}")
 
 
 @contextlib.contextmanager
@@ -71,7 +69,7 @@ def replace(path, data: bytes) -> None:
 @contextlib.contextmanager
 def writing_url(url: str) -> Iterator[BinaryIO]:
     """As `writing`, for a path or a URL of any file system that fsspec knows; gives the open file. The folder must exist."""
-    filesystem, path = fsspec.core.url_to_fs(url)
+    filesystem, path = input_files.open_url(url)
     partial = _partial(path)
     with naming(url):
         try:

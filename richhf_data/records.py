@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import cv2
 import numpy as np
 
-from richhf_data import jsonl, keywords, paths, schema
+from richhf_data import images, jsonl, keywords, paths, schema
 from richhf_data.errors import UserError
 from richhf_data.tensorflow_cpu import tf
 
@@ -178,17 +178,23 @@ def decode(raw: dict, where: str = "record", allow_absent: bool = False) -> dict
 
 def _decode_map(encoded: bytes, where: str) -> np.ndarray:
     """uint8[512, 512] from an encoded one-channel image."""
-    size = schema.RAW_MAP_SIZE
-    image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED) if encoded else None
-    if image is None:
-        raise UserError(f"{where}: got {len(encoded)} bytes that do not decode as an image, expected a PNG")
-    if image.shape != (size, size) or image.dtype != np.uint8:
-        channels = image.shape[2] if image.ndim == 3 else 1
-        raise UserError(
-            f"{where}: got a {image.shape[1]} x {image.shape[0]} image of {channels} {image.dtype} channel(s), "
-            f"expected {size} x {size} of 1 uint8 channel; resize it, or re-encode it as an 8-bit grey-scale PNG"
-        )
-    return image
+    size, got = schema.RAW_MAP_SIZE, ""
+    try:
+        width, height = images.stored_size(encoded)  # before it is decoded: a small file can hold a huge image
+        if (width, height) == (size, size):
+            image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED)
+            if image is None:
+                raise UserError("damaged")
+            if image.shape == (size, size) and image.dtype == np.uint8:
+                return image
+            got = f" of {image.shape[2] if image.ndim == 3 else 1} {image.dtype} channel(s)"
+    except (UserError, cv2.error) as error:
+        got = f"{len(encoded)} bytes that do not decode as an image"
+        raise UserError(f"{where}: got {got}, expected a PNG") from error
+    raise UserError(
+        f"{where}: got a {width} x {height} image{got}, expected {size} x {size} of 1 uint8 channel; resize it, or "
+        "re-encode it as an 8-bit grey-scale PNG"
+    )
 
 
 def extents(path) -> list[tuple[int, int]]:

@@ -14,12 +14,11 @@ import multiprocessing
 import shlex
 from collections.abc import Callable, Collection, Iterator
 
-import fsspec
 import pyarrow
 import pyarrow.parquet
 from tqdm.auto import tqdm
 
-from richhf_data import image_sources, images, keywords, parquet, paths
+from richhf_data import image_sources, images, input_files, keywords, parquet, paths
 from richhf_data.errors import UserError
 from richhf_data.workers import start_worker
 
@@ -136,8 +135,9 @@ class Found:
 def _opened(part: str) -> Iterator[pyarrow.parquet.ParquetFile]:
     """A part file, open to be read. Raises UserError if it is damaged."""
     try:
+        filesystem, path = input_files.open_url(part)
         with (
-            fsspec.open(part, "rb") as file,
+            filesystem.open(path) as file,
             pyarrow.parquet.ParquetFile(file, page_checksum_verification=True) as rows,
         ):
             yield rows
@@ -215,7 +215,7 @@ def gather(
 
 def remove(folder: str) -> None:
     """Removes a folder of part files, and its parent folder if that is empty then."""
-    filesystem, path = fsspec.core.url_to_fs(folder)
+    filesystem, path = input_files.open_url(folder)
     filesystem.rm(path, recursive=True)
     parent = path.rpartition("/")[0]
     if filesystem.exists(parent) and not filesystem.ls(parent):

@@ -10,18 +10,16 @@ To add a format, write its class and add a line to `FORMATS`.
 import collections
 import dataclasses
 import functools
-import glob
 import hashlib
 import operator
 import os
 from collections.abc import Callable, Iterator
 
 import cv2
-import fsspec
 import numpy as np
 import pyarrow
 
-from richhf_data import consolidate, images, jsonl, keywords, parquet, schema
+from richhf_data import consolidate, images, input_files, jsonl, keywords, parquet, schema
 from richhf_data.errors import UserError
 from richhf_data.example_source import ExampleSource, Item
 
@@ -78,7 +76,8 @@ class ParquetTable:
         chosen = next(iter(self._chosen.values()))
         found = [[*(name.removesuffix(".bytes") for name in chosen.values()), *self._kinds]]
         for url in self._chosen:
-            with fsspec.open(url, "rb") as file:
+            filesystem, path = parquet.open_url(self.what, url)
+            with filesystem.open(path) as file:
                 size = file.seek(0, 2)
                 file.seek(size - 8)
                 file.seek(size - 8 - int.from_bytes(file.read(4), "little"))
@@ -449,7 +448,7 @@ def find_format(records) -> tuple[Format, str] | None:
         prefix = max(fitting, key=len)
         return FORMATS[prefix], records.removeprefix(prefix)
     kind, colon, rest = records.partition(":")
-    if colon and kind.isidentifier() and not rest.startswith("//") and not glob.glob(records):
+    if colon and kind.isidentifier() and not rest.startswith("//") and not input_files.matches(records):
         specs = ", ".join(one.spec for one in FORMATS.values())
         raise UserError(f"records: got {records!r}, expected record files (a folder, a file or a pattern), {specs}")
     return None

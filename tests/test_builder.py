@@ -245,7 +245,7 @@ def test_faulty_record_folders_are_named(tmp_path):
     [
         (lambda path: path.mkdir(), "dev.tfrecord is a folder"),
         (lambda path: path.symlink_to("/nowhere/dev.tfrecord"), "no file .*dev.tfrecord, a link to nothing"),
-        (os.mkfifo, "dev.tfrecord is no regular file"),
+        (os.mkfifo, "dev.tfrecord is a named pipe"),
     ],
 )
 def test_what_is_there_but_no_file_is_named_and_not_left_out(tmp_path, make, message):

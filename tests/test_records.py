@@ -177,7 +177,7 @@ def test_score_out_of_range_is_named(key, score):
         (b"no image", "got 8 bytes that do not decode as an image, expected a PNG"),
         (
             png(np.zeros((512, 256), np.uint8)),
-            "got a 256 x 512 image of 1 uint8 channel.*expected 512 x 512 of 1 uint8",
+            "got a 256 x 512 image, expected 512 x 512 of 1 uint8",
         ),
         (
             png(np.zeros((512, 512, 3), np.uint8)),
