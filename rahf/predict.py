@@ -4,28 +4,62 @@
     python -m rahf.predict --workdir=DIR --images=list.jsonl --output=DIR       one {"image": path, "prompt": text} a line
 
 writes predictions.jsonl, heatmaps/*.png and report.html into the output folder. In Python: predictor.py.
+
+An image that cannot be read, or whose prompt is too long, is left out: failed.jsonl lists it with the reason, and the exit
+code is 3. With --strict the first one ends the command. Long prompts lose their ends if the workdir's config says
+data.truncate_long_prompts.
+
+Give the same command again to continue a killed run: finished batches are kept in OUTPUT/unfinished until the end. Other
+images, prompts, weights or batch sizes begin anew, and take the place of what the command wrote there before.
 """
 
 import collections
-import glob
+import contextlib
 import itertools
 import json
+import os
 import pathlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 
 import cv2
 import jax
 import numpy as np
 from absl import flags
+from etils import epath
+from jax.experimental import multihost_utils
 from tqdm.auto import tqdm
 
 from rahf import evaluate, experiments, hosts, predictor, report, workdirs
-from richhf_data import checked, command, images, json_files, jsonl, keywords, metrics, paths, ranges, schema
+from rahf.fingerprint import fingerprint
+from richhf_data import (
+    checked,
+    command,
+    drawing,
+    images,
+    input_files,
+    json_files,
+    jsonl,
+    keywords,
+    metrics,
+    paths,
+    ranges,
+    schema,
+)
 from richhf_data.errors import UserError
+
+FAILED = 3  # the exit code if images were left out
+REPORT_IMAGES = 200  # the page holds its pictures itself; predictions.jsonl and heatmaps/ have them all
+_RESULTS = ("predictions.jsonl", "failed.jsonl", "report.html")
+_PARTIAL = r"(\.[0-9a-f]{16}\.partial)"  # the end of what a killed run of `paths.writing` leaves
+_HEATMAP = re.compile(rf"\d{{5,}}_({'|'.join(schema.HEATMAPS)})\.png{_PARTIAL}?")
+_BATCH = re.compile(rf"\d{{6,}}-[0-9a-f]{{16}}\.jsonl{_PARTIAL}?")
+_LEFT = re.compile(rf"({'|'.join(map(re.escape, _RESULTS))}){_PARTIAL}")
+_NAMED = 5  # names in a message
 
 
 def read_inputs(spec: str, prompt: str | None) -> list[tuple[str, str]]:
-    """(path, prompt) of every image of a glob or a .jsonl file.
+    """(path, prompt) of every image of a path, a pattern or a .jsonl file. A pattern leaves out folders and .txt files.
 
     Raises:
       UserError: nothing matches; a line is not {"image": ..., "prompt": ...}; an image without a prompt.
@@ -37,8 +71,10 @@ def read_inputs(spec: str, prompt: str | None) -> list[tuple[str, str]]:
         inputs = [(str(pathlib.Path(spec).parent / row["image"]), row["prompt"]) for row in rows]
     else:
         inputs = []
-        for path in sorted(glob.glob(spec, recursive=True)):
+        for path in input_files.matches(spec):
             beside = pathlib.Path(path).with_suffix(".txt")
+            if os.path.isdir(path) or path.endswith(".txt"):
+                continue
             if prompt is None and not beside.is_file():
                 raise UserError(
                     f"images: {path} has no prompt; pass --prompt, write {beside.name} beside it, or use .jsonl"
@@ -46,50 +82,107 @@ def read_inputs(spec: str, prompt: str | None) -> list[tuple[str, str]]:
             text = jsonl.decode(beside.read_bytes(), f"prompt: {beside}").strip() if prompt is None else prompt
             inputs.append((path, text))
     if not inputs:
-        raise UserError(f"images: nothing matches {spec}")
+        raise UserError(f"images: nothing matches {spec}" + (", which is a folder" if os.path.isdir(spec) else ""))
     return inputs
 
 
-REPORT_IMAGES = 200  # the page holds its pictures itself; predictions.jsonl and heatmaps/ have them all
+def image_examples(inputs: Sequence[tuple[str, str]], output) -> tuple[list[dict], list]:
+    """Examples of `read_inputs`' images, and the state of each: JSON that changes with its file or its prompt.
+
+    Raises:
+      UserError: an image is among the files that the command writes to `output`.
+    """
+    own, examples, states = os.path.realpath(pathlib.Path(output) / "heatmaps"), [], []
+    for path, prompt in inputs:
+        if os.path.dirname(os.path.realpath(path)) == own:
+            raise UserError(f"images: {path} is in {own}, where this command writes; choose another --output")
+        examples.append({"name": path, "image": path, "prompt": prompt})
+        states.append([path, prompt, None])
+        with contextlib.suppress(OSError):  # the reading of the image says why
+            found = os.stat(path)
+            states[-1][-1] = [found.st_size, found.st_mtime_ns]
+    return examples, states
 
 
-def write(output, items: Iterable[dict], count: int, tables: Sequence[Sequence[Sequence[str]]] = ()) -> None:
-    """Writes predictions.jsonl, heatmaps/*.png and report.html, which shows the first `REPORT_IMAGES` of `count` images.
+def predict(
+    model: predictor.Model,
+    examples: Iterable[dict],
+    states: Sequence,
+    output,
+    *,
+    batch_size: int = 32,
+    strict: bool = False,
+    tables: Sequence[Sequence[Sequence[str]]] = (),
+) -> int:
+    """Predicts examples and writes predictions.jsonl, failed.jsonl, heatmaps/*.png and report.html; returns how many failed.
+
+    The report shows those of the first `REPORT_IMAGES` examples. Process 0 writes.
 
     Args:
-      items: dictionaries as rahf/report.py describes, with `name`.
+      examples: dictionaries of `image` (RGB, uint8[H, W, 3], or a path), `prompt`, `name`, maybe `truth`.
+      states: one for each example, JSON that changes with it: a batch with other states than before is predicted again.
+      strict: an example that fails ends it all.
       tables: what `evaluation_tables` gives, for the top of the report.
+
+    Raises:
+      UserError: every example fails; or one does, and `strict`.
     """
-    output = paths.absolute(output)
-    (output / "heatmaps").mkdir(parents=True, exist_ok=True)
-    shown = []
-    with paths.writing(output / "predictions.jsonl") as partial, partial.open("w", encoding="utf-8") as lines:
-        for index, item in enumerate(tqdm(items, total=count, desc="predict", unit="image")):
-            files = {name: f"heatmaps/{index:05d}_{name}.png" for name in item["heatmaps"]}
-            for name, file in files.items():
-                image = np.round(item["heatmaps"][name] * 255).astype(np.uint8)
-                paths.replace(output / file, cv2.imencode(".png", image)[1].tobytes())
-            tokens = keywords.tokenize(item["prompt"])
-            row = {
-                "image": item["name"],
-                "prompt": item["prompt"],
-                "scores": {name: round(float(value), 6) for name, value in item["scores"].items()},
-                "labelled_prompt": item["labelled_prompt"],
-                "keywords": keywords.misaligned_words(tokens, report.predicted_labels(item)),
-                "heatmaps": files,
-            }
-            lines.write(json.dumps(row) + "\n")
-            if index < REPORT_IMAGES:
-                shown.append(item)
-    title = "RAHF: rich feedback" + (f" (the first {len(shown)} of {count} images)" if count > len(shown) else "")
-    report.write(output / "report.html", shown, title=title, tables=tables)
-    print(f"{count} images: {output / 'report.html'}, predictions.jsonl, heatmaps/")
+    examples, size = iter(examples), min(batch_size, len(states))
+    starts = range(0, len(states), size)
+    model_state = model.identity, model.truncates, size
+    names = [f"{start // size:06d}-{fingerprint(*model_state, states[start : start + size])}.jsonl" for start in starts]
+    writer = _Writer(output, names) if jax.process_index() == 0 else None
+    counts = [min(size, len(states) - start) for start in starts]
+    done = [writer is not None and writer.has(*batch, strict) for batch in zip(names, counts, strict=True)]
+    done = _on_any_host(done)
+    if writer and any(done):
+        print(f"output: {sum(done)} of {len(names)} batches were predicted before")
+    with tqdm(desc="predict", total=len(states), unit="image", dynamic_ncols=True) as bar:
+        for name, start, count, is_done in zip(names, starts, counts, done, strict=True):
+            batch = itertools.islice(examples, size)
+            if is_done:
+                collections.deque(batch, maxlen=0)
+            else:
+                found = _predict_batch(model, batch, start, size, strict)
+                if writer:
+                    writer.write(name, found)
+            bar.update(count)
+    failed = writer.finish(model, tables) if writer else 0
+    return failed if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(failed)))
+
+
+def _predict_batch(model, examples: Iterable[dict], start: int, size: int, strict: bool) -> dict[int, dict]:
+    """number -> an item of rahf/report.py, or {"failed": reason} with its name and prompt. `start`: the first number."""
+    found = {}
+    for number, example in enumerate(examples, start):
+        item = {key: example[key] for key in ("name", "prompt")}
+        try:
+            image = images.read(example["image"]) if isinstance(example["image"], str) else example["image"]
+            item["inputs"] = model.prepare(image, example["prompt"])
+            if number < REPORT_IMAGES:
+                item |= {"image": drawing.shrink(image, report.INLINED_SIDE), "size": image.shape[1::-1]}
+                item["truth"] = example.get("truth")
+        except UserError as error:
+            if strict:
+                raise
+            item["failed"] = str(error)
+        found[number] = item
+    failed = _on_any_host(["failed" in item for item in found.values()])
+    for item in itertools.compress(found.values(), failed):
+        item.setdefault("failed", "image: another process cannot read it")
+    good = [number for number, item in found.items() if "failed" not in item]
+    return found | dict(zip(good, predict_items(model, [found[number] for number in good], size), strict=True))
 
 
 def predict_items(model: predictor.Model, examples: Iterable[dict], batch_size: int) -> Iterator[dict]:
-    """Items of rahf/report.py from examples: dictionaries of `image` (RGB, any size), `prompt`, `name`, maybe `truth`."""
+    """Items of rahf/report.py from examples: dictionaries of `image` (RGB, any size), `prompt`, `name`, maybe `truth`.
+
+    An example may have `inputs`, what `Model.prepare` gave, in place of its image.
+    """
     shown, prepared = itertools.tee(examples)
-    inputs = (model.prepare(item["image"], item["prompt"]) | {"name": item["name"]} for item in prepared)
+    inputs = (
+        (item.get("inputs") or model.prepare(item["image"], item["prompt"])) | {"name": item["name"]} for item in prepared
+    )
     rows = model.predict_rows(inputs, batch_size)
     for example, row in zip(shown, rows, strict=True):
         yield example | {
@@ -102,11 +195,131 @@ def predict_items(model: predictor.Model, examples: Iterable[dict], batch_size: 
         }
 
 
-def dataset_examples(data_dir, split: str, limit: int | None) -> tuple[Iterator[dict], int]:
-    """A built dataset's examples with their truth, and how many; this alone needs TensorFlow."""
-    from richhf_data import tasks
+def _on_any_host(flags: Sequence[bool]) -> list[bool]:
+    """Each flag: whether it is true on any process."""
+    if jax.process_count() == 1:
+        return list(flags)
+    return multihost_utils.process_allgather(np.array(flags)).any(axis=0).tolist()
+
+
+class _Writer:
+    """Writes the output folder. A batch is a file in `unfinished` until all are there.
+
+    A line of it is {"line": of predictions.jsonl, "view": of the report, or None} or {"failed": of failed.jsonl}.
+
+    Args:
+      names: of the batches' files. Those of other batches are removed.
+
+    Raises:
+      UserError: a folder to write to is a link.
+    """
+
+    def __init__(self, output, names: Sequence[str]):
+        self._output, self._names, self._begun = paths.absolute(output), names, False
+        self._heatmaps, self._unfinished = self._output / "heatmaps", self._output / "unfinished"
+        for folder in (self._heatmaps, self._unfinished):
+            if os.path.islink(folder):
+                raise UserError(f"output: {folder} is a link, expected a folder; remove it, or choose another --output")
+            folder.mkdir(parents=True, exist_ok=True)
+        self._remove_all(self._output, _LEFT, ())
+        if others := self._remove_all(self._unfinished, _BATCH, names):
+            print(f"output: {others} unfinished batches of other images, prompts, weights or batch sizes were removed")
+
+    def has(self, name: str, count: int, strict: bool) -> bool:
+        """Whether a batch of `count` examples is there with its heatmaps and, if `strict`, without a failure."""
+        try:
+            rows = self._read(name)
+            files = [file for row in rows if "failed" not in row for file in row["line"]["heatmaps"].values()]
+            failed = any("failed" in row for row in rows)
+            whole = len(rows) == count and all((self._output / file).is_file() for file in files)
+            return whole and not (strict and failed)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):  # not there, or damaged
+            return False
+
+    def write(self, name: str, items: dict[int, dict]) -> None:
+        """Writes a batch, what `_predict_batch` gives. The first one removes the results of an earlier run."""
+        if not self._begun:
+            self._begun = True
+            for result in _RESULTS:
+                (self._output / result).unlink(missing_ok=True)
+        rows = [self._failed(item) if "failed" in item else self._row(number, item) for number, item in items.items()]
+        paths.replace(self._unfinished / name, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    def _failed(self, item: dict) -> dict:
+        return {"failed": {"image": item["name"], "prompt": item["prompt"], "reason": item["failed"]}}
+
+    def _row(self, number: int, item: dict) -> dict:
+        files = {name: f"heatmaps/{number:05d}_{name}.png" for name in item["heatmaps"]}
+        for name, file in files.items():
+            image = np.round(item["heatmaps"][name] * 255).astype(np.uint8)
+            paths.replace(self._output / file, cv2.imencode(".png", image)[1].tobytes())
+        tokens = keywords.tokenize(item["prompt"])
+        line = {
+            "image": item["name"],
+            "prompt": item["prompt"],
+            "scores": {name: round(float(value), 6) for name, value in item["scores"].items()},
+            "labelled_prompt": item["labelled_prompt"],
+            "keywords": keywords.misaligned_words(tokens, report.predicted_labels(item)),
+            "heatmaps": files,
+        }
+        return {"line": line, "view": report.view(number, item) if "image" in item else None}
+
+    def finish(self, model: predictor.Model, tables) -> int:
+        """Joins the batches, removes what is left of earlier runs, and prints what was written; returns how many failed."""
+        failed, too_long, views, count, heatmaps = [], [], [], 0, set()
+        with paths.writing(self._output / "predictions.jsonl") as partial, partial.open("w", encoding="utf-8") as lines:
+            for row in itertools.chain.from_iterable(map(self._read, self._names)):
+                if "failed" in row:
+                    failed.append(row["failed"])
+                    continue
+                line, count = row["line"], count + 1
+                lines.write(json.dumps(line) + "\n")
+                heatmaps |= {pathlib.PurePosixPath(file).name for file in line["heatmaps"].values()}
+                views += [row["view"]] if row["view"] else []
+                too_long += [line["image"]] if model.is_too_long(line["prompt"]) else []
+            if failed:
+                text = "".join(json.dumps(row) + "\n" for row in failed)
+                paths.replace(self._output / "failed.jsonl", text.encode())
+            if not count:
+                raise UserError(f"none of the {len(failed)} images was predicted; the first: {failed[0]['reason']}")
+        self._remove_all(self._heatmaps, _HEATMAP, heatmaps)
+        title = "RAHF: rich feedback" + (f" (the first {len(views)} of {count} images)" if count > len(views) else "")
+        report.write_views(self._output / "report.html", views, title=title, tables=tables)
+        self._remove_all(self._unfinished, _BATCH, ())
+        with contextlib.suppress(OSError):  # other files are there, or the bucket has no folders
+            self._unfinished.rmdir()
+        print(f"{count} images: {self._output / 'report.html'}, predictions.jsonl, heatmaps/")
+        if too_long:
+            length = model.config.data.text_length
+            print(f"{_some(too_long)}: prompts longer than data.text_length={length}, which lost their ends as in training")
+        if failed:
+            print(f"{_some([row['image'] for row in failed])}: failed, see {self._output / 'failed.jsonl'}")
+        return len(failed)
+
+    def _read(self, name: str) -> list[dict]:
+        return [json.loads(line) for line in (self._unfinished / name).read_text().split("\n")[:-1]]
+
+    def _remove_all(self, folder: epath.Path, pattern: re.Pattern, kept) -> int:
+        """Removes the files of a folder with such names, except those that are kept; returns how many."""
+        there = folder.iterdir() if folder.exists() else ()  # a bucket has no empty folders
+        names = [path.name for path in there if pattern.fullmatch(path.name) and path.name not in kept]
+        for name in names:
+            (folder / name).unlink()
+        return len(names)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = ", ..." if len(names) > _NAMED else ""
+    return f"{len(names)} images ({', '.join(map(repr, names[:_NAMED]))}{more})"
+
+
+def dataset_examples(data_dir, split: str, limit: int | None) -> tuple[Iterator[dict], list]:
+    """A built dataset's examples with their truth, and the state of each; this alone needs TensorFlow."""
+    from richhf_data import builder, tasks
 
     examples, count = tasks.decoded(data_dir, split, limit)
+    files = [(path.name, path.stat()) for path in builder.dataset_dir(data_dir).iterdir()]
+    state = fingerprint(sorted([name, found.length, found.mtime] for name, found in files))
 
     def items():
         for example in examples:
@@ -128,7 +341,7 @@ def dataset_examples(data_dir, split: str, limit: int | None) -> tuple[Iterator[
                 },
             }
 
-    return items(), count
+    return items(), [[state, split, number] for number in range(count)]
 
 
 def evaluation_tables(workdir, split: str) -> list[list[list[str]]]:
@@ -148,20 +361,21 @@ def main():
         if (args.images is None) == (args.data_dir is None):
             raise UserError("pass either --images=GLOB|JSONL or --data_dir=DIR")
         workdirs.check_config(args.workdir, args.config, evaluate.EVALUATE_MAY_DIFFER)
-        model = predictor.load(args.workdir, args.config)
         tables = []
-        if args.data_dir:
-            examples, count = dataset_examples(args.data_dir, args.split, args.limit)
-            tables = evaluation_tables(args.workdir, args.split)
-        else:
+        if args.images:
+            own = [os.path.realpath(pathlib.Path(args.output) / name) for name in _RESULTS]
+            if os.path.realpath(args.images) in own:
+                raise UserError(f"images: got {args.images}, which this command writes; choose another --output")
             inputs = read_inputs(args.images, args.prompt)[: args.limit]
-            count = len(inputs)
-            examples = ({"name": path, "image": images.read(path), "prompt": prompt} for path, prompt in inputs)
-        items = predict_items(model, examples, min(args.batch_size, count))
-        if jax.process_index() == 0:
-            write(args.output, items, count, tables)
+            examples, states = image_examples(inputs, args.output)
         else:
-            collections.deque(items, maxlen=0)  # its devices compute their share
+            examples, states = dataset_examples(args.data_dir, args.split, args.limit)
+            tables = evaluation_tables(args.workdir, args.split)
+        model = predictor.load(args.workdir, args.config)
+        options = {"batch_size": args.batch_size, "strict": args.strict, "tables": tables}
+        failed = predict(model, examples, states, args.output, **options)
+    if failed:
+        raise SystemExit(FAILED)
 
 
 if __name__ == "__main__":
@@ -172,6 +386,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("split", "test", "The split of --data_dir.")
     ranges.flag("limit", None, "Predict the first so many only.", ranges.COUNT)
     flags.DEFINE_string("output", None, "The folder to write to.")
+    flags.DEFINE_bool("strict", False, "End at the first image that fails.")
     ranges.flag("batch_size", 32, "Images at a time.", ranges.ROWS)
     hosts.define_flags()
     flags.mark_flags_as_required(["workdir", "output"])

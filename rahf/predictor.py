@@ -5,7 +5,9 @@
 """
 
 import dataclasses
+import functools
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import flax.traverse_util
@@ -15,6 +17,7 @@ import PIL.Image
 from flax import linen as nn
 
 from rahf import checkpoints, partitioning, sources, weights, workdirs
+from rahf.fingerprint import fingerprint
 from rahf.models import rahf as rahf_model
 from richhf_data import jsonl, keywords, paths, schema
 from richhf_data import vocabulary as vocabularies
@@ -126,29 +129,53 @@ class Model:
         self.predictor, self.params = predictor, params
         self.config, self.model_config, self.vocabulary = predictor.config, predictor.model_config, predictor.vocabulary
 
+    @functools.cached_property
+    def identity(self) -> str:
+        """Depends on all that the predictions depend on: the parameters, the model, its text lengths and the vocabulary."""
+        return fingerprint(*self.identity_parts())
+
+    def identity_parts(self) -> list:
+        """What `identity` is made of."""
+        lengths = {name: self.config.data[name] for name in ("text_length", "keyword_length")}
+        return [sorted(checkpoints.digests(self.params).items()), self.model_config, lengths, self.vocabulary.digest]
+
     def prepare(self, image: np.ndarray, prompt: str) -> dict:
         """One row of a batch from an RGB image uint8[H, W, 3] of any size and its prompt.
 
         Raises:
-          UserError: the image is not uint8[H, W, 3], or the prompt is no text, or longer than the model's text length.
+          UserError: the image is not uint8[H, W, 3]; or the prompt is no text, or longer than the model's text length and
+            the config does not say data.truncate_long_prompts.
         """
         image = np.asarray(image)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
             raise UserError(f"image: got {image.dtype}{list(image.shape)}, expected uint8[H, W, 3], RGB")
         if not jsonl.is_text(prompt):
             raise UserError(f"prompt: got {prompt!r}, expected text")
-        length = self.config.data.text_length
-        texts = schema.task_prompts(prompt, self.model_config.variant)
-        if (longest := max(map(self.vocabulary.num_ids, texts))) > length:
+        if self.is_too_long(prompt) and not self.truncates:
             raise UserError(
-                f"prompt: {prompt[:80]!r} takes {longest} ids with its end, the model reads data.text_length={length}; "
-                "shorten it"
+                f"prompt: {prompt[:80]!r} takes {self._num_ids(prompt)} ids with its end, the model reads "
+                f"data.text_length={self.config.data.text_length}; shorten it"
             )
-        text_ids = np.stack([self.vocabulary.encode(text, length) for text in texts])
+        texts = schema.task_prompts(prompt, self.model_config.variant)
+        text_ids = np.stack([self.vocabulary.encode(text, self.config.data.text_length) for text in texts])
         return {"image": resize(image, self.model_config.image_size), "text_ids": text_ids}
+
+    @property
+    def truncates(self) -> bool:
+        """Whether long prompts lose their ends, as in training, or are refused."""
+        return self.config.data.get("truncate_long_prompts", False)
+
+    def is_too_long(self, prompt: str) -> bool:
+        """Whether a prompt is longer than the model's text length."""
+        return self._num_ids(prompt) > self.config.data.text_length
+
+    def _num_ids(self, prompt: str) -> int:
+        return max(map(self.vocabulary.num_ids, schema.task_prompts(prompt, self.model_config.variant)))
 
     def predict(self, images: Sequence[np.ndarray], prompts: Sequence[str], batch_size: int = 32) -> Feedback:
         """Feedback for B RGB images, uint8[H, W, 3] of any sizes, and their B prompts.
+
+        Warns of prompts that lose their ends (`truncates`).
 
         Raises:
           UserError: different numbers of images and prompts; an image or a prompt that `prepare` refuses; a prediction that
@@ -156,6 +183,9 @@ class Model:
         """
         if len(images) != len(prompts):
             raise UserError(f"prompts: got {len(prompts)} for {len(images)} images, expected one each")
+        if self.truncates and any(map(self.is_too_long, filter(jsonl.is_text, prompts))):
+            length = self.config.data.text_length
+            warnings.warn(f"prompts of more than {length} ids lose their ends, as in the model's training", stacklevel=2)
         pairs = enumerate(zip(images, prompts, strict=True))
         inputs = (self.prepare(image, prompt) | {"name": f"images[{i}]"} for i, (image, prompt) in pairs)
         return _feedback(list(self.predict_rows(inputs, min(batch_size, len(images)))), prompts, self.vocabulary.written)

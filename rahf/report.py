@@ -9,6 +9,7 @@ An item is a dictionary with the fields of `richhf_data.schema`:
   labelled_prompt  str, the prompt with `_0` on each misaligned word
   labels           optional: what `keywords.read_labels` reads in it with the model's vocabulary
   name             str, optional: the file or the uid of the image
+  size             optional: (width, height) of the image before it was shrunk
   truth            optional: the annotators' scores and heatmaps, as above, and labels (0 = misaligned, 1 = aligned, for each
                    token of the prompt); each is optional
 
@@ -47,24 +48,36 @@ def write(
     Raises:
       UserError: a field of an item has the wrong shape, type or range; the message names it. Nothing is written.
     """
-    page = _TEMPLATES.get_template("report.html.jinja").render(
-        title=title,
-        tables=tables,
-        items=[_view(i, item) for i, item in enumerate(items)],
-    )
-    paths.replace(path, page.encode(errors="backslashreplace"))  # a file's name need not be UTF-8
+    write_views(path, [view(i, item) for i, item in enumerate(items)], title=title, tables=tables)
+
+
+def write_views(
+    path: str | os.PathLike,
+    views: Sequence[Mapping[str, Any]],
+    *,
+    title: str,
+    tables: Sequence[Sequence[Sequence[str]]] = (),
+) -> None:
+    """As `write`, from what `view` returned for each item."""
+    page = _TEMPLATES.get_template("report.html.jinja").render(title=title, tables=tables, items=views)
+    paths.replace(path, page.encode(errors="backslashreplace"))  # a file's name may hold bytes that are no text
 
 
 # ------------------------------------------------------------------------------------------------------ one item
 
 
-def _view(i: int, item: Mapping[str, Any]) -> dict[str, Any]:
-    """An item for the template: texts, percentages and data URIs."""
+def view(i: int, item: Mapping[str, Any]) -> dict[str, Any]:
+    """Item number `i` for the page: JSON of texts, percentages and small pictures as data URIs.
+
+    Raises:
+      UserError: as `write`.
+    """
     check_item(i, item)
     truth = item.get("truth") or {}
     true_scores, true_heatmaps = truth.get("scores") or {}, truth.get("heatmaps") or {}
     image = drawing.shrink(item["image"], INLINED_SIDE)
-    shown = [{"caption": "image", "note": "{} x {}".format(*item["image"].shape[1::-1]), "uri": drawing.jpeg(image)}]
+    size = item.get("size", item["image"].shape[1::-1])
+    shown = [{"caption": "image", "note": "{} x {}".format(*size), "uri": drawing.jpeg(image)}]
     for name, heatmap in item["heatmaps"].items():
         for source, values in (("model", heatmap), ("annotators", true_heatmaps.get(name))):
             if values is not None:

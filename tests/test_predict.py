@@ -1,6 +1,11 @@
 """From a workdir to feedback, files and a page."""
 
+import gc
 import json
+import os
+import pathlib
+import re
+import types
 
 import cv2
 import jax
@@ -10,9 +15,12 @@ import tiny_model
 
 import rahf
 from rahf import checkpoints, convert, experiments, predict, predictor, train, workdirs
+from rahf.models import rahf as rahf_model
 from rahf.reward import specs
 from richhf_data import images as image_files
 from richhf_data import schema
+from richhf_data import vocabulary as vocabularies
+from richhf_data.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -118,6 +126,222 @@ def test_weights_that_are_not_finite_are_refused_on_load(workdir, monkeypatch):
         rahf.load(workdir)
 
 
+@pytest.mark.parametrize("variant", schema.VARIANTS)
+def test_long_prompts_are_cut_where_training_cut_them(variant, images, tmp_path):
+    config = experiments.load("rahf_ci")
+    config.model.variant = variant
+    vocabulary = vocabularies.train(["a red cat", "two blue dogs"], tmp_path / "vocabulary.model", 60)
+    model_config = rahf_model.RAHFConfig.from_dict(config.model.to_dict())
+    parts = types.SimpleNamespace(config=config, model_config=model_config, vocabulary=vocabulary)
+    model = predictor.Model(parts, None)
+    model.predict_rows = FakeModel().predict_rows
+    with pytest.raises(UserError, match=r"the model reads data.text_length=24; shorten it"):
+        model.prepare(images[0], "red " * 40)
+    config.data.truncate_long_prompts = True
+    ids = model.prepare(images[0], "red " * 40)["text_ids"]
+    assert ids.shape == (len(schema.task_prompts("", variant)), 24) and (ids[:, -1] == schema.EOS_ID).all()
+    np.testing.assert_array_equal(ids, model.prepare(images[0], "red " * 60)["text_ids"])
+    model.prepare = lambda image, prompt: {"mean": 0.5}
+    with pytest.warns(UserWarning, match=r"prompts of more than 24 ids lose their ends"):
+        model.predict(images[:2], ["red " * 40, "a cat"])
+
+
+def test_prompts_that_lose_their_ends_are_counted(tmp_path, capsys):
+    model = FakeModel()
+    model.prepare = lambda image, prompt: {"mean": 0.5}
+    names = [f"{i}" for i in range(12)]
+    examples = [{"name": name, "image": np.zeros((4, 4, 3), np.uint8), "prompt": "a long prompt"} for name in names]
+    examples[3]["prompt"] = "short"
+    assert predict.predict(model, examples, names, tmp_path) == 0
+    said = "11 images ('0', '1', '2', '4', '5', ...): prompts longer than data.text_length=9, which lost their ends"
+    assert said in capsys.readouterr().out
+
+
+class FakeModel:
+    """Predicts the mean of an image. Raises `Killed` before the row with number `dies`."""
+
+    identity, truncates, vocabulary = "fake", False, types.SimpleNamespace(written=str)
+    config = types.SimpleNamespace(data=types.SimpleNamespace(text_length=9))
+
+    def __init__(self, dies=None):
+        self.dies, self.rows = dies, 0
+
+    def is_too_long(self, prompt):
+        return len(prompt) > 9
+
+    def prepare(self, image, prompt):
+        if self.is_too_long(prompt):
+            raise UserError("too long")
+        return {"mean": image.mean() / 255}
+
+    def predict_rows(self, rows, batch_size):
+        for row in rows:
+            if self.rows == self.dies:
+                raise Killed
+            self.rows += 1
+            heatmaps = np.full((4, 4, 2), row["mean"], np.float32)
+            yield {"scores": np.full(4, row["mean"], np.float32), "heatmaps": heatmaps, "labelled_prompt": "a cat_0"}
+
+
+class Killed(BaseException):
+    pass
+
+
+def pictures(folder, count, bad=()):
+    """A pattern of pictures, of which some do not decode."""
+    folder.mkdir(exist_ok=True)
+    for i in range(count):
+        cv2.imwrite(str(folder / f"{i}.png"), np.full((6, 5, 3), 20 * i, np.uint8))
+        if i in bad:
+            (folder / f"{i}.png").write_bytes(b"no picture")
+    return str(folder / "*.png")
+
+
+def run(spec, output, model=None, prompt="a cat", **options):
+    inputs = predict.read_inputs(spec, prompt)
+    return predict.predict(model or FakeModel(), *predict.image_examples(inputs, output), output, batch_size=2, **options)
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_bad_picture_is_left_out_and_listed(tmp_path, capsys):
+    spec = pictures(tmp_path / "photos", 5, bad=(1, 4))
+    os.mkfifo(tmp_path / "photos" / "6.png")
+    assert run(spec, tmp_path / "out") == 3
+    failed = [json.loads(line) for line in (tmp_path / "out" / "failed.jsonl").read_text().splitlines()]
+    assert [pathlib.Path(row["image"]).name for row in failed] == ["1.png", "4.png", "6.png"]
+    assert {row["prompt"] for row in failed} == {"a cat"}
+    assert "no known image format" in failed[0]["reason"] and "(a named pipe)" in failed[2]["reason"]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    assert [pathlib.Path(row["image"]).name for row in lines] == ["0.png", "2.png", "3.png"]
+    assert lines[1]["heatmaps"]["misalignment"] == "heatmaps/00002_misalignment.png"
+    assert all(cv2.imread(str(tmp_path / "out" / file)) is not None for row in lines for file in row["heatmaps"].values())
+    assert re.search(r"3 images \('.*1.png', '.*6.png'\): failed, see .*failed.jsonl", capsys.readouterr().out)
+    for i in (1, 4):  # mended: the same command predicts all, and the list is gone
+        cv2.imwrite(str(tmp_path / "photos" / f"{i}.png"), np.zeros((6, 5, 3), np.uint8))
+    (tmp_path / "photos" / "6.png").unlink()
+    assert run(spec, tmp_path / "out") == 0
+    assert not (tmp_path / "out" / "failed.jsonl").exists()
+
+
+def test_strict_ends_at_the_first_bad_picture_and_goes_on_when_it_is_mended(tmp_path):
+    spec = pictures(tmp_path / "photos", 5, bad=(3,))
+    with pytest.raises(UserError, match=r"3.png is missing or is not a readable image"):
+        run(spec, tmp_path / "out", strict=True)
+    cv2.imwrite(str(tmp_path / "photos" / "3.png"), np.zeros((6, 5, 3), np.uint8))
+    model = FakeModel()
+    assert run(spec, tmp_path / "out", model, strict=True) == 0 and model.rows == 3
+
+
+def test_pictures_that_all_fail_are_an_error(tmp_path):
+    with pytest.raises(UserError, match=r"none of the 2 images was predicted; the first: image: .*0.png is missing"):
+        run(pictures(tmp_path / "photos", 2, bad=(0, 1)), tmp_path / "out")
+    with pytest.raises(UserError, match=r"the first: too long"):
+        run(pictures(tmp_path / "photos", 2), tmp_path / "out", prompt="a very long prompt")
+    assert sorted(contents(tmp_path / "out")) == ["failed.jsonl", *(n for n in contents(tmp_path / "out") if "unfin" in n)]
+
+
+@pytest.mark.parametrize("dies", [0, 1, 3, 6])
+def test_a_killed_run_continues_to_the_same_bytes(tmp_path, dies, capsys):
+    spec = pictures(tmp_path / "photos", 8, bad=(2,))
+    run(spec, tmp_path / "whole")
+    output = tmp_path / "out"
+    run(pictures(tmp_path / "others", 11), output)  # an earlier run
+    with pytest.raises(Killed):
+        run(spec, output, FakeModel(dies))
+    assert (output / "predictions.jsonl").exists() == (dies < 2)  # those of the earlier run, until a batch is written
+    (output / "heatmaps" / f"00000_misalignment.png.{'a' * 16}.partial").write_bytes(b"left")
+    model = FakeModel()
+    assert run(spec, output, model) == 1
+    assert model.rows == 7 - [0, 0, 0, 3, 0, 0, 5][dies]
+    assert contents(output) == contents(tmp_path / "whole")
+
+
+def test_another_run_begins_anew(tmp_path, capsys):
+    spec, output = pictures(tmp_path / "photos", 6), tmp_path / "out"
+    with pytest.raises(Killed):
+        run(spec, output, FakeModel(4))
+    for change in ("prompt", "weights", "picture", "damage"):
+        model, prompt = FakeModel(), "a dog" if change == "prompt" else "a cat"
+        if change == "weights":
+            model.identity = "other"
+        if change == "picture":
+            cv2.imwrite(str(tmp_path / "photos" / "0.png"), np.full((6, 5, 3), 99, np.uint8))
+        if change == "damage":
+            (file,) = (output / "unfinished").glob("000000-*")
+            file.write_bytes(file.read_bytes()[:50])
+        model.dies = 2 if change == "damage" else 4
+        with pytest.raises(Killed):
+            run(spec, output, model, prompt)
+        assert ("unfinished batches of other images" in capsys.readouterr().out) == (change != "damage")
+    model = FakeModel()
+    run(spec, output, model)
+    assert model.rows == 2
+    run(spec, tmp_path / "whole")
+    assert contents(output) == contents(tmp_path / "whole")
+
+
+def test_nothing_is_written_through_links(tmp_path):
+    spec, output = pictures(tmp_path / "photos", 2), tmp_path / "out"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("mine")
+    for name in ("heatmaps", "unfinished"):
+        output.mkdir(exist_ok=True)
+        (output / name).symlink_to(tmp_path / "mine")
+        with pytest.raises(UserError, match=rf"output: .*{name} is a link, expected a folder"):
+            run(spec, output)
+        (output / name).unlink()
+    (output / "heatmaps").mkdir(exist_ok=True)
+    for name in ("predictions.jsonl", "report.html", "failed.jsonl", "heatmaps/00000_misalignment.png"):
+        (output / name).symlink_to(tmp_path / "mine" / "file")
+    run(spec, output)
+    assert contents(tmp_path / "mine") == {"file": b"mine"}
+    assert not any(path.is_symlink() for path in output.rglob("*"))
+
+
+def test_pictures_in_the_own_output_are_refused(tmp_path):
+    spec, output = pictures(tmp_path / "photos", 2), tmp_path / "out"
+    run(spec, output)
+    (tmp_path / "link.png").symlink_to(output / "heatmaps" / "00000_misalignment.png")
+    before = contents(output)
+    for spec in (str(output / "heatmaps" / "*.png"), str(tmp_path / "link.png")):
+        with pytest.raises(UserError, match=r"images: .*png is in .*out/heatmaps, where this command writes; choose"):
+            run(spec, output)
+    assert contents(output) == before
+
+
+def test_a_report_of_large_pictures_keeps_thumbnails(tmp_path):
+    spec = pictures(tmp_path / "photos", 2)
+    cv2.imwrite(str(tmp_path / "photos" / "0.png"), np.zeros((1200, 900, 3), np.uint8))
+    kept = []
+
+    class Model(FakeModel):
+        def predict_rows(self, rows, batch_size):
+            kept.extend(gc.get_objects())
+            return super().predict_rows(rows, batch_size)
+
+    run(spec, tmp_path / "out", Model())
+    assert not any(isinstance(one, np.ndarray) and one.shape == (1200, 900, 3) for one in kept)
+    assert "900 x 1200" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_read_inputs_takes_what_exists_literally(tmp_path):
+    names = ["a::b.png", "c[1].png", "d].png", "e?.png", "f*.png"]
+    folder = tmp_path / "run[lr=1e-3]*::?"
+    folder.mkdir()
+    for name in (*names, "c1.png", "ex.png", "fx.png", "notes.txt"):
+        (folder / name).write_bytes(b"")
+    for name in names:
+        assert predict.read_inputs(str(folder / name), "x") == [(str(folder / name), "x")]
+    assert len(predict.read_inputs(str(folder / "*"), "x")) == 8
+    found = [path for path, _ in predict.read_inputs(str(folder / "c*"), "x")]
+    assert found == [str(folder / "c1.png"), str(folder / "c[1].png")]
+    with pytest.raises(UserError, match=r"nothing matches .*, which is a folder"):
+        predict.read_inputs(str(folder), "x")
+
+
 def test_write_makes_lines_heatmaps_and_a_page(workdir, images, tmp_path):
     paths = []
     for i, image in enumerate(images):
@@ -128,8 +352,8 @@ def test_write_makes_lines_heatmaps_and_a_page(workdir, images, tmp_path):
     )
     inputs = predict.read_inputs(str(tmp_path / "list.jsonl"), None)
     model = rahf.load(workdir)
-    examples = ({"name": path, "image": image_files.read(path), "prompt": prompt} for path, prompt in inputs)
-    predict.write(tmp_path / "out", predict.predict_items(model, examples, 2), len(inputs))
+    examples, states = predict.image_examples(inputs, tmp_path / "out")
+    assert predict.predict(model, examples, states, tmp_path / "out", batch_size=2) == 0
 
     lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
     expected = model.predict(images, PROMPTS)
@@ -140,6 +364,7 @@ def test_write_makes_lines_heatmaps_and_a_page(workdir, images, tmp_path):
     heatmap = cv2.imread(str(tmp_path / "out" / lines[1]["heatmaps"]["misalignment"]), cv2.IMREAD_UNCHANGED)
     np.testing.assert_allclose(heatmap / 255, expected.heatmaps["misalignment"][1], atol=0.5 / 255 + 1e-6)
     assert "two blue dogs" in (tmp_path / "out" / "report.html").read_text()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["heatmaps", "predictions.jsonl", "report.html"]
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,8 @@ assert {name: scores.shape for name, scores in feedback.scores.items()} == dict.
 )
 assert feedback.heatmaps["implausibility"].shape == (2, 16, 16)
 assert len(feedback.keywords) == len(feedback.labelled_prompts) == 2
-items = predict.predict_items(model, [{"name": "cat", "image": image, "prompt": "a yellow cat"}], 1)
-predict.write("report", items, 1, predict.evaluation_tables("run", "test"))
+example = {"name": "cat", "image": image, "prompt": "a yellow cat"}
+predict.predict(model, [example], ["cat"], "report", tables=predict.evaluation_tables("run", "test"))
 """
 
 

@@ -28,7 +28,6 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 import rahf
-from rahf import checkpoints
 from rahf import reward as rahf_reward
 from rahf.fingerprint import fingerprint
 from richhf_data import schema
@@ -140,10 +139,7 @@ class ScoreReward:
     @functools.cached_property
     def identity(self) -> str:
         """Depends on the model's parameters, configuration and vocabulary, and on the weights."""
-        model = self._model
-        lengths = {name: model.config.data[name] for name in ("text_length", "keyword_length")}
-        parts = sorted(checkpoints.digests(model.params).items()), model.model_config, lengths, model.vocabulary.digest
-        return fingerprint("rahf", *parts, list(self._weights.items()))
+        return fingerprint("rahf", *self._model.identity_parts(), list(self._weights.items()))
 
 
 class Own:
