@@ -6,7 +6,8 @@
   CMYK, palette       become RGB
   16 bits             become 8
   animation           its first picture
-  size                scaled down to `MAX_PIXELS`; refused, before it is decoded, above 5 times as many
+  size                scaled down to `MAX_PIXELS`; refused, before it is decoded, above 5 times as many, with a side of more
+                      than a million pixels, or in a file of more than a GiB
 """
 
 import contextlib
@@ -29,6 +30,7 @@ from richhf_data.errors import UserError
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".mpo", ".avif", ".jp2")
 MAX_PIXELS = 20_000_000
 _REFUSED = 5  # an image of more than this times the allowed pixels is not decoded
+_MAX_SIDE, _MAX_BYTES = 1_000_000, 1 << 30
 # Not those that run another program, such as EPS. Pillow may be built without the last two.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "AVIF", "JPEG2000")
 _EXPECTED = "expected a JPEG, PNG or WebP, or another of the formats GIF, BMP, TIFF, AVIF and JPEG 2000"
@@ -47,6 +49,19 @@ def read(path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
             return np.array(_rgb(image, max_pixels))  # a copy, which the caller may write to
     except UserError as error:
         raise UserError(f"image: {path} is missing or is not a readable image ({error}), {_EXPECTED}") from error
+
+
+def read_bytes(path) -> bytes:
+    """The content of a picture file, not decoded.
+
+    Raises:
+      UserError: no such file, or too large a one.
+    """
+    try:
+        _check_file(pathlib.Path(path))
+    except UserError as error:
+        raise UserError(f"image: {path} is missing or is not a readable image ({error}), {_EXPECTED}") from error
+    return pathlib.Path(path).read_bytes()
 
 
 def decode(data: bytes, where: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -123,17 +138,19 @@ def _opened(source: bytes | pathlib.Path, max_pixels: float) -> Iterator[PIL.Ima
         with contextlib.ExitStack() as stack:
             if isinstance(source, bytes):
                 file = io.BytesIO(source)
-            elif reason := input_files.not_a_file(source):
-                raise UserError(reason)
             else:
+                _check_file(source)
                 file = stack.enter_context(source.open("rb"))  # Pillow maps a file that it opens itself into memory
             if not file.seek(0, io.SEEK_END):
                 raise UserError("no bytes")
             file.seek(0)
             stack.enter_context(warnings.catch_warnings(action="ignore"))
             image = stack.enter_context(PIL.Image.open(file, formats=_formats()))
+            if max(image.size) > _MAX_SIDE:
+                raise UserError(f"a side of more than {_MAX_SIDE:,} pixels")
             if image.width * image.height > _REFUSED * max_pixels:
                 raise UserError(f"more than {_REFUSED * max_pixels / 1e6:g} megapixels")
+            _scale_transparent_colour(image)
             yield image
     except PIL.UnidentifiedImageError as error:
         raise UserError("no known image format") from error
@@ -144,6 +161,13 @@ def _opened(source: bytes | pathlib.Path, max_pixels: float) -> Iterator[PIL.Ima
         raise UserError(message) from error
     finally:
         PIL.Image.MAX_IMAGE_PIXELS = limit
+
+
+def _check_file(path: pathlib.Path) -> None:
+    if reason := input_files.not_a_file(path):
+        raise UserError(reason)
+    if path.stat().st_size > _MAX_BYTES:
+        raise UserError("more than a GiB")
 
 
 @functools.cache
@@ -191,7 +215,6 @@ def _rgb(image: PIL.Image.Image, max_pixels: int) -> PIL.Image.Image:
     elif image.mode == "F":
         raise UserError("more than 16 bits")
     elif image.has_transparency_data:
-        _scale_transparent_colour(image)
         rgba = image.convert("RGBA")
         rgb, alpha = to_srgb(rgba), rgba.getchannel("A")
     else:
@@ -210,9 +233,9 @@ def _rgb(image: PIL.Image.Image, max_pixels: int) -> PIL.Image.Image:
 
 def _scale_transparent_colour(image: PIL.Image.Image) -> None:
     """Makes a PNG's transparent colour one of 8 bits: Pillow scales the picture to 8 bits, and not this colour."""
-    if image.format == "PNG" and image.mode in ("1", "L", "RGB"):
+    colour = image.info.get("transparency")
+    if image.format == "PNG" and image.mode in ("1", "L", "RGB") and colour is not None:
         scale = {"1": 255, "L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(image.tile[0].args, 1)
-        colour = image.info["transparency"]
         scaled = [int(value * scale) for value in (colour if isinstance(colour, tuple) else (colour,))]
         image.info["transparency"] = tuple(scaled) if image.mode == "RGB" else scaled[0]
 

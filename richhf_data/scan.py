@@ -22,7 +22,7 @@ from richhf_data import image_sources, images, input_files, keywords, parquet, p
 from richhf_data.errors import UserError
 from richhf_data.workers import start_worker
 
-_FORMAT = 2  # of the parts; a change of it, or of what images.py does to a picture, needs another number
+_FORMAT = 3  # of the parts; a change of it, or of what images.py does to a picture, needs another number
 _SCHEMA = pyarrow.schema(
     [
         ("uid", pyarrow.string()),

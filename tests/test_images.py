@@ -1,10 +1,13 @@
 """image_sources.py: each source gives the wanted rows and names its faults. images.py: all readers decode alike."""
 
+import contextlib
 import csv
 import io
 import json
+import os
 import pathlib
 import re
+import socket
 import struct
 import subprocess
 import sys
@@ -20,7 +23,7 @@ import pyarrow.parquet
 import pytest
 from tiny_data import image_of, jpg, prompt_of, write_parquet, write_table
 
-from richhf_data import image_sources, images
+from richhf_data import consolidate, image_sources, images, scan
 
 
 def find(spec, wanted, columns=None):
@@ -507,6 +510,75 @@ def test_all_readers_give_the_pixels_of_a_build(name, tmp_path):
     assert images.size(tmp_path / "a") == built.shape[1::-1]
 
 
+def packed(depth: int, colour: int, row: bytes, transparent: tuple[int, ...], width: int) -> bytes:
+    """A PNG of one row with a transparent colour."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, depth, colour, 0, 0, 0))
+    transparency = chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent))
+    return b"\x89PNG\r\n\x1a\n" + header + transparency + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (packed(1, 0, bytes([0b01000000]), (0,), 2), [255, 255]),
+        (packed(1, 0, bytes([0b01000000]), (1,), 2), [0, 255]),
+        (packed(2, 0, bytes([0b00011011]), (2,), 4), [0, 85, 255, 255]),
+        (packed(4, 0, bytes([0x02, 0x7F]), (7,), 4), [0, 34, 255, 255]),
+        (packed(8, 0, bytes([0, 7, 9]), (7,), 3), [0, 255, 9]),
+        (packed(16, 0, struct.pack(">4H", 0, 5000, 5001, 65535), (5000,), 4), [0, 255, 19, 255]),
+        (packed(8, 2, bytes([1, 2, 3, 4, 5, 6]), (1, 2, 3), 2), [[255, 255, 255], [4, 5, 6]]),
+        (packed(16, 2, struct.pack(">6H", 5000, 65000, 7, 65000, 5000, 7), (5000, 65000, 7), 2), [[255] * 3, [253, 19, 0]]),
+    ],
+    ids=["1 bit, 0", "1 bit, 1", "2 bits", "4 bits", "8 bits", "16 bits", "8 bits RGB", "16 bits RGB"],
+)
+def test_a_transparent_colour_has_the_depth_of_the_picture(data, expected):
+    found = images.decode(data, "x")[0]
+    np.testing.assert_array_equal(found, np.array(expected).reshape(len(found), -1) * np.ones((1, 3), int))
+    np.testing.assert_array_equal(decoded(images.plain(data)[0])[0], found)
+
+
+ALPHA = PIL.Image.fromarray(rgba())
+MODES = {
+    "grey and alpha": (ALPHA.convert("LA"), "PNG", {}),
+    "grey and alpha, TIFF": (ALPHA.convert("LA"), "TIFF", {}),
+    "alpha, WebP": (ALPHA, "WEBP", {"lossless": True, "exact": True}),
+    "alpha, JPEG 2000": (ALPHA, "JPEG2000", {"irreversible": False}),
+    "alpha, TIFF": (ALPHA, "TIFF", {}),
+    "transparent GIF": (ALPHA.quantize(64), "GIF", {}),
+    "animated WebP": (ALPHA, "WEBP", {"lossless": True, "exact": True, "save_all": True, "append_images": TWO}),
+    "two pages": (ALPHA, "TIFF", {"save_all": True, "append_images": TWO}),
+    "CMYK, TIFF": (RGB.convert("CMYK"), "TIFF", {}),
+    "16 bits, JPEG 2000": (PIL.Image.fromarray(GREY.astype(np.uint16) << 8), "JPEG2000", {}),
+    "YCbCr": (RGB.convert("YCbCr"), "TIFF", {}),
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_any_format_is_read_as_pillow_shows_it_over_white(name, tmp_path):
+    image, kind, options = MODES[name]
+    if kind == "JPEG2000" and not PIL.features.check("jpg_2000"):
+        pytest.skip("Pillow was built without JPEG 2000")
+    data = encoded(image, kind, **options)
+    with PIL.Image.open(io.BytesIO(data)) as opened:
+        shown = opened.convert("L" if opened.mode.startswith("I") else "RGBA").convert("RGBA")
+    expected = PIL.Image.alpha_composite(PIL.Image.new("RGBA", shown.size, "white"), shown).convert("RGB")
+    if image.mode == "I;16":
+        expected = RGB.convert("L").convert("RGB")
+    (tmp_path / "a").write_bytes(data)
+    np.testing.assert_array_equal(images.read(tmp_path / "a"), expected)
+    np.testing.assert_array_equal(images.decode(data, "x"), expected)
+    np.testing.assert_array_equal(decoded(images.plain(data)[0]), expected)
+
+
+def test_cmyk_with_a_profile_of_another_kind_of_colours_is_read_without_it():
+    data = encoded(RGB.convert("CMYK"), "JPEG", quality=100, subsampling=0, icc_profile=ADOBE)
+    np.testing.assert_allclose(images.decode(data, "x").astype(int), PICTURE, atol=8)
+
+
 def test_newer_formats_are_read(tmp_path):
     for kind, feature in (("AVIF", "avif"), ("JPEG2000", "jpg_2000")):
         if PIL.features.check(feature):
@@ -537,6 +609,83 @@ def test_files_that_are_no_pictures_are_named(tmp_path):
         images.decode(bomb(), "row 3")
     with pytest.raises(ValueError, match=r"image: .*none.png is missing or is not a readable image \(no such file\)"):
         images.read(tmp_path / "none.png")
+    for side in ((2_000_000, 1), (1, 2_000_000)):
+        with pytest.raises(ValueError, match=r"\(a side of more than 1,000,000 pixels\)"):
+            images.decode(encoded(PIL.Image.new("1", side), "PNG"), "x")
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate(2 << 30)  # a sparse file
+    for read in (images.read, images.size, images.read_bytes):
+        with pytest.raises(ValueError, match=r"huge.png .*\(more than a GiB\)"):
+            read(tmp_path / "huge.png")
+
+
+def special_files(folder):
+    """Paths that are no files, with what they are."""
+    (folder / "folder.png").mkdir()
+    os.mkfifo(folder / "pipe.png")
+    (folder / "link.png").symlink_to(folder / "pipe.png")
+    (folder / "device.png").symlink_to("/dev/zero")
+    here = socket.socket(socket.AF_UNIX)
+    with contextlib.chdir(folder), here:  # a socket's path must be short
+        here.bind("socket.png")
+    kinds = {"folder": "folder", "pipe": "named pipe", "link": "named pipe", "device": "device", "socket": "socket"}
+    return {folder / f"{name}.png": f"a {kind}" for name, kind in kinds.items()}
+
+
+def test_what_is_no_file_is_not_opened(tmp_path):
+    from rahf.reward.image_table import ImageTable
+
+    for path, kind in special_files(tmp_path).items():
+        for read in (images.read, images.size, images.read_bytes):
+            with pytest.raises(ValueError, match=rf"{path.name} .*\({kind}\)"):
+                read(path)
+        (tmp_path / "list.jsonl").write_text(json.dumps({"image": path.name, "prompt": "a cat"}))
+        with pytest.raises(ValueError, match=rf"row 1: image: .*{path.name} is {kind}"):
+            ImageTable(tmp_path / "list.jsonl")
+        with pytest.raises(ValueError, match=rf"annotations: .*{path.name} is {kind}, expected a file"):
+            consolidate.read(str(path))
+        if kind != "a folder":
+            with pytest.raises(ValueError, match=rf"images: .*{path.name} is {kind}, expected a file"):
+                find(f"table:{path}", ["u0"])
+    spec = write_folder(tmp_path / "images", "captions.csv")
+    (tmp_path / "images" / "u0.jpg").unlink()
+    os.mkfifo(tmp_path / "images" / "u0.jpg")
+    with pytest.raises(ValueError, match=r"images: .*u0.jpg is a named pipe, expected a file"):
+        find(spec, ["u0"])
+
+
+NAMES = ["a::b", "run[1]", "c*", "d?", "e]", "f::[x]*?"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_paths_that_exist_are_taken_literally(name, tmp_path):
+    spec = write_folder(tmp_path / name, "captions.csv")
+    assert len(find(spec, ["u0", "u1"])) == 2
+    for folder in (name, "run1", "cc", "dd"):  # what a pattern would match
+        write_table(tmp_path / folder / f"{name}.parquet", ["u0"], {"uid": "uid", "prompt": "prompt", "image": "image"})
+        write_parquet(tmp_path / folder / "pairs" / f"{name}.parquet", [("u0", "u1")])
+    for pattern in (f"{name}/{name}.parquet", f"{name}/*.parquet"):
+        for beginning in (tmp_path, f"file://{tmp_path}"):
+            assert len(find(f"table:{beginning}/{pattern}", ["u0"])) == 1
+    assert len(find(f"parquet:{tmp_path}/{name}/pairs/{name}.parquet", ["u0", "u1"])) == 2
+    with pytest.raises(ValueError, match=r"images: no file matches") as error:
+        find(f"table:{tmp_path}/{name}/none.parquet", ["u0"])
+    assert "gcsfs" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parts_lie_in_any_folder(name, tmp_path):
+    write_table(tmp_path / "0.parquet", ["u0", "u1"], {"uid": "uid", "prompt": "prompt", "image": "image"})
+    found, folder = scan.gather(f"table:{tmp_path}/0.parquet", ["u0", "u1"], tmp_path / name)
+    assert sorted(uid for uid, _, _ in found.read(["u0", "u1"])) == ["u0", "u1"]
+    scan.remove(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["0.parquet"]
+
+
+def test_linked_shards_are_read(tmp_path):
+    write_table(tmp_path / "blob", ["u0"], {"uid": "uid", "prompt": "prompt", "image": "image"})
+    (tmp_path / "0.parquet").symlink_to(tmp_path / "blob")  # as in Hugging Face's cache
+    assert len(find(f"table:{tmp_path}/*.parquet", ["u0"])) == 1
 
 
 def test_scan_imports_no_tensorflow():

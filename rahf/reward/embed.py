@@ -28,6 +28,7 @@ from richhf_data.errors import UserError
 
 BATCH = 32  # images or texts at a time
 FILE = 8 * BATCH  # embeddings per file: as many are lost when a run is killed
+_MAX_ASPECT = 64
 
 
 class Clip:
@@ -99,14 +100,18 @@ def _unit(module, method, params, x):
 def prepare(image: np.ndarray, size: int) -> np.ndarray:
     """uint8[H, W, 3] -> uint8[size, size, 3], as CLIP reads it: bicubic, shorter side to `size`, then a centre crop.
 
+    A longer side of more than `_MAX_ASPECT` shorter ones is cropped first, so that the scaled image stays small.
+
     Raises:
       UserError: another shape or dtype.
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
         raise UserError(f"image: got {image.dtype}{list(image.shape)}, expected uint8[H, W, 3]")
-    height, width = image.shape[:2]
-    if (height, width) == (size, size):
+    if image.shape[:2] == (size, size):
         return image
+    left, top = (max(0, side - _MAX_ASPECT * min(image.shape[:2])) // 2 for side in image.shape[1::-1])
+    image = image[top : image.shape[0] - top, left : image.shape[1] - left]
+    height, width = image.shape[:2]
     scaled = [max(size, int(size * side / min(height, width))) for side in (width, height)]
     left, top = ((side - size) // 2 for side in scaled)
     picture = PIL.Image.fromarray(image).resize(scaled, PIL.Image.Resampling.BICUBIC)

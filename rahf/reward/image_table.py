@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pyarrow
 import pyarrow.parquet
 
-from richhf_data import jsonl, parquet
+from richhf_data import images, input_files, jsonl, parquet
 from richhf_data.errors import UserError
 
 MAX_NAMED = 5  # faults that a message lists
@@ -76,7 +76,7 @@ class ImageTable:
             value = row["image"]
             value = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
             self._refuse([f"{where}: {fault}" for fault in self._fault_of_image(value)])
-            encoded = value if isinstance(value, bytes) else (self.path.parent / value).read_bytes()
+            encoded = value if isinstance(value, bytes) else images.read_bytes(self.path.parent / value)
             yield f"{self.name}: {self.path}: {where}", encoded
 
     def _faults(self, row) -> list[str]:
@@ -91,8 +91,9 @@ class ImageTable:
         if not jsonl.is_text(value) or not value:
             got = "no bytes" if value == b"" else repr(value)
             return [f"image: got {got}, expected a path or an image's bytes"]
-        if not (self.path.parent / value).is_file():
-            return [f"image: no file {self.path.parent / value}"]
+        path = self.path.parent / value
+        if reason := input_files.not_a_file(path):
+            return [f"image: {path} is {reason}" if path.exists() else f"image: no file {path}"]
         return []
 
     def _refuse(self, faults) -> None:
