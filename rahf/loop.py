@@ -11,6 +11,7 @@ What is computed is a `program.Training`; what happens besides the steps (evalua
 import contextlib
 import io
 import os
+import secrets
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -61,8 +62,11 @@ def start(
             skips = SkippedSteps(bad_batches, config.train.max_bad_steps, saved["skipped"], saved["skipped_in_a_row"])
             batches = stack.enter_context(contextlib.closing(batches_from(step)))
             events = event_files.address(workdir / "tensorboard")
+            end = f".{secrets.token_hex(8)}"  # of the file's name, so that no link can lie in wait for it
             with paths.naming("/dev/shm"):  # its queue has semaphores
-                summaries = tensorboardX.SummaryWriter(events, purge_step=step or None, write_to_disk=writes)
+                summaries = tensorboardX.SummaryWriter(
+                    events, purge_step=step or None, write_to_disk=writes, filename_suffix=end
+                )
             writer = stack.enter_context(summaries)
             bar = stack.enter_context(
                 tqdm(desc="train", total=num_steps, initial=step, unit="step", dynamic_ncols=True, disable=not writes)

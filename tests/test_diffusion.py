@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -443,6 +444,13 @@ def test_a_killed_run_goes_on_and_draws_nothing_twice(tiny, tmp_path, monkeypatc
             (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=message):
             run("new", prompts=tmp_path / name)
+    PIL.Image.new("RGB", (16, 16), "magenta").save(tmp_path / "mask.png")  # a luminance below half
+    with pytest.raises(ValueError, match=r"mask: .*mask.png marks no pixel, expected white where to inpaint"):
+        run("new", prompts=tmp_path / "prompts.txt", image=tmp_path / "mask.png", mask=tmp_path / "mask.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    for name in ("image", "mask"):
+        with pytest.raises(ValueError, match=r"image: .*pipe.png is missing or is not a readable image \(a named pipe\)"):
+            run("new", **{"prompts": tmp_path / "prompts.txt", name: tmp_path / "pipe.png"})
     with pytest.raises(ValueError, match="prompt: got none, expected --prompt=TEXT or --prompts=FILE"):
         run("new", prompts=None)
     assert not (tmp_path / "new").exists() and len(calls) == 3

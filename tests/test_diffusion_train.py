@@ -219,6 +219,19 @@ def test_kept_arrays_that_are_not_whole_are_made_anew(tmp_path, damage):
     np.testing.assert_array_equal(inputs.kept(place, rows.shape, lambda done: iter(rows[done:, None])), rows)
 
 
+def test_kept_arrays_are_not_written_through_links(tmp_path):
+    mine, rows = tmp_path / "mine", np.ones((20, 2), np.float32)
+    mine.write_bytes(b"mine")
+    for name, message in (("rows.npy", r"cache: .*rows.npy is a link, expected a file; delete it"), ("rows.lock", "links")):
+        (tmp_path / name).symlink_to(mine)
+        with pytest.raises((ValueError, OSError), match=message):
+            inputs.kept(tmp_path / "rows.npy", rows.shape, lambda done: iter(rows[done:, None]))
+        (tmp_path / name).unlink()
+    (tmp_path / "rows.npy").hardlink_to(mine)
+    inputs.kept(tmp_path / "rows.npy", rows.shape, lambda done: iter(rows[done:, None]))
+    assert mine.read_bytes() == b"mine"
+
+
 class Identified:
     """Brightness for the first images, another number from image `first` on."""
 

@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import pathlib
 import re
-import shutil
 from collections.abc import Mapping
 from typing import Literal
 
@@ -33,7 +32,7 @@ from rahf.models.clip import CLIP, TOKENIZER_FILES, VIT_L14, CLIPConfig, Tokeniz
 from rahf.models.parameters import param_shapes
 from rahf.pretrained import matched
 from rahf.weights import Tensor, Tensors
-from richhf_data import checked, json_files
+from richhf_data import checked, json_files, paths
 from richhf_data.errors import UserError
 
 INDEX = "model_index.json"
@@ -452,10 +451,9 @@ def write(model: StableDiffusion, folder) -> None:
     for part, values in _their_configs(config).items():
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
         json_files.write(folder / part / name, values)
-    (folder / "tokenizer").mkdir(exist_ok=True)
     for name in VOCABULARY:
         if (model.vocabulary / name).is_file():
-            shutil.copyfile(model.vocabulary / name, folder / "tokenizer" / name)
+            paths.replace(folder / "tokenizer" / name, (model.vocabulary / name).read_bytes())
     if not (folder / "tokenizer/tokenizer_config.json").is_file():
         tokenizer = {"tokenizer_class": "CLIPTokenizer", "model_max_length": config.text.text.length}
         json_files.write(folder / "tokenizer/tokenizer_config.json", tokenizer)

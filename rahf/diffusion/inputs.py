@@ -115,8 +115,13 @@ def kept(
 
     Args:
       place: the .npy file. parts: called with the number of rows on disk, yields arrays with the following rows.
+
+    Raises:
+      UserError: `place` is a link.
     """
     done_file, done = place.with_suffix(".json"), 0
+    if place.is_symlink():
+        raise UserError(f"cache: {place} is a link, expected a file; delete it")
     with paths.locked(place.parent, f"{place.stem}.lock", wait=True):
         try:
             found = np.load(place, mmap_mode="r")
@@ -130,6 +135,7 @@ def kept(
             return np.load(place, mmap_mode="r")
         if not done:
             done_file.unlink(missing_ok=True)
+            place.unlink(missing_ok=True)
         array = np.lib.format.open_memmap(place, "r+" if done else "w+", dtype, shape)
         with place.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)  # a full disk fails here, not after hours

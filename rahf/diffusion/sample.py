@@ -349,6 +349,8 @@ def run(args) -> None:
         raise UserError("prompt: got none, expected --prompt=TEXT or --prompts=FILE")
     image = images.read(args.image) if args.image else None
     mask = read_mask(args.mask) if args.mask else None
+    if mask is not None and not mask.any():
+        raise UserError(f"mask: {args.mask} marks no pixel, expected white where to inpaint (a luminance of half or more)")
     model = folder.read(args.model)
     model.text_ids(prompts, args.truncate)  # raises for a prompt that is too long
     if args.dtype:
