@@ -245,6 +245,9 @@ def test_prepare_scales_the_shorter_side_and_keeps_the_middle():
     np.testing.assert_array_equal(prepared[:, 2:-2], 100)
     np.testing.assert_array_equal(embed.prepare(image[:, :40].transpose(1, 0, 2), 40)[:20], 50)
     assert embed.prepare(np.zeros((7, 500, 3), np.uint8), 16).shape == (16, 16, 3)
+    panorama = np.repeat(np.arange(2001) % 256, 3).reshape(1, -1, 3).astype(np.uint8)  # of 1 x 2001 pixels
+    np.testing.assert_array_equal(embed.prepare(panorama, 16), embed.prepare(panorama[:, 990:1011], 16))
+    assert embed.prepare(np.zeros((1, 20_000_000, 3), np.uint8), 224).shape == (224, 224, 3)  # not scaled to 3 terabytes
     with pytest.raises(ValueError, match=r"image: got float32\[4, 4, 3\], expected uint8\[H, W, 3\]"):
         embed.prepare(np.zeros((4, 4, 3), np.float32), 16)
 
