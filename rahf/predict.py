@@ -94,11 +94,11 @@ def image_examples(inputs: Sequence[tuple[str, str]], output) -> tuple[list[dict
     """
     own, examples, states = os.path.realpath(pathlib.Path(output) / "heatmaps"), [], []
     for path, prompt in inputs:
-        if os.path.dirname(os.path.realpath(path)) == own:
-            raise UserError(f"images: {path} is in {own}, where this command writes; choose another --output")
         examples.append({"name": path, "image": path, "prompt": prompt})
         states.append([path, prompt, None])
-        with contextlib.suppress(OSError):  # the reading of the image says why
+        if input_files.not_a_file(path) is None:
+            if os.path.dirname(os.path.realpath(path)) == own:
+                raise UserError(f"images: {path} is in {own}, where this command writes; choose another --output")
             found = os.stat(path)
             states[-1][-1] = [found.st_size, found.st_mtime_ns]
     return examples, states
@@ -380,7 +380,7 @@ def main():
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "The folder of a training run, or one that rahf.convert wrote.")
-    flags.DEFINE_string("images", None, "A glob of image files, or a .jsonl file of {image, prompt} lines.")
+    flags.DEFINE_string("images", None, "Image files, a path or a pattern; or a .jsonl file of {image, prompt} lines.")
     flags.DEFINE_string("prompt", None, "The prompt of all images of a glob; else each image's own NAME.txt.")
     flags.DEFINE_string("data_dir", None, "Instead of --images: a built dataset; the report shows its truth.")
     flags.DEFINE_string("split", "test", "The split of --data_dir.")

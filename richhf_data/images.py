@@ -28,6 +28,7 @@ from richhf_data import input_files
 from richhf_data.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".mpo", ".avif", ".jp2")
+EXTENSIONS += (".jpe", ".jfif", ".apng", ".dib", ".avifs", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c")  # rarer names of these
 MAX_PIXELS = 20_000_000
 _REFUSED = 5  # an image of more than this times the allowed pixels is not decoded
 _MAX_SIDE, _MAX_BYTES = 1_000_000, 1 << 30

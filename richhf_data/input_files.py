@@ -30,8 +30,10 @@ def not_a_file(path) -> str | None:
     """
     try:
         mode = os.stat(path).st_mode
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last: a zero byte in the name
         return "no such file"
+    except OSError as error:
+        return f"not readable ({error.strerror})"
     return None if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "no file")
 
 

@@ -632,6 +632,19 @@ def special_files(folder):
     return {folder / f"{name}.png": f"a {kind}" for name, kind in kinds.items()}
 
 
+def test_extensions_are_pillows(tmp_path):
+    named = {name for name, kind in PIL.Image.registered_extensions().items() if kind in images._FORMATS}
+    assert named <= set(images.EXTENSIONS)
+
+
+@pytest.mark.parametrize("name", ["a\0b.png", "a" * 5000, "loop.png", "file/b.png"])
+def test_paths_that_no_file_can_have_are_named(name, tmp_path):
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"is missing or is not a readable image \((no such file|not readable \()"):
+        images.read(tmp_path / name)
+
+
 def test_what_is_no_file_is_not_opened(tmp_path):
     from rahf.reward.image_table import ImageTable
 

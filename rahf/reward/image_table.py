@@ -93,7 +93,7 @@ class ImageTable:
             return [f"image: got {got}, expected a path or an image's bytes"]
         path = self.path.parent / value
         if reason := input_files.not_a_file(path):
-            return [f"image: {path} is {reason}" if path.exists() else f"image: no file {path}"]
+            return [f"image: no file {path}" if reason == "no such file" else f"image: {path} is {reason}"]
         return []
 
     def _refuse(self, faults) -> None:
