@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import pathlib
 import secrets
 import shutil
 import socket
@@ -20,6 +21,7 @@ from richhf_data.errors import UserError
 
 PROCESS_LIMITS = errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN  # no file is at fault
 LOCK, PARTIAL = ".lock", ".partial"  # what `locked` and `exchanging` keep in a folder while they write there
+
 
 def absolute(path) -> epath.Path:
     """The absolute path of a local path; a URL stays as it is."""
