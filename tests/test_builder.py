@@ -125,6 +125,12 @@ def test_label_mismatch_is_kept_and_counted(tmp_path):
     assert "train: 2 label mismatches, first u1 (2 labels" in builder.report_table(report)
 
 
+def test_report_table_shows_no_control_characters():
+    report = tasks.report(built())
+    report["splits"]["dev"]["images_missing"] = {"count": 1, "first": ["u\x1b[2J\nx"]}
+    assert r"dev: 1 images missing, first u\x1b[2J\nx" in builder.report_table(report).split("\n")
+
+
 def test_record_files_may_be_named_one_by_one(tmp_path):
     for folder, split in (("a", "train"), ("a", "test"), ("b", "train")):
         (tmp_path / folder).mkdir(exist_ok=True)

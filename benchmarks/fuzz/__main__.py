@@ -109,7 +109,7 @@ def case_of(door: doors.Door, good: pathlib.Path, number: int | None, seed: int,
     folder = cases / name
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(good, folder / "input")
-    (folder / "evil.py").write_text(EVIL)
+    (folder / "evil.py").write_text(EVIL, encoding="utf-8")
     made = Case(name, door, "good", "nothing", folder, "input", "output", same=True)
     if number is None:
         return made
@@ -191,7 +191,7 @@ def run(case: Case) -> None:
             if error.code:
                 raise
         result = case.door.result(pathlib.Path(case.output))
-    pathlib.Path("result.json").write_text(json.dumps(result))
+    pathlib.Path("result.json").write_text(json.dumps(result), encoding="utf-8")
 
 
 def verdict(case: Case, status: int, ended: str | None, good) -> tuple[str, str]:
@@ -200,7 +200,7 @@ def verdict(case: Case, status: int, ended: str | None, good) -> tuple[str, str]
     Args:
       ended: why it was killed, if it was. good: the result of the good input.
     """
-    errors = (case.folder / "stderr").read_text(errors="replace")
+    errors = (case.folder / "stderr").read_text(encoding="utf-8", errors="replace")
     if (case.folder / mutators.MARKER).exists():
         return "FAULT", "code of the input was run"
     if ended:
@@ -265,7 +265,8 @@ def good_inputs(chosen: list[doors.Door], folder: pathlib.Path) -> None:
         place.mkdir()
         if os.waitpid(forked(lambda door=door, place=place: door.make(place), logs), 0)[1]:
             shutil.rmtree(place)
-            raise RuntimeError(f"the good input of {door.name} was not made:\n{(logs / 'stderr').read_text()}")
+            said = (logs / "stderr").read_text(encoding="utf-8", errors="replace")
+            raise RuntimeError(f"the good input of {door.name} was not made:\n{said}")
 
 
 def run_all(cases: Iterator[Case], limit: float) -> Iterator[tuple[Case, int, str | None, float]]:
@@ -318,7 +319,7 @@ def fuzz(chosen: list[doors.Door], output: pathlib.Path, seed: int, seconds: flo
             spent[case.door.name] += took
         row = {"case": case.name, "door": case.door.name, "group": case.door.group, "kind": case.kind}
         rows.append(row | {"what": case.what, "verdict": found, "why": why, "seconds": round(took, 2)})
-        with (output / "results.jsonl").open("a") as file:
+        with (output / "results.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(rows[-1]) + "\n")
         if found == "FAULT":
             print(f"FAULT {case.name}: {case.what}: {why}", flush=True)
@@ -375,8 +376,8 @@ def main():
         importlib.import_module(module)  # once for all cases
     rows = fuzz(chosen, output, args.seed, 60 * args.minutes, only)
     if args.case:
-        print((output / "cases" / args.case / "stdout").read_text(errors="replace"))
-        print((output / "cases" / args.case / "stderr").read_text(errors="replace"), file=sys.stderr)
+        print((output / "cases" / args.case / "stdout").read_text(encoding="utf-8", errors="replace"))
+        print((output / "cases" / args.case / "stderr").read_text(encoding="utf-8", errors="replace"), file=sys.stderr)
         print(json.dumps(rows[-1], indent=2))
     else:
         print(table(rows))

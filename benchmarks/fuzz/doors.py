@@ -95,7 +95,7 @@ def _list(folder, labels=False):
     for i, prompt in enumerate(PROMPTS * (4 if labels else 1)):
         _picture(folder / f"{i}.{'jpg' if i % 2 else 'png'}", i)
         rows.append({"image": f"{i}.{'jpg' if i % 2 else 'png'}", "prompt": prompt} | ({"label": i % 2} if labels else {}))
-    (folder / "images.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "images.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def _predicted(folder):
@@ -149,7 +149,7 @@ def _image_folder(folder):
         (folder / f"images/{uid}.png").parent.mkdir(exist_ok=True)
         (folder / f"images/{uid}.png").write_bytes(tiny_data.png(tiny_data.image_of(uid)))
     rows = "".join(f'{uid},"{tiny_data.prompt_of(uid)}"\n' for uid in uids)
-    (folder / "images/captions.csv").write_text("uid,caption\n" + rows)
+    (folder / "images/captions.csv").write_text("uid,caption\n" + rows, encoding="utf-8")
 
 
 def _dataset(folder):
@@ -166,8 +166,9 @@ def _annotations(folder):
 
 
 def _prompts(folder):
-    (folder / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in PROMPTS))
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    (folder / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in PROMPTS), encoding="utf-8")
+    lines = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS)
+    (folder / "prompts.jsonl").write_text(lines, encoding="utf-8")
 
 
 def _vit(folder):
@@ -196,7 +197,7 @@ def _hugging_face(kind, folder):
         text["max_position_embeddings"] = 16
         vision = sizes | {"image_size": 8, "patch_size": 4}
         transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=6).save_pretrained(folder)
-    settings = json.loads((folder / "config.json").read_text())
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if kind == "vit":
         config = readers.vit_config_from_hugging_face(settings)
         table, ours = names.vit_from_hugging_face(config), readers._vit_shapes(config, 5, kind)
@@ -252,7 +253,7 @@ def _t5x(folder):
 
 
 def _nothing(folder):
-    (folder / "unused.txt").write_text("unused\n")
+    (folder / "unused.txt").write_text("unused\n", encoding="utf-8")
 
 
 # ---- Calls and results ----------------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ def write_page(path, sets: Sequence[Evaluated], chosen: Sequence[str], words=Non
         across=max(len(column) for item in items for column in item["columns"]),
         shared=len(set.intersection(*(set(one.prompts) for one in sets))),
     )
-    paths.replace(path, page.encode())
+    paths.replace(path, page.encode(errors="backslashreplace"))
 
 
 def _caption(values, row) -> list[str]:
