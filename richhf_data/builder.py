@@ -64,7 +64,7 @@ def read_report(folder) -> dict:
     json_files.conform(Report, found, file, extra=True)
     try:
         report_table(found)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{file}: damaged ({type(error).__name__}: {error}), expected a build's report; {_AGAIN}") from error
     return found
 
