@@ -26,7 +26,6 @@ SHOWN = 80  # characters of a wrong value that a message shows
 
 
 # Upper bounds are far above all published models; a larger number is an error or an attack, and would fill the memory.
-Count = Annotated[int, Range(1, 2**31 - 1)]
 Layers = Annotated[int, Range(1, 256)]
 Size = Annotated[int, Range(1, 2**20)]  # widths, heads, vocabularies, positions
 Pixels = Annotated[int, Range(1, 8192)]  # a side of an image or of a patch
