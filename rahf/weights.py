@@ -30,7 +30,7 @@ DEFLATE = 1032  # the most bytes that zip's compression makes of one
 INDEX = re.compile(r"\.index(\.fp16)?\.json$")
 EXPECTED = "one *.safetensors or *.bin, or an index of several (*.index.json, *.index.fp16.json)"
 TIMEOUT = 60  # seconds
-SMALL = 2**20  # numbers; a chunk may be larger than a small array
+SMALL = 2**20  # numbers of a chunk, which may be larger than its array; chunks of an array on the web
 SPEED = 2**20  # bytes a second; an address that sends less counts as one that does not answer
 
 
@@ -297,17 +297,20 @@ def open_t5x(path, timeout: float = TIMEOUT) -> Tensors:
             part = store / f"{arrays[name]}/"
             # By default, a chunk that is missing after an interrupted download reads as zeros.
             spec = {"driver": "zarr", "kvstore": part.spec().to_json(), "fill_missing_data_reads": False}
-            tensors[name] = part.list(), tensorstore.open(spec, context=context)  # all at once
+            files = None if folder.startswith("http") else part.list()  # the web has no lists
+            tensors[name] = files, tensorstore.open(spec, context=context)  # all at once
     for name, leaf in target.items():
         if isinstance(leaf, np.ndarray):  # the index holds small arrays itself
             tensors[name] = _tensor(f"{folder}/checkpoint", name, leaf.shape, leaf.dtype.name, lambda leaf=leaf: leaf)
             continue
         files, array = tensors[name]
-        if b".zarray" not in (files := answer(files, folder)):
+        files = files and answer(files, folder)
+        if files is not None and b".zarray" not in files:
             raise UserError(f"weights: {folder} lacks the array {arrays[name]}, which its index names; fetch it again")
         where = f"{folder}/{arrays[name]}"
         array = answer(array, f"{where}/.zarray")
-        size = _check_zarr(array, len(files) - 1, where)
+        chunks = SMALL if files is None else sum(not file.startswith(b".") for file in files)
+        size = _check_zarr(array, chunks, where)
         read = functools.partial(lambda array, *rest: answer(array.read(), *rest), array, where, size)
         tensors[name] = _tensor(folder, arrays[name], array.shape, array.dtype.name, read)
     return {name: tensors[name] for name in target}
@@ -331,16 +334,16 @@ def _answer(future, what, size=0, *, timeout, remote):
         ) from error
 
 
-def _check_zarr(array, files: int, where) -> int:
-    """The size of an array in bytes; refuses one that claims more than its files can hold. files: how many chunks it has.
+def _check_zarr(array, chunks: int, where) -> int:
+    """The size of an array in bytes; refuses one that claims more than its files can hold. chunks: at most so many it has.
 
     TensorStore ends the process where it cannot allocate what an array claims.
     """
     shape, chunk = array.shape, array.chunk_layout.read_chunk.shape
     wanted = math.prod(-(-length // step) for length, step in zip(shape, chunk, strict=True))
     claims = f"its .zarray says shape {list(shape)} in chunks of {list(chunk)}"
-    if files < wanted or math.prod(chunk) > max(math.prod(shape), SMALL):
-        raise unreadable(where, f"{claims}, it has {files} files")
+    if chunks < wanted or math.prod(chunk) > max(math.prod(shape), SMALL):
+        raise unreadable(where, f"{claims}, it has {chunks} of {wanted}")
     try:
         return np.empty((2, *shape), array.dtype.numpy_dtype).nbytes // 2  # room for the array and for its chunks
     except (MemoryError, ValueError) as error:

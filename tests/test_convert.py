@@ -2,6 +2,8 @@
 
 import dataclasses
 import errno
+import functools
+import http.server
 import itertools
 import json
 import os
@@ -9,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 
 import flax.serialization
 import flax.traverse_util
@@ -255,8 +258,23 @@ def test_a_t5x_array_that_is_not_finite_or_lacks_a_chunk_is_named(unpacked, tmp_
     with pytest.raises(ValueError, match=rf"tensor target.token_embedder.embedding holds {count} numbers of \d+ that"):
         found["token_embedder/embedding"].read()
     (tmp_path / "target.token_embedder.embedding" / "0.0").unlink()
-    with pytest.raises(ValueError, match=r"target.token_embedder.embedding cannot be read, .* it has 0 files"):
+    with pytest.raises(ValueError, match=r"target.token_embedder.embedding cannot be read, .* it has 0 of 1"):
         readers.t5_t5x(tmp_path)
+
+
+def test_a_t5x_folder_is_read_over_the_web(unpacked):
+    folder = unpacked("t5x_v1_1_tiny") / "checkpoint_0"
+    handler = functools.partial(Files, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        found = readers.t5_t5x(f"http://127.0.0.1:{server.server_address[1]}")
+        jax.tree.map(np.testing.assert_array_equal, tree(found), tree(readers.t5_t5x(folder)))
+        server.shutdown()
+
+
+class Files(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
 
 
 # ---- big_vision's varieties -----------------------------------------------------------------------------------------

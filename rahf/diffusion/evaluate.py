@@ -81,7 +81,7 @@ def measure(
             if reward:
                 measured["reward"] = specs.checked(reward, batch, part)
             if clip:
-                embedded = clip.images(batch)
+                embedded = clip.images(batch, [f"image {i}" for i in range(done - len(batch), done)])
                 measured["clip_score"] = np.sum(embedded * texts[[numbers[prompt] for prompt in part]], axis=1)
             if features and not (clip and features == clip.images):
                 embedded = _features_of(features, batch)
