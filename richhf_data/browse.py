@@ -13,6 +13,7 @@ own filters and orders too. These are the fields to filter and sort by; a field 
 
 import heapq
 import io
+import math
 import operator
 import pathlib
 import re
@@ -62,6 +63,8 @@ def parse_filter(text: str) -> Callable[[Mapping[str, float]], bool]:
         if not match or match[1] not in FIELDS:
             raise ValueError
         field, compare, value = match[1], _COMPARISONS[match[2]], float(match[3])
+        if not math.isfinite(value):
+            raise ValueError
     except ValueError:
         raise UserError(
             f"filter: got {text!r}, expected FIELD<NUMBER (or <=, >, >=, ==), for instance 'plausibility<0.5', with one "

@@ -78,9 +78,14 @@ def split_of(uid: str, holdout: float = HOLDOUT, seed: int = 0) -> str:
     Args:
       holdout: the share of dev, and of test, in [0, 0.5].
 
+    Raises:
+      UserError: another share.
+
     >>> split_of("cat7"), split_of("cat7", holdout=0.5)
     ('train', 'test')
     """
+    if not 0 <= holdout <= 0.5:
+        raise UserError(f"holdout: got {holdout}, expected a number from 0 to 0.5")
     digest = hashlib.sha256(f"{seed} {uid}".encode()).digest()
     place = int.from_bytes(digest[:8], "big") / 2**64
     return "dev" if place < holdout else "test" if place < 2 * holdout else "train"

@@ -18,7 +18,7 @@ from rahf import program as programs
 from rahf.diffusion import finetuning
 from rahf.diffusion import train as diffusion_train
 from rahf.reward import train as reward_train
-from richhf_data import ranges
+from richhf_data import browse, ranges, schema
 from richhf_data.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -163,6 +163,18 @@ def test_an_evaluation_checks_what_it_reads(tmp_path):
     config.eval.batch_size = 0
     with pytest.raises(UserError, match=r"^eval.batch_size: got 0"):
         evaluate.evaluate(tmp_path, "test", config=config)
+
+
+@pytest.mark.parametrize("holdout", [float("nan"), -0.1, 0.6])
+def test_a_share_that_is_held_out_is_one(holdout):
+    with pytest.raises(UserError, match=r"holdout: got .*, expected a number from 0 to 0.5"):
+        schema.split_of("cat7", holdout)
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "1e400"])
+def test_a_filter_compares_with_a_number(number):
+    with pytest.raises(UserError, match="filter: got 'plausibility<"):
+        browse.parse_filter(f"plausibility<{number}")
 
 
 # ---- Flags ----------------------------------------------------------------------------------------------------------
