@@ -111,15 +111,15 @@ class Richhf(tfds.core.GeneratorBasedBuilder):
         Raises:
           UserError: names the shard.
         """
-        info = self.info.splits[split]
+        info, size = self.info.splits[split], 0
         for path, count in zip(map(epath.Path, info.filepaths), info.shard_lengths, strict=True):
             if not path.is_file():
                 raise UserError(f"data_dir: no file {path}, expected {count} examples of the split {split!r}; {_AGAIN}")
-            if "://" not in os.fspath(path) and (found := len(records.extents(path))) != count:
+            if "://" in os.fspath(path):
+                size += path.stat().length
+            elif (found := len(records.extents(path))) != count:
                 raise UserError(f"data_dir: {path}: got {found} examples, expected {count}; {_AGAIN}")
-        size = sum(epath.Path(path).stat().length for path in info.filepaths)
-        expected = int(info.num_bytes) + info.num_examples * records.FRAME
-        if size != expected:
+        if size and size != (expected := int(info.num_bytes) + info.num_examples * records.FRAME):
             raise UserError(
                 f"data_dir: {self.folder}: got {size} bytes of the split {split!r}, expected {expected}; {_AGAIN}"
             )
@@ -298,11 +298,12 @@ def open_built(data_dir) -> Richhf:
 
 @contextlib.contextmanager
 def named(place) -> Iterator[None]:
-    """Makes a UserError that names the file or folder of TensorFlow's error about a damaged record or example."""
+    """Makes a UserError that names the file or folder of an error about a damaged record or example."""
+    damage = (tf.errors.DataLossError, tf.errors.InvalidArgumentError, tf.errors.NotFoundError)
     try:
         yield
-    except (tf.errors.DataLossError, tf.errors.InvalidArgumentError, tf.errors.NotFoundError) as error:
-        said = records.said_by(error)
+    except (*damage, UnicodeDecodeError) as error:
+        said = records.said_by(error) if isinstance(error, damage) else error
         raise UserError(f"data_dir: {place}: got a damaged example ({said}), expected a whole one; {_AGAIN}") from error
 
 

@@ -11,7 +11,7 @@ import pytest
 import seqio
 from tiny_data import built, prompt_of, raw_record, record_header
 
-from rahf import features
+from rahf import experiments, features, sources
 from richhf_data import builder, keywords, records, schema, tasks, vocabulary
 from richhf_data.errors import UserError
 from richhf_data.tensorflow_cpu import tf
@@ -146,11 +146,18 @@ def test_decoded_examples_equal_their_records():
 
 
 # ---- Datasets of other people, and damaged ones -----------------------------------------------------------------------
+def _train(folder):
+    config = experiments.load("rahf_ci")
+    config.data.data_dir = str(folder)
+    sources.check_splits(config)
+    return sources.identity(config)
+
+
 DOORS = {
-    "report": tasks.report,
+    "train": _train,
+    "browse and predict": lambda folder: list(tasks.decoded(folder, "dev")[0]),
+    "train and evaluate": lambda folder: tasks.register(folder, **SMALL),
     "prompts": tasks.prompts,
-    "decoded": lambda folder: list(tasks.decoded(folder, "dev")[0]),
-    "register": lambda folder: tasks.register(folder, **SMALL),
 }
 
 
@@ -244,7 +251,7 @@ def _flipped(content: bytes) -> bytes:
 READERS = {
     "decoded": lambda folder: list(tasks.decoded(folder, "dev")[0]),
     "evaluator": lambda folder: features.evaluator(tasks.register(folder, **SMALL), "dev"),
-    "batches": lambda folder: next(features.training_batches(tasks.register(folder, **SMALL), 2, 0, split="dev")),
+    "batches": lambda folder: next(features.training_batches(tasks.register(folder, **SMALL), 9, 0, split="dev")),
 }
 
 
@@ -274,16 +281,53 @@ def test_damaged_shards_are_named(copied, reader, digests, damage, message):
         READERS[reader](data_dir)
 
 
-def test_shards_of_another_build_are_not_read(copied):
-    """Their records have right checksums."""
-    data_dir, folder = copied
-    (path,) = folder.glob("richhf-dev.tfrecord*")
-    examples = [tf.train.Example.FromString(bytes(one.numpy())) for one in tf.data.TFRecordDataset(str(path))]
-    image = examples[0].features.feature["image"].bytes_list
-    image.value[0] = image.value[0][:-3] + b"\0" + image.value[0][-2:]
-    with tf.io.TFRecordWriter(str(path)) as writer:
-        for example in examples:
-            writer.write(example.SerializeToString(deterministic=True))
-    for reader in ("evaluator", "batches"):
-        with pytest.raises(UserError, match=rf"{path.name}: got other bytes than the build wrote \(digests.json\)"):
-            READERS[reader](data_dir)
+@pytest.fixture
+def rewritten(copied):
+    """change -> the data_dir, whose dev split has examples that `change` changed, with right checksums."""
+
+    def rewrite(change):
+        (path,) = copied[1].glob("richhf-dev.tfrecord*")
+        examples = [tf.train.Example.FromString(bytes(one.numpy())) for one in tf.data.TFRecordDataset(str(path))]
+        change(examples[-1].features.feature)
+        with tf.io.TFRecordWriter(str(path)) as writer:
+            for example in examples:
+                writer.write(example.SerializeToString(deterministic=True))
+        return copied[0]
+
+    return rewrite
+
+
+def _other_image(feature):
+    value = feature["image"].bytes_list.value
+    value[0] = value[0][:-3] + b"\0" + value[0][-2:]
+
+
+@pytest.mark.parametrize("reader", ["evaluator", "batches"])
+def test_shards_of_another_build_are_not_read(rewritten, reader):
+    with pytest.raises(UserError, match=r"richhf-dev.*: got other bytes than the build wrote \(digests.json\)"):
+        READERS[reader](rewritten(_other_image))
+
+
+@pytest.mark.parametrize(
+    ("reader", "key", "value"),
+    [
+        ("decoded", "image", b"no image"),
+        ("decoded", "scores", None),
+        ("decoded", "prompt", b"\xff cat"),
+        ("evaluator", "heatmaps", b"no map"),
+        ("batches", "image", None),
+    ],
+)
+def test_damaged_examples_are_named_with_their_folder(rewritten, reader, key, value):
+    """In a dataset without digests, which an earlier version built."""
+
+    def change(feature):
+        if value is None:
+            del feature[key]
+        else:
+            feature[key].bytes_list.value[0] = value
+
+    data_dir = rewritten(change)
+    (builder.dataset_dir(data_dir) / "digests.json").unlink()
+    with pytest.raises(UserError, match=rf"data_dir: {data_dir}.*: got a damaged example"):
+        READERS[reader](data_dir)

@@ -157,7 +157,7 @@ class Own:
 
     def __init__(self, what: str, rest: str):
         module, colon, name = rest.partition(":")
-        if not (module and colon and name):
+        if not (module and colon and name) or module.startswith("."):
             raise UserError(f"{what}: got python:{rest}, expected python:package.module:name")
         self.spec, self._name = f"python:{rest}", f"{what}: python:{rest}"
         with in_code_of_the_user(self._name):
@@ -170,9 +170,11 @@ class Own:
         if isinstance(found, ModuleNotFoundError):
             raise UserError(f"{self._name}: {found}; is its folder on PYTHONPATH?") from found
         for part in name.split("."):
-            if not hasattr(found, part):
+            with in_code_of_the_user(self._name):  # a module's own __getattr__
+                inner = getattr(found, part, self)
+            if inner is self:
                 raise UserError(f"{self._name}: {found!r} has no attribute {part!r}")
-            found = getattr(found, part)
+            found = inner
         if not callable(found):
             raise UserError(f"{self._name} is a {type(found).__name__}, expected a function")
         self._function, self._module = found, module
@@ -201,7 +203,7 @@ def _add_imported(found: dict[str, pathlib.Path], module: str, file: pathlib.Pat
         return
     found[module] = file
     names = {module}
-    with contextlib.suppress(SyntaxError, ValueError):  # of a file that is not source text
+    with contextlib.suppress(SyntaxError, ValueError, ImportError):  # of a file that is not source text, or in no package
         for node in ast.walk(ast.parse(file.read_bytes())):
             if isinstance(node, ast.Import):
                 names |= {alias.name for alias in node.names}
