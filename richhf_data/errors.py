@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import itertools
+import textwrap
 import traceback
 from collections.abc import Iterator
 
@@ -32,4 +33,4 @@ def in_code_of_the_user(name: str) -> Iterator[None]:
         frames = traceback.extract_tb(error.__traceback__)[2:]  # without those of this function and of its caller
         theirs = list(itertools.dropwhile(lambda frame: frame.filename.startswith(("<frozen", _IMPORTLIB)), frames))
         said = "".join([*traceback.format_list(theirs), *traceback.format_exception_only(error)]).rstrip()
-        raise UserError(f"{name}: this code is yours, and it raised\n{said}") from error
+        raise UserError(f"{name}: this code is yours, and it raised\n{textwrap.indent(said, '  ')}") from error

@@ -23,7 +23,7 @@ from rahf import experiments, reward
 from rahf.models.clip import CLIP
 from rahf.reward import embed, model, predict, prompts, specs, train
 from rahf.reward.image_table import ImageTable, LabelledImages
-from richhf_data import json_files
+from richhf_data import command, json_files
 from richhf_data.errors import UserError
 from richhf_data.images import decode
 
@@ -571,7 +571,8 @@ def test_an_error_of_the_users_code_is_shown_with_its_traceback(tmp_path, monkey
     (tmp_path / f"{at_import}.py").write_text(f"{line}\ndef get_config(): pass\n")
     with pytest.raises(UserError, match="this code is yours, and it raised") as found:
         specs.reward_of(f"python:{at_import}:red")
-    assert str(found.value).startswith(f"reward: python:{at_import}:red: this code") and FAULTY[line] in str(found.value)
+    shown = command.message(found.value).splitlines()
+    assert shown[0].startswith(f"reward: python:{at_import}:red: this code") and shown[-1].startswith(f"  {FAULTY[line]}")
     assert str(found.value).count("File ") == 1 and f'{at_import}.py", line 1' in str(found.value)
     with pytest.raises(UserError, match=rf"(?s)^config: .*{at_import}.py: this code is yours.*line 1"):
         experiments.load(str(tmp_path / f"{at_import}.py"))
