@@ -92,12 +92,12 @@ def image_examples(inputs: Sequence[tuple[str, str]], output) -> tuple[list[dict
     Raises:
       UserError: an image is among the files that the command writes to `output`.
     """
-    own, examples, states = os.path.realpath(pathlib.Path(output) / "heatmaps"), [], []
+    own, examples, states = f"{output}/heatmaps", [], []
     for path, prompt in inputs:
         examples.append({"name": path, "image": path, "prompt": prompt})
         states.append([path, prompt, None])
         if input_files.not_a_file(path) is None:
-            if os.path.dirname(os.path.realpath(path)) == own:
+            if paths.contains(own, path):
                 raise UserError(f"images: {path} is in {own}, where this command writes; choose another --output")
             found = os.stat(path)
             states[-1][-1] = [found.st_size, found.st_mtime_ns]

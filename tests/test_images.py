@@ -655,15 +655,15 @@ def test_what_is_no_file_is_not_opened(tmp_path):
         (tmp_path / "list.jsonl").write_text(json.dumps({"image": path.name, "prompt": "a cat"}))
         with pytest.raises(ValueError, match=rf"row 1: image: .*{path.name} is {kind}"):
             ImageTable(tmp_path / "list.jsonl")
-        with pytest.raises(ValueError, match=rf"annotations: .*{path.name} is {kind}, expected a file"):
+        with pytest.raises(ValueError, match=rf"annotations: .*{path.name} is {kind}; expected a JSONL file"):
             consolidate.read(str(path))
         if kind != "a folder":
-            with pytest.raises(ValueError, match=rf"images: .*{path.name} is {kind}, expected a file"):
+            with pytest.raises(ValueError, match=rf"images: .*{path.name} is {kind}; expected a parquet file"):
                 find(f"table:{path}", ["u0"])
     spec = write_folder(tmp_path / "images", "captions.csv")
     (tmp_path / "images" / "u0.jpg").unlink()
     os.mkfifo(tmp_path / "images" / "u0.jpg")
-    with pytest.raises(ValueError, match=r"images: .*u0.jpg is a named pipe, expected a file"):
+    with pytest.raises(ValueError, match=r"images: .*u0.jpg is a named pipe; expected an image"):
         find(spec, ["u0"])
 
 
