@@ -297,7 +297,10 @@ class _Writer:
         return len(failed)
 
     def _read(self, name: str) -> list[dict]:
-        return [json.loads(line) for line in (self._unfinished / name).read_text(encoding="utf-8").split("\n")[:-1]]
+        file = self._unfinished / name
+        if "://" not in str(file) and (os.path.islink(file) or input_files.not_a_file(file)):
+            raise FileNotFoundError(file)
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
 
     def _remove_all(self, folder: epath.Path, pattern: re.Pattern, kept) -> int:
         """Removes the files of a folder with such names, except those that are kept; returns how many."""

@@ -296,6 +296,12 @@ def test_nothing_is_written_through_links(tmp_path):
     (output / "heatmaps").mkdir(exist_ok=True)
     for name in ("predictions.jsonl", "report.html", "failed.jsonl", "heatmaps/00000_misalignment.png"):
         (output / name).symlink_to(tmp_path / "mine" / "file")
+    with pytest.raises(Killed):
+        run(pictures(tmp_path / "more", 4), tmp_path / "killed", FakeModel(2))
+    (batch,) = (tmp_path / "killed" / "unfinished").iterdir()
+    batch.unlink()
+    os.mkfifo(batch)
+    run(str(tmp_path / "more" / "*.png"), tmp_path / "killed")
     run(spec, output)
     assert contents(tmp_path / "mine") == {"file": b"mine"}
     assert not any(path.is_symlink() for path in output.rglob("*"))
