@@ -21,7 +21,7 @@ import PIL.ImageCms
 import pyarrow
 import pyarrow.parquet
 import pytest
-from tiny_data import image_of, jpg, prompt_of, write_parquet, write_table
+from tiny_data import image_of, jpg, png_bomb, prompt_of, write_parquet, write_table
 
 from richhf_data import consolidate, image_sources, images, scan
 
@@ -403,13 +403,6 @@ def test_plain_scales_21_megapixels_by_default():
     assert 19e6 < height * width <= 20e6
 
 
-def bomb() -> bytes:
-    """A PNG whose header promises 100,000 x 100,000 pixels."""
-    data = encoded(RGB, "PNG")
-    header = b"IHDR" + struct.pack(">II", 100_000, 100_000) + data[24:29]
-    return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
-
-
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
@@ -417,7 +410,7 @@ def bomb() -> bytes:
         (b"nothing", "no known image format"),
         (jpg(image_of("a"))[:300], "truncated"),
         (encoded(RGB, "PNG")[:300], "truncated"),
-        (bomb(), "more than 100 megapixels"),
+        (png_bomb(100_000), "more than 100 megapixels"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no known image format"),
         (encoded(PIL.Image.fromarray(np.float32(GREY)), "TIFF"), "more than 16 bits"),
     ],
@@ -599,14 +592,14 @@ def test_masks_are_luminance_over_white(tmp_path):
 
 
 def test_files_that_are_no_pictures_are_named(tmp_path):
-    (tmp_path / "a.png").write_bytes(bomb())
+    (tmp_path / "a.png").write_bytes(png_bomb(100_000))
     message = r"a.png is missing or is not a readable image \(more than 100 megapixels\), expected a JPEG, PNG or WebP"
     with pytest.raises(ValueError, match=f"image: .*{message}"):
         images.read(tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"images: .*a.png is not a readable image \(more than 100 megapixels\)"):
         images.size(tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"row 3: image: does not decode \(more than 100 megapixels\)"):
-        images.decode(bomb(), "row 3")
+        images.decode(png_bomb(100_000), "row 3")
     with pytest.raises(ValueError, match=r"image: .*none.png is missing or is not a readable image \(no such file\)"):
         images.read(tmp_path / "none.png")
     for side in ((2_000_000, 1), (1, 2_000_000)):
@@ -684,6 +677,24 @@ def test_paths_that_exist_are_taken_literally(name, tmp_path):
     with pytest.raises(ValueError, match=r"images: no file matches") as error:
         find(f"table:{tmp_path}/{name}/none.parquet", ["u0"])
     assert "gcsfs" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_records_and_annotations_are_taken_literally(name, tmp_path):
+    from richhf_data import builder, tables
+
+    line = {"uid": "cat7", "annotator": "ada", "prompt": "a cat", "scores": {"overall": 3}}
+    for folder in (name, "run1", "cc", "dd"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "train.tfrecord").write_bytes(b"")
+        (tmp_path / folder / f"{name}.jsonl").write_text(json.dumps(line | {"annotator": folder}))
+    for pattern in (f"{name}.jsonl", "*.jsonl"):
+        assert list(consolidate.read(f"{tmp_path}/{name}/{pattern}")["cat7"].annotations) == [name]
+    for pattern in ("", "/train.tfrecord", "/*.tfrecord"):
+        found = builder.record_paths(f"{tmp_path}/{name}{pattern}")
+        assert found == {"train": tmp_path / name / "train.tfrecord"}
+    with contextlib.chdir(tmp_path):
+        assert tables.find_format(name) is None
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -226,6 +226,18 @@ def test_a_bad_picture_is_left_out_and_listed(tmp_path, capsys):
     assert not (tmp_path / "out" / "failed.jsonl").exists()
 
 
+def test_a_picture_that_another_host_cannot_read_is_left_out_by_all(tmp_path, monkeypatch):
+    def another(flags):
+        return [flag or (len(flags) == 2 and i == 1) for i, flag in enumerate(flags)]  # the second of each pair
+
+    spec = pictures(tmp_path / "photos", 6, bad=(0,))
+    monkeypatch.setattr(predict, "_on_any_host", another)
+    assert run(spec, tmp_path / "out") == 4
+    failed = [json.loads(line) for line in (tmp_path / "out" / "failed.jsonl").read_text().splitlines()]
+    assert [pathlib.Path(row["image"]).name for row in failed] == ["0.png", "1.png", "3.png", "5.png"]
+    assert failed[1]["reason"] == "image: another process cannot read it" and "no known" in failed[0]["reason"]
+
+
 def test_strict_ends_at_the_first_bad_picture_and_goes_on_when_it_is_mended(tmp_path):
     spec = pictures(tmp_path / "photos", 5, bad=(3,))
     with pytest.raises(UserError, match=r"3.png is missing or is not a readable image"):

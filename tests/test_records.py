@@ -6,7 +6,7 @@ import math
 import cv2
 import numpy as np
 import pytest
-from tiny_data import png, raw_record, record_header
+from tiny_data import png, png_bomb, raw_record, record_header
 
 from richhf_data import records, schema
 from richhf_data.tensorflow_cpu import tf
@@ -175,6 +175,7 @@ def test_score_out_of_range_is_named(key, score):
     [
         (b"", "got 0 bytes that do not decode as an image, expected a PNG"),
         (b"no image", "got 8 bytes that do not decode as an image, expected a PNG"),
+        (png_bomb(60_000), "got a 60000 x 60000 image, expected 512 x 512 of 1 uint8 channel; resize it"),
         (
             png(np.zeros((512, 256), np.uint8)),
             "got a 256 x 512 image, expected 512 x 512 of 1 uint8",

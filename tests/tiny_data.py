@@ -25,6 +25,13 @@ def png(image: np.ndarray) -> bytes:
     return cv2.imencode(".png", image)[1].tobytes()
 
 
+def png_bomb(side: int) -> bytes:
+    """A small PNG whose header promises `side` x `side` pixels."""
+    data = png(np.zeros((4, 4), np.uint8))
+    header = b"IHDR" + struct.pack(">II", side, side) + data[24:29]
+    return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
+
+
 def jpg(image: np.ndarray) -> bytes:
     return cv2.imencode(".jpg", image)[1].tobytes()
 
