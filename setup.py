@@ -35,7 +35,7 @@ setup(
         "opencv-python-headless>=4.9",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.11",
-        "pillow>=10.1",
+        "pillow>=11.3",
         "pyarrow>=15",
         "safetensors>=0.4",
         "scikit-learn>=1.4",
