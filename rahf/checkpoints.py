@@ -123,10 +123,11 @@ def _clear_save_errors(checkpoints: Manager):
     except Exception as error:
         checkpoints.reload()
         good = max((step for step in checkpoints.all_steps() if step != checkpoints.unread), default=None)
+        kept = "No checkpoint is there yet" if good is None else f"The last good one is of step {good}, intact"
         raise SaveError(
             f"checkpoint: could not write to {checkpoints.directory}: {_reason(error)}\n"
-            f"  {'No checkpoint is there yet' if good is None else f'The last good one is of step {good}, intact'}. Make "
-            "room or restore the right to write there, then give the same command again."
+            f"  {kept}. Make room, restore the right to write there, or raise the limit (ulimit -a), then give the same "
+            "command again."
         ) from error
 
 

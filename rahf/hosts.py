@@ -30,6 +30,12 @@ LOST = (
 )
 
 
+ENDED = (
+    "this process was killed from outside, or ended for want of memory (ulimit -a and dmesg show it). What it has finished "
+    "is kept: give the same command again."
+)
+
+
 class EndNow(UserError):
     """An error after which the process must end at once: threads of libraries would keep it alive."""
 
@@ -61,7 +67,8 @@ def joined(preemptible: bool = False):
     if not several:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's preemption service has taken it over
         try:
-            yield
+            with _last_words(f"error: {ENDED}"):
+                yield
         except EndNow as error:
             _end(error, command.USER_ERROR)
         return
