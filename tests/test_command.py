@@ -1,15 +1,19 @@
 """Every command: a user's error is one line and exit code 2, a fault of the code keeps its traceback."""
 
 import ast
+import contextlib
 import errno
+import importlib
 import pathlib
 import subprocess
 import sys
+import types
 
 import pytest
+from absl import flags
 
-from rahf import experiments
-from richhf_data import command
+from rahf import experiments, hosts
+from richhf_data import command, paths
 from richhf_data.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -135,3 +139,29 @@ def test_every_text_file_is_opened_with_its_encoding():
     assert [f"{file}:{node.lineno}: {ast.unparse(node)}" for file, node in calls if _opens_text(node)] == []
     for text in ("open(x)", "p.open('w')", "p.read_text()", "open(x, 'r')", "run(x, text=True)"):
         assert _opens_text(ast.parse(text).body[0].value)
+
+
+HOLDERS = {
+    "rahf.train": ".lock",
+    "rahf.diffusion.train": ".lock",
+    "rahf.reward.train": ".lock",
+    "rahf.diffusion.sample": ".lock",
+    "rahf.predict": ".predict.lock",
+    "richhf_data.synthetic.__main__": ".lock",
+    "richhf_data.build": ".lock",
+}
+
+
+@pytest.mark.parametrize("name", HOLDERS)
+def test_a_folder_that_another_process_writes_is_refused(name, tmp_path, monkeypatch):
+    module, place = importlib.import_module(name), str(tmp_path)
+    given = types.SimpleNamespace(workdir=place, output=place, train=1, dev=0, test=0, test_novel=0)
+    if name == "richhf_data.build":
+        monkeypatch.setattr(module, "_refuse_unused", lambda records: None)
+        monkeypatch.setattr(module, "_RECORDS", types.SimpleNamespace(value="records"))
+        monkeypatch.setattr(module, "_DATA_DIR", types.SimpleNamespace(value=place))
+    monkeypatch.setattr(flags, "FLAGS", given)
+    monkeypatch.setattr(hosts, "joined", lambda **_: contextlib.nullcontext())
+    message = rf"{tmp_path}: process \d+ of .* writes there"
+    with paths.locked(tmp_path, HOLDERS[name]), pytest.raises(UserError, match=message):
+        module.main()

@@ -143,6 +143,14 @@ def test_files_take_the_places_of_earlier_ones_together(tmp_path):
     assert found == {"a": "new", "folder/b": "new", "mark": "new", "mine": "old"}
 
 
+def test_a_folder_that_another_process_holds_is_not_exchanged(tmp_path):
+    with paths.locked(tmp_path):
+        (tmp_path / ".partial").mkdir()
+        with pytest.raises(UserError, match="writes there"), paths.exchanging(tmp_path, ("a",)):
+            pass
+        assert (tmp_path / ".partial").exists()
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_an_exchange_that_fails_leaves_all_as_it_was(late, tmp_path, monkeypatch):
     def rename(source, target):
