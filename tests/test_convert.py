@@ -556,7 +556,7 @@ def test_an_output_that_holds_something_else_is_not_overwritten(tmp_path):
     [("vocabulary.model", b"mine"), ("weights.safetensors", b"mine"), ("config.json", b'{"kind": "reward"}')],
 )
 def test_a_file_that_no_conversion_wrote_is_kept(name, content, tmp_path, release, monkeypatch):
-    converted = readers.rahf_from_release(release[0], num_heads=4, what="release")
+    converted = readers.rahf_from_release(release[0], HEADS, what="release")
     monkeypatch.setitem(readers.READERS, "rahf-pytorch", lambda path: converted)
     paths.replace(tmp_path / "out" / name, content)
     for given in (tmp_path / "t5.model", tmp_path / "out/vocabulary.model"):
