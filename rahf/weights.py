@@ -345,7 +345,8 @@ def _check_zarr(array, chunks: int, where) -> int:
     if chunks < wanted or math.prod(chunk) > max(math.prod(shape), SMALL):
         raise unreadable(where, f"{claims}, it has {chunks} of {wanted}")
     try:
-        return np.empty((2, *shape), array.dtype.numpy_dtype).nbytes // 2  # room for the array and for its chunks
+        room = [np.empty(size, array.dtype.numpy_dtype) for size in (shape, chunk)]  # touches no memory
+        return room[0].nbytes
     except (MemoryError, ValueError) as error:
         raise unreadable(where, f"{claims}, which no memory holds") from error
 
