@@ -82,6 +82,15 @@ def hugging_face_vit_name(name: str) -> str:
 def vit_from_hugging_face(config: ViTConfig, prefix: str = "") -> TensorMap:
     """For a ViT of Hugging Face, with names as `hugging_face_vit_name` returns them."""
     heads, head_dim = config.num_heads, config.width // config.num_heads
+
+    def into_heads(x):  # [A * K, D] -> [D, A, K]
+        _, width = x.shape
+        return x.T.reshape(width, heads, head_dim)
+
+    def out_of_heads(x):  # [D, A * K] -> [A, K, D]
+        width, _ = x.shape
+        return x.T.reshape(heads, head_dim, width)
+
     table = {
         "cls": ("embeddings.cls_token", same),
         "pos_embedding": ("embeddings.position_embeddings", same),
@@ -97,12 +106,9 @@ def vit_from_hugging_face(config: ViTConfig, prefix: str = "") -> TensorMap:
         attention = f"{block}/MultiHeadDotProductAttention_0"
         for name in ("query", "key", "value"):
             theirs = f"{layer}.attention.{name[0]}_proj"
-            table[f"{attention}/{name}/kernel"] = (f"{theirs}.weight", lambda x: x.T.reshape(-1, heads, head_dim))
+            table[f"{attention}/{name}/kernel"] = (f"{theirs}.weight", into_heads)
             table[f"{attention}/{name}/bias"] = (f"{theirs}.bias", lambda x: x.reshape(heads, head_dim))
-        table[f"{attention}/out/kernel"] = (
-            f"{layer}.attention.o_proj.weight",
-            lambda x: x.T.reshape(heads, head_dim, -1),
-        )
+        table[f"{attention}/out/kernel"] = (f"{layer}.attention.o_proj.weight", out_of_heads)
         table[f"{attention}/out/bias"] = (f"{layer}.attention.o_proj.bias", same)
     return {name: (prefix + theirs, layout) for name, (theirs, layout) in table.items()}
 
@@ -193,7 +199,7 @@ def _conv(ours: str, theirs: str, norm: str = "") -> TensorMap:
         f"{conv}/kernel": (f"{theirs}.weight", convolution),
         f"{conv}/bias": (f"{theirs}.bias", same),
     }
-    return table | ({f"{ours}/norm/scale": (f"{norm}.scale", lambda x: x[:, 0, 0])} if norm else {})
+    return table | ({f"{ours}/norm/scale": (f"{norm}.scale", lambda x: x.reshape(x.shape[0]))} if norm else {})
 
 
 def score_head_from_release(config: RAHFConfig, ours: str, theirs: str) -> TensorMap:

@@ -264,6 +264,10 @@ def drop(part):
             r"vit.embeddings.position_embeddings has shape \(17, 24\), expected 3 axes",
         ),
         (
+            lambda arrays, notes: arrays.update({"vit.layers.0.attention.q_proj.weight": np.zeros((48, 12), np.float32)}),
+            r"query/kernel \(24, 3, 8\): the tensor vit.layers.0.attention.q_proj.weight has shape \(48, 12\)",
+        ),
+        (
             lambda arrays, notes: arrays.update({"score_predictor.overall.extra": np.zeros(1, np.float32)}),
             r"score_predictor.overall.extra \(1,\): no parameter of ours takes it",
         ),
