@@ -120,7 +120,8 @@ def build(
         if not table:
             source = builder.RecordFiles(records, found, allow_absent)
         dataset = builder.Richhf(data_dir=data_dir, source=source, max_missing_share=max_missing_share)
-        with tempfile.TemporaryDirectory() as nothing:  # or TFDS leaves an empty folder of downloads in data_dir
+        # Without this folder TFDS leaves an empty one of downloads in data_dir.
+        with tempfile.TemporaryDirectory() as nothing, paths.naming(data_dir):
             config = tfds.download.DownloadConfig(try_download_gcs=False)
             try:
                 dataset.download_and_prepare(download_dir=nothing, download_config=config)

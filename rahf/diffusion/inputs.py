@@ -122,7 +122,7 @@ def kept(
     done_file, done = place.with_suffix(".json"), 0
     if place.is_symlink():
         raise UserError(f"cache: {place} is a link, expected a file; delete it")
-    with paths.locked(place.parent, f"{place.stem}.lock", wait=True):
+    with paths.locked(place.parent, f"{place.stem}.lock", wait=True), paths.naming(place):
         try:
             found = np.load(place, mmap_mode="r")
             if found.shape == shape and found.dtype == dtype:
