@@ -543,7 +543,7 @@ MODES = {
     "alpha, TIFF": (ALPHA, "TIFF", {}),
     "transparent GIF": (ALPHA.quantize(64), "GIF", {}),
     "animated WebP": (ALPHA, "WEBP", {"lossless": True, "exact": True, "save_all": True, "append_images": TWO}),
-    "two pages": (ALPHA, "TIFF", {"save_all": True, "append_images": TWO}),
+    "two pages": (ALPHA, "TIFF", {"save_all": True, "append_images": [ALPHA.rotate(180)]}),
     "CMYK, TIFF": (RGB.convert("CMYK"), "TIFF", {}),
     "16 bits, JPEG 2000": (PIL.Image.fromarray(GREY.astype(np.uint16) << 8), "JPEG2000", {}),
     "YCbCr": (RGB.convert("YCbCr"), "TIFF", {}),
