@@ -140,7 +140,7 @@ def test_other_images_of_the_same_records_and_sizes_are_other_data(tmp_path):
         found.append(sources.identity(config))
     file = tmp_path / "data.json"
     workdirs.record(file, found[0], "data")
-    with pytest.raises(ValueError, match=r"other data:\n  datasets.0.shards.train: .*\nTake another"):
+    with pytest.raises(ValueError, match=r"other data:\n  datasets.0.shards.train: .*\n  Take another"):
         workdirs.record(file, found[1], "data")
     (builder.dataset_dir(data_dir) / "digests.json").unlink()  # as an earlier version built it
     assert "shards" not in sources.identity(config)["datasets"]["0"]
