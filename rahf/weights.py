@@ -21,7 +21,7 @@ import numpy as np
 import safetensors
 
 from rahf import checkpoints
-from richhf_data import json_files, paths
+from richhf_data import input_files, json_files, paths
 from richhf_data.errors import UserError
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -278,6 +278,9 @@ def open_t5x(path, timeout: float = TIMEOUT) -> Tensors:
     import tensorstore
 
     folder = str(path).rstrip("/")
+    for file in [] if "://" in folder else sorted(pathlib.Path(folder).rglob("*")):
+        if not file.is_dir() and (why := input_files.not_a_file(file)):  # TensorStore waits for a named pipe
+            raise unreadable(file, why)
     url = folder if "://" in folder else pathlib.Path(folder).absolute().as_uri()
     retries = {"max_retries": 6, "initial_delay": "1s", "max_delay": "8s"}  # TensorStore's own take hours
     context = tensorstore.Context({f"{protocol}_request_retries": retries for protocol in ("gcs", "http", "s3")})
@@ -356,12 +359,15 @@ def _is_t5x_leaf(path, value) -> bool:
 
 
 def open_orbax(folder) -> Tensors:
-    """The arrays of one item of an Orbax checkpoint, with names joined by "/"."""
+    """The arrays of one item of an Orbax checkpoint, with names joined by "/". UserError where it does not list them."""
     import jax
     import orbax.checkpoint as ocp
 
     checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-    tree = flax.traverse_util.flatten_dict(checkpointer.metadata(folder).item_metadata.tree, sep="/")
+    metadata = checkpointer.metadata(folder).item_metadata
+    if metadata is None:
+        raise unreadable(folder, "its arrays are not listed")
+    tree = flax.traverse_util.flatten_dict(metadata.tree, sep="/")
 
     def read(name):
         leaf = jax.ShapeDtypeStruct(tree[name].shape, tree[name].dtype)

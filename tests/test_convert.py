@@ -220,6 +220,23 @@ def test_a_t5x_index_that_is_damaged_is_refused(unpacked, tmp_path):
             readers.t5_t5x(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["checkpoint", *(f"target.token_embedder.embedding/{part}" for part in (".zarray", "0.0"))])
+def test_a_t5x_folder_with_a_named_pipe_is_refused_at_once(name, unpacked, tmp_path):
+    shutil.copytree(unpacked("t5x_v1_1_tiny") / "checkpoint_0", tmp_path / "t5")
+    (tmp_path / "t5" / name).unlink(missing_ok=True)
+    (tmp_path / "t5" / name).parent.mkdir(exist_ok=True)
+    os.mkfifo(tmp_path / "t5" / name)
+    with pytest.raises(ValueError, match=rf"t5/{re.escape(name)} cannot be read, .*a named pipe"):
+        readers.t5_t5x(tmp_path / "t5")
+
+
+def test_an_orbax_item_that_lists_no_arrays_is_refused(unpacked, tmp_path):
+    shutil.copytree(unpacked("older_workdirs") / "run/best/2/state", tmp_path / "state")
+    (tmp_path / "state/_METADATA").write_bytes((tmp_path / "state/_METADATA").read_bytes() + b"}")
+    with pytest.raises(ValueError, match=r"state cannot be read, .*its arrays are not listed"):
+        weights.open_orbax(tmp_path / "state")
+
+
 @pytest.mark.parametrize(
     "change",
     [
