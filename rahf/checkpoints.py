@@ -258,7 +258,7 @@ def restore_latest(checkpoints: ocp.CheckpointManager, abstract_state):
 
 
 def _remove_half_written(checkpoints) -> None:
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and checkpoints.directory.exists():  # in a bucket a folder without files is none
         for path in checkpoints.directory.iterdir():  # not `glob`, which takes the folder for a pattern too
             if path.name.endswith(".orbax-checkpoint-tmp"):
                 path.rmtree()

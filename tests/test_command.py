@@ -146,6 +146,7 @@ HOLDERS = {
     "rahf.diffusion.train": ".lock",
     "rahf.reward.train": ".lock",
     "rahf.diffusion.sample": ".lock",
+    "rahf.diffusion.evaluate": ".lock",
     "rahf.predict": ".predict.lock",
     "richhf_data.synthetic.__main__": ".lock",
     "richhf_data.build": ".lock",

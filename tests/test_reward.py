@@ -718,6 +718,13 @@ def test_train_writes_a_folder_that_load_reads_and_resumes(standard_promotion, c
     with pytest.raises(ValueError, match="holds a run on other feedback"):
         train.train(small_config(), tmp_path / "fewer.jsonl", clip_folder, workdir)
 
+    # Removed during the training: not made anew.
+    json_files.write(workdir / "results.json", held | {"results": held["results"][:1]})
+    monkeypatch.setattr(model, "fit", lambda *args: shutil.rmtree(workdir) or real(*args))
+    with pytest.raises(ValueError, match=r"run has no config.json"):
+        train.train(small_config(), file, clip_folder, workdir)
+    assert not workdir.exists()
+
 
 def test_prompts_without_negatives_are_refused_unless_they_need_none(standard_promotion, clip_folder, tmp_path):
     file = write_rows(tmp_path, change=lambda i, row: row | ({"prompt": "a red thing"} if i == 7 else {}))

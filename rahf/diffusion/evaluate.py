@@ -25,7 +25,7 @@ from rahf.diffusion.generator_metrics import Mean, checked_features, diversities
 from rahf.reward import embed, specs
 from rahf.reward import prompts as rahf_prompts
 from rahf.reward.image_table import ImageTable
-from richhf_data import command, drawing, json_files
+from richhf_data import command, drawing, json_files, paths
 from richhf_data import images as richhf_images
 from richhf_data.errors import UserError
 
@@ -293,7 +293,8 @@ def run(args) -> list[Evaluated]:
 def main():
     """The command."""
     args = flags.FLAGS
-    sets = run(args)
+    with paths.locked(args.output):
+        sets = run(args)
     header, *lines = table(sets)
     print(tabulate(lines, header, disable_numparse=True, colalign=("left", *["right"] * (len(header) - 1))))
     print(f"{args.output}: results.json, report.html")

@@ -187,10 +187,12 @@ def train(config, feedback_file, clip_folder, workdir, cache=None) -> list[dict]
 
         def keep(params, _):
             if whole:
+                workdirs.check_config(workdir, config, RESUME_MAY_DIFFER)  # a folder that was removed is not made anew
                 predict.write_params(params, workdir / "weights.safetensors")
 
         params, best = model.fit(features, part, validation, config, keep)
         results.append({"share": share, "train": len(part), **best, **evaluate(features, part, validation, mlp, params)})
+        workdirs.check_config(workdir, config, RESUME_MAY_DIFFER)
         json_files.write(file, {"feedback": identity, "results": results})
     paths.replace(workdir / "data_size.png", plot(results))
     return results
