@@ -139,6 +139,9 @@ def _lock(file: pathlib.Path, wait: bool) -> int | None:
             if error.errno in (errno.EROFS, errno.EACCES):  # a command that has nothing to write may run there
                 return None
             raise
+        if os.fstat(handle).st_nlink > 1:
+            os.close(handle)
+            raise UserError(f"{file}: is a link to another file, expected a lock of our own; delete it")
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:

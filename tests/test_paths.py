@@ -128,6 +128,10 @@ def test_a_planted_link_is_no_lock(tmp_path):
     (tmp_path / ".lock").symlink_to(tmp_path / "victim")
     with pytest.raises(OSError, match="Too many levels of symbolic links"), paths.locked(tmp_path):
         pass
+    (tmp_path / ".lock").unlink()
+    (tmp_path / ".lock").hardlink_to(tmp_path / "victim")
+    with pytest.raises(UserError, match="lock: is a link to another file"), paths.locked(tmp_path):
+        pass
     assert (tmp_path / "victim").read_text() == "precious"
 
 
