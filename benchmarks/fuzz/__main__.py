@@ -8,7 +8,7 @@ number decide it. It runs in a process of its own, forked from one that has impo
 a limit of time and of memory. The verdicts:
 
     ok        exit code 0, and the output is whole and valid; equal to the good input's where the change means nothing
-    refused   exit code 2 and one line `error: ...`
+    refused   exit code 2 and one line `error: ...`; or the exit code for an input of which a part was left out
     FAULT     a traceback, a hang, a signal, too much memory, another exit code, code of the input was run, or exit code 0
               with an output that is missing or wrong
 
@@ -215,6 +215,8 @@ def verdict(case: Case, status: int, ended: str | None, good) -> tuple[str, str]
         if len(lines) != 1:
             return "FAULT", f"exit code 2 with {len(lines)} lines `error: ...`"
         return ("FAULT", "control characters in the error") if CONTROL.search(lines[0]) else ("refused", lines[0][:300])
+    if code and code == case.door.left_out:
+        return "refused", f"in part: exit code {code}"
     if code:
         return "FAULT", f"exit code {code}"
     result = json.loads((case.folder / "result.json").read_bytes())

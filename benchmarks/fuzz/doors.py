@@ -47,6 +47,7 @@ class Door:
       flags: those of the command that are numbers.
       files: a glob of the input's files that are broken.
       share: of the time, in proportion to the other doors'.
+      left_out: the exit code that says that parts of the input were refused, and the others done.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Door:
     flags: tuple[str, ...] = ()
     files: str = "**/*"
     share: float = 1.0
+    left_out: int | None = None
 
 
 # ---- Good inputs ----------------------------------------------------------------------------------------------------
@@ -459,7 +461,7 @@ DOORS = [
     Door(
         "predict", "pictures", _predicted,
         ("rahf.predict", "--workdir={input}/workdir", "--images={input}/images/images.jsonl", "--output={output}"),
-        _predictions, flags=("limit", "batch_size"), files="images/*", share=3,
+        _predictions, flags=("limit", "batch_size"), files="images/*", share=3, left_out=predict.FAILED,
     ),
     Door(
         "compare pictures", "pictures", _compared,
