@@ -51,13 +51,18 @@ def open_file(what: str, url: str) -> pyarrow.parquet.ParquetFile:
     """Opens a parquet file and reads its footer. Pages that have a checksum are compared with it when they are read.
 
     Raises:
-      UserError: it cannot be opened.
+      UserError: it cannot be opened, or has two columns of one name.
     """
     try:
         filesystem, path = input_files.open_url(url)
-        return pyarrow.parquet.ParquetFile(path, filesystem=filesystem, buffer_size=_BUFFER, page_checksum_verification=True)
+        file = pyarrow.parquet.ParquetFile(path, filesystem=filesystem, buffer_size=_BUFFER, page_checksum_verification=True)
     except Exception as error:
         raise unreadable(what, url, error) from error
+    columns = file.schema_arrow.names
+    if twice := sorted({name for name in columns if columns.count(name) > 1}):
+        file.close()
+        raise UserError(f"{what}: {local(url)}: got more than one column {', '.join(twice)}, expected one; drop the others")
+    return file
 
 
 def unreadable(what: str, url: str, error: Exception) -> UserError:

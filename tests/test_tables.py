@@ -350,3 +350,11 @@ def test_a_table_without_held_out_pictures_is_all_train(tmp_path):
     assert {split: row["examples"] for split, row in report["splits"].items()} == {"train": 3}
     with pytest.raises(ValueError, match=r"records: split '(dev|test)': got no example, expected some; raise --holdout"):
         build.build(f"captions:{tmp_path}/*.parquet", "", tmp_path / "other", holdout=0.01)
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    write_captions(tmp_path / "a.parquet", ["a red cat"])
+    table = pyarrow.parquet.read_table(tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(table.append_column("image", table.column("image")), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"captions: .*a.parquet: got more than one column image, expected one"):
+        tables.Captions(str(tmp_path / "*.parquet"))
