@@ -329,6 +329,8 @@ def best_value(best: ocp.CheckpointManager, abstract_params) -> float | None:
     try:
         restore(best, step, abstract_params)
         return read_metadata(best, step)["value"]
+    except hosts.EndNow:
+        raise
     except UserError as error:
         _warn(f"{error}\nThe next evaluation takes its place. The damaged one is now {_set_aside(best, step)}")
         return None

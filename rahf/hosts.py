@@ -104,7 +104,7 @@ def locked(folder, name: str = paths.LOCK):
 def _end(message, code: int) -> None:
     """Ends this process at once, without waiting for threads or for other processes."""
     sys.stdout.flush()
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {command.printable(str(message))}", file=sys.stderr, flush=True)
     os._exit(code)
 
 

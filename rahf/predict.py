@@ -288,7 +288,7 @@ class _Writer:
         self._remove_all(self._unfinished, _BATCH, ())
         with contextlib.suppress(OSError):  # other files are there, or the bucket has no folders
             self._unfinished.rmdir()
-        print(f"{count} images: {self._output / 'report.html'}, predictions.jsonl, heatmaps/")
+        print(f"images: {count} predicted: {self._output / 'report.html'}, predictions.jsonl, heatmaps/")
         if too_long:
             length = model.config.data.text_length
             print(f"{_some(too_long)}: prompts longer than data.text_length={length}, which lost their ends as in training")
@@ -313,7 +313,7 @@ class _Writer:
 
 def _some(names: Sequence[str]) -> str:
     more = ", ..." if len(names) > _NAMED else ""
-    return f"{len(names)} images ({', '.join(map(repr, names[:_NAMED]))}{more})"
+    return f"images: {len(names)} ({', '.join(map(repr, names[:_NAMED]))}{more})"
 
 
 def dataset_examples(data_dir, split: str, limit: int | None) -> tuple[Iterator[dict], list]:

@@ -388,8 +388,8 @@ def rahf_pytorch(path) -> Pretrained:
 class ReleaseArguments:
     """What is read of an args_config.json."""
 
-    vit_model: Annotated[str, Range(1, 4096)] = "google/vit-"
-    t5_model: Annotated[str, Range(1, 4096)] = "t5-base"
+    vit_model: Annotated[str, Range(1, 4096)] | None = None
+    t5_model: Annotated[str, Range(1, 4096)] | None = None
     multi_heads: bool | None = None
 
 
@@ -414,7 +414,7 @@ def release_notes(folder: pathlib.Path) -> dict:
     """
 
     def values(folder, file):
-        path = os.path.join(folder, file)
+        path = os.path.join(folder, file) if folder else ""
         return json_files.read(path) if os.path.isfile(path) else {}  # False for a name that no file can have
 
     def checked_values(hint, file):
@@ -424,7 +424,7 @@ def release_notes(folder: pathlib.Path) -> dict:
     notes = {"vit": {SHORT_KEYS.get(name, name): value for name, value in config.vit.items()}, "t5": config.t5}
     notes["pixels"] = values(folder, "preprocessor_config.json")
     name = arguments.vit_model
-    known = [pixels for start, pixels in PIXELS.items() if name.startswith(start)]
+    known = [pixels for start, pixels in PIXELS.items() if name is None or name.startswith(start)]  # by default Google's
     if not known and not os.path.isfile(os.path.join(name, "config.json")) and not (notes["vit"] and notes["pixels"]):
         raise UserError(
             f"{folder / 'args_config.json'}: got vit_model {checked.shown(name)}, expected a folder or a name that begins "
@@ -530,10 +530,14 @@ def _with_our_pixels(theirs: Tensors, pixels: Mapping, size: int, what: str) -> 
             raise UserError(f"{what}: its ViT's preprocessor has {name} {pixels[name]!r}, expected one of {list(allowed)}")
     mean, std = (pixels.get(name, [0.5] * 3) for name in ("image_mean", "image_std"))
     factor = pixels.get("rescale_factor", 1 / 255)
-    for name, value, length in (("image_mean", mean, 3), ("image_std", std, 3), ("rescale_factor", [factor], 1)):
+    for name, value, length, words in (
+        ("image_mean", mean, 3, "3 finite numbers"),
+        ("image_std", std, 3, "3 finite numbers above 0"),
+        ("rescale_factor", [factor], 1, "a finite number above 0"),
+    ):
         good = isinstance(value, list) and all(_is_number(x) and (x > 0 or name == "image_mean") for x in value)
         if not good or len(value) != length:
-            raise UserError(f"{what}: its ViT's preprocessor has {name} {value!r}, expected {length} finite numbers above 0")
+            raise UserError(f"{what}: its ViT's preprocessor has {name} {value!r}, expected {words}")
     if not pixels.get("do_normalize", True):
         mean, std = [0.0] * 3, [1.0] * 3
     if not pixels.get("do_rescale", True):

@@ -338,7 +338,9 @@ def _answer(future, what, size=0, *, timeout, remote):
 
 
 def _check_zarr(array, chunks: int, where) -> int:
-    """The size of an array in bytes; refuses one that claims more than its files can hold. chunks: at most so many it has.
+    """The size of an array in bytes; refuses one that claims more than its files can hold.
+
+    `chunks` is an upper bound of the number of its chunk files.
 
     TensorStore ends the process where it cannot allocate what an array claims.
     """

@@ -48,7 +48,10 @@ class Range:
 
     def bounds(self) -> str:
         """The bounds in words: "from 1 to 256"."""
-        least, most = (f"{bound:,.0f}" if bound == round(bound) else f"{bound:g}" for bound in (self.least, self.most))
+        least, most = (
+            f"{bound:,.0f}" if bound == round(bound) and abs(bound) < 1e15 else f"{bound:g}"
+            for bound in (self.least, self.most)
+        )
         if not self.without:
             return f"from {least} to {most}"
         lower = f"above {least}" if self.least in self.without else f"of {least} or more"

@@ -153,7 +153,7 @@ def test_prompts_that_lose_their_ends_are_counted(tmp_path, capsys):
     examples = [{"name": name, "image": np.zeros((4, 4, 3), np.uint8), "prompt": "a long prompt"} for name in names]
     examples[3]["prompt"] = "short"
     assert predict.predict(model, examples, names, tmp_path) == 0
-    said = "11 images ('0', '1', '2', '4', '5', ...): prompts longer than data.text_length=9, which lost their ends"
+    said = "images: 11 ('0', '1', '2', '4', '5', ...): prompts longer than data.text_length=9, which lost their ends"
     assert said in capsys.readouterr().out
 
 
@@ -218,7 +218,7 @@ def test_a_bad_picture_is_left_out_and_listed(tmp_path, capsys):
     assert [pathlib.Path(row["image"]).name for row in lines] == ["0.png", "2.png", "3.png"]
     assert lines[1]["heatmaps"]["misalignment"] == "heatmaps/00002_misalignment.png"
     assert all(cv2.imread(str(tmp_path / "out" / file)) is not None for row in lines for file in row["heatmaps"].values())
-    assert re.search(r"3 images \('.*1.png', '.*6.png'\): failed, see .*failed.jsonl", capsys.readouterr().out)
+    assert re.search(r"images: 3 \('.*1.png', '.*6.png'\): failed, see .*failed.jsonl", capsys.readouterr().out)
     for i in (1, 4):  # mended: the same command predicts all, and the list is gone
         cv2.imwrite(str(tmp_path / "photos" / f"{i}.png"), np.zeros((6, 5, 3), np.uint8))
     (tmp_path / "photos" / "6.png").unlink()

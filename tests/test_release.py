@@ -243,7 +243,7 @@ def drop(part):
         (say("t5", tie_word_embeddings="false"), "tie_word_embeddings 'false' of the T5, expected true or false"),
         (say("t5", tie_word_embeddings=True), "one matrix for embedding and logits .* its t5.lm_head.weight is another"),
         (say("pixels", resample=3), "preprocessor has resample 3, expected one of"),
-        (say("pixels", rescale_factor=10**400), "rescale_factor .* expected 1 finite numbers above 0"),
+        (say("pixels", rescale_factor=10**400), "rescale_factor .* expected a finite number above 0"),
         (say("pixels", do_normalize="no"), "preprocessor has do_normalize 'no'"),
         (say("pixels", do_center_crop=True), "preprocessor has do_center_crop True"),
         (say("pixels", size={"shortest_edge": 16}), "preprocessor has size {'shortest_edge': 16}"),

@@ -28,7 +28,7 @@ from rahf import checkpoints, names, readers, weights
 from rahf.diffusion.schedule import SPACINGS, Schedule
 from rahf.diffusion.unet import UNet, UNetConfig
 from rahf.diffusion.vae import VAE, VAEConfig
-from rahf.models.clip import CLIP, TOKENIZER_FILES, VIT_L14, CLIPConfig, Tokenizer
+from rahf.models.clip import CLIP, TOKENIZER_FILES, TOKENIZER_OPTIONS, VIT_L14, CLIPConfig, Tokenizer
 from rahf.models.parameters import param_shapes
 from rahf.pretrained import matched
 from rahf.weights import Tensor, Tensors
@@ -61,7 +61,7 @@ WEIGHTS = [  # in order of preference
     for variant in ("", ".fp16")
     for file in (f"{name}{variant}.{ending}", f"{name}.{ending}.index{variant}.json")
 ]
-VOCABULARY = (*TOKENIZER_FILES, "special_tokens_map.json", "tokenizer_config.json", "added_tokens.json")
+VOCABULARY = (*TOKENIZER_FILES, *TOKENIZER_OPTIONS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,7 +270,7 @@ def _text_config(file: pathlib.Path) -> CLIPConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SchedulerFile:
-    """Options of a scheduler's config with other values than our `Schedule` has."""
+    """Options of a scheduler's config that `Schedule` lacks, or that have fewer values here than there."""
 
     clip_sample: bool | None = None
     timestep_spacing: Literal[SPACINGS] = SPACINGS[0]

@@ -9,7 +9,7 @@ scaled latents. Only `encode_latents` and `decode_latents` apply `scaling_factor
 import dataclasses
 import functools
 import typing
-from typing import Annotated
+from typing import Annotated, Literal
 
 import flax.linen as nn
 import jax
@@ -29,8 +29,8 @@ Array = jax.Array
 class VAEConfig:
     """Sizes, under diffusers' names. The defaults are those of Stable Diffusion 1.4 and 1.5."""
 
-    in_channels: Size = 3
-    out_channels: Size = 3
+    in_channels: Literal[3] = 3
+    out_channels: Literal[3] = 3
     latent_channels: Size = 4  # Z
     block_out_channels: Channels = (128, 256, 512, 512)  # each block but the last halves the resolution
     layers_per_block: Annotated[int, Range(1, 64)] = 2

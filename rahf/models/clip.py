@@ -263,7 +263,7 @@ class CLIP(nn.Module):
 
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")  # the first alone, or the other two
-TOKENIZER_OPTIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_OPTIONS = ("special_tokens_map.json", "tokenizer_config.json", "added_tokens.json")
 
 
 class Tokenizer:

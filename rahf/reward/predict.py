@@ -87,9 +87,10 @@ def load(workdir, clip=None) -> Reward:
     if not (workdir / "config.json").is_file():
         raise UserError(f"workdir: {workdir} has no config.json; expected one of `python -m rahf.reward.train`")
     file = workdirs.verified(workdir / "config.json")
-    if (kind := json_files.read(file).get("kind", "rahf")) != "reward":
+    values = json_files.read(file)
+    if (kind := values.get("kind", "rahf")) != "reward":
         raise UserError(f"workdir: {workdir} holds a {checked.shown(kind)}, expected a reward model")
-    config = json_files.read_as(Config, file, extra=True)
+    config = json_files.conform(Config, values, file, extra=True)
     file = workdir / "weights.safetensors"
     if not file.is_file():
         raise UserError(f"workdir: {workdir} has no weights.safetensors yet; train until the first validation")

@@ -18,12 +18,15 @@ weights on disk.
 import ast
 import contextlib
 import functools
+import importlib.machinery
 import importlib.util
+import itertools
 import math
 import pathlib
 import re
+import sys
 import sysconfig
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -33,7 +36,7 @@ from rahf.fingerprint import fingerprint
 from richhf_data import schema
 from richhf_data.errors import UserError, in_code_of_the_user
 
-_INSTALLED = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+_STANDARD, _INSTALLED = sysconfig.get_paths()["stdlib"], {"site-packages", "dist-packages"}
 
 
 def reward_of(spec: str) -> Callable:
@@ -86,7 +89,7 @@ def as_floats(name: str, given, expected: str) -> np.ndarray:
         if found.dtype.kind in "OSUMmc":
             raise TypeError(f"values of type {found.dtype}")
         return found.astype(np.float32)
-    except Exception as error:  # an array of another library raises its own
+    except (Exception, SystemExit) as error:  # an array of another library raises its own
         raise UserError(f"{name}: got {type(given).__name__} ({error}), {expected}") from error
 
 
@@ -189,19 +192,29 @@ class Own:
         with in_code_of_the_user(self._name):
             if hasattr(self._function, "identity"):
                 return self._function.identity
-        found = {}
-        for module in filter(None, (self._module, getattr(self._function, "__module__", None))):
-            if (file := _source(module)) is None:
-                return None
-            _add_imported(found, module, file)
-        return fingerprint("python", self.spec.removeprefix("python:"), *found.values())
+        modules = filter(None, (self._module, getattr(self._function, "__module__", None)))
+        if (files := _own_files(modules)) is None:
+            return None
+        return fingerprint("python", self.spec.removeprefix("python:"), *files)
 
 
-def _add_imported(found: dict[str, pathlib.Path], module: str, file: pathlib.Path) -> None:
-    """Adds a module's file to {module: file}, and those of the modules that it imports, as far as they are the user's."""
-    if module in found:
-        return
-    found[module] = file
+def _own_files(modules: Iterable[str]) -> list[pathlib.Path] | None:
+    """The files of modules and of the user's modules that they import; None if one of `modules` has none. Runs no code."""
+    found = {module: _file(module) for module in modules}
+    if None in found.values():
+        return None
+    left = list(found)
+    while left:
+        for name in sorted(_imports(module := left.pop(0), found[module])):
+            file = _file(name)
+            if file and name not in found and not _INSTALLED & set(file.parts) and not file.is_relative_to(_STANDARD):
+                found[name] = file
+                left.append(name)
+    return list(found.values())
+
+
+def _imports(module: str, file: pathlib.Path) -> set[str]:
+    """The names that a module's source imports, and their packages; none of ours."""
     names = {module}
     with contextlib.suppress(SyntaxError, ValueError, ImportError):  # of a file that is not source text, or in no package
         for node in ast.walk(ast.parse(file.read_bytes())):
@@ -212,16 +225,19 @@ def _add_imported(found: dict[str, pathlib.Path], module: str, file: pathlib.Pat
                 base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
                 names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
     parents = {name[:end] for name in names for end, letter in enumerate(name) if letter == "."}
-    for name in sorted(names | parents):
-        other = _source(name)
-        if other and name.partition(".")[0] not in ("rahf", "richhf_data") and not str(other).startswith(_INSTALLED):
-            _add_imported(found, name, other)
+    return {name for name in names | parents if name.partition(".")[0] not in ("rahf", "richhf_data")}
 
 
-def _source(module: str) -> pathlib.Path | None:
-    """The file of a module; None if there is none, or no such module."""
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):  # its parent is no package
-        return None
-    return pathlib.Path(spec.origin) if spec and spec.has_location else None
+def _file(module: str) -> pathlib.Path | None:
+    """The file of a module, which is not imported for it; None if there is none."""
+    folders = None
+    for name in itertools.accumulate(module.split("."), "{}.{}".format):
+        if name != module.partition(".")[0] and folders is None:  # its parent is no package
+            return None
+        spec = getattr(sys.modules.get(name), "__spec__", None)
+        with contextlib.suppress(ImportError, ValueError):
+            spec = spec or importlib.machinery.PathFinder.find_spec(name, folders)
+        if spec is None:
+            return None
+        folders = spec.submodule_search_locations
+    return pathlib.Path(spec.origin) if spec.has_location else None
