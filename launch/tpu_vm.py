@@ -506,10 +506,10 @@ def main(argv: list[str]) -> int:
                 pod.call(pod.delete_command())
                 print(f"{args.name}: deleted; the run is in {args.workdir}")
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {command.printable(str(error))}", file=sys.stderr)
         return 2
     except CloudError as error:
-        print(f"error: {error}\n{pod.left()}", file=sys.stderr)
+        print(f"error: {command.printable(str(error))}\n{pod.left()}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\nwatching has ended, the job has not. {pod.left()}", file=sys.stderr)

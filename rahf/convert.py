@@ -45,6 +45,7 @@ def convert(source: str, path, output, vocabulary=None, timeout: float = weights
     """
     options = {"timeout": timeout} if source == "t5x" else {}
     converted, output = READERS[source](path, **options), pathlib.Path(output)
+    paths.finish_exchange(output)
     replaced = _replaced(converted.kind, path, output)
     if converted.kind == "rahf":
         if source == "workdir":

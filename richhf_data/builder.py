@@ -136,21 +136,21 @@ class Richhf(tfds.core.GeneratorBasedBuilder):
         if split in self._verified:
             return
         self.check(split)
-        digests = self.digests().get(split, {})
+        digests = self.digests()
         for path in map(os.fspath, self.info.splits[split].filepaths):
             if "://" in path:
                 continue
             if not digests:
                 with named(path):
                     tf.data.TFRecordDataset(path).reduce(0, lambda count, _: count + 1)
-            elif digests.get(os.path.basename(path)) != _digest(path):
+            elif digests.get(split, {}).get(os.path.basename(path)) != _digest(path):
                 raise UserError(f"data_dir: {path}: got other bytes than the build wrote (digests.json); {_AGAIN}")
         self._verified.add(split)
 
     def digests(self) -> dict[str, dict[str, str]]:
         """{split: {shard: SHA-256}}, as the build wrote them; {} in a dataset of an earlier version, which wrote none."""
         path = self.folder / "digests.json"
-        return json_files.read(path) if path.is_file() else {}
+        return json_files.read_as(dict[str, dict[str, str]], path) if path.is_file() else {}
 
     def _info(self) -> tfds.core.DatasetInfo:
         text = tfds.features.Text()
@@ -285,12 +285,18 @@ def open_built(data_dir) -> Richhf:
     try:
         dataset = Richhf(data_dir=data_dir)
         paths = {split: list(map(os.fspath, entry.filepaths)) for split, entry in dataset.info.splits.items()}
+        if not all(paths.values()) or not paths:
+            raise ValueError("got no split, or one without files")
     except Exception as error:  # TFDS's and protobuf's own
         raise UserError(f"{path}: {' '.join(str(error).split())}, expected what a build writes; {_AGAIN}") from error
     for split, shards in paths.items():
         names = [f"{NAME}-{split}.tfrecord-{number:05d}-of-{len(shards):05d}" for number in range(len(shards))]
-        if split not in SPLITS or shards != [os.fspath(dataset.folder / name) for name in names]:
-            raise UserError(f"{path}: got a split {split!r} in {shards}, expected some of {SPLITS} in {names}; {_AGAIN}")
+        lengths = dataset.info.splits[split].shard_lengths
+        if split not in SPLITS or shards != [os.fspath(dataset.folder / name) for name in names] or min(lengths) < 1:
+            raise UserError(
+                f"{path}: got a split {checked.shown(split)} in {checked.shown(shards)} of {checked.shown(lengths)} "
+                f"examples, expected some of {SPLITS} in {names[0]} and so on; {_AGAIN}"
+            )
     if json_files.read(folder / "features.json") != json_format.MessageToDict(dataset.info.features.to_proto()):
         raise UserError(f"{folder / 'features.json'}: got other features than those of version {VERSION}; {_AGAIN}")
     return dataset

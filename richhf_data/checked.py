@@ -33,7 +33,7 @@ Share = Annotated[float, Range(0, 1, without=(1,))]  # dropout
 Epsilon = Annotated[float, Range(0, 1, without=(0, 1))]
 Metric = typing.NewType("Metric", float)  # may be not-a-number
 WORDS = {int: "an integer", float: "a number", str: "a text", bool: "true or false", types.NoneType: "null"}
-WORDS[Metric] = WORDS[float]
+WORDS |= {Metric: WORDS[float], Any: "any value"}
 
 
 def fields(value, name: str) -> None:
@@ -163,16 +163,16 @@ def _words(hint) -> str:
         return WORDS[hint]
     if origin is Annotated:
         counted = {tuple: " entries", list: " entries", dict: " entries", str: " characters"}
-        kind = typing.get_origin(arguments[0]) or arguments[0]
+        unit = counted.get(typing.get_origin(arguments[0]) or arguments[0], "")
         bounds = " and ".join(one.bounds() for one in arguments[1:])
-        return f"{_words(arguments[0])} {bounds}{counted.get(kind, '')}"
+        return f"{_words(arguments[0])}{',' if unit else ''} {bounds}{unit}"
     if origin is typing.Literal:
         return f"one of {arguments}" if len(arguments) > 1 else repr(arguments[0])
     if origin in (typing.Union, types.UnionType):
         return " or ".join(map(_words, arguments))
     if origin in (tuple, list):
         if origin is list or arguments[1:] == (...,):
-            return f"a list, each entry {_words(arguments[0])},"
+            return f"a list (each entry {_words(arguments[0])})"
         return f"a list of {len(arguments)}: {', '.join(map(_words, arguments))}"
     if origin is dict:
         return f"an object, each value {_words(arguments[1])}"

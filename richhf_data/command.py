@@ -7,6 +7,7 @@ error stream. The docstring of a command names further codes.
 import errno
 import functools
 import io
+import os
 import pathlib
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from richhf_data import paths
 from richhf_data.errors import UserError
 
 USER_ERROR = 2
-_OURS = tuple(str(pathlib.Path(__file__).parents[1] / name) for name in ("rahf", "richhf_data"))
+_OURS = tuple(f"{pathlib.Path(__file__).parents[1] / name}{os.sep}" for name in ("rahf", "richhf_data"))
 
 
 def run(main: Callable[[], object], read_arguments: Callable[[list[str]], list[str]] = list) -> None:

@@ -30,7 +30,7 @@ import numpy as np
 from absl import flags
 from tqdm.auto import tqdm
 
-from richhf_data import command, images, input_files, json_files, jsonl, keywords, paths, ranges, schema
+from richhf_data import checked, command, images, input_files, json_files, jsonl, keywords, paths, ranges, schema
 from richhf_data.errors import UserError
 
 MARKER = "consolidated.json"  # marks a folder that this command wrote, and names its pictures
@@ -78,23 +78,13 @@ class Annotation:
         for key, got, names in (("points", points, schema.HEATMAPS), ("scores", scores, schema.SCORES)):
             if not isinstance(got, dict) or set(got) - set(names):
                 raise UserError(f"annotation {key}: got {json.dumps(got)[:80]}, expected only {', '.join(names)}")
-        try:
-            return cls(
-                points=tuple(
-                    tuple(tuple(map(_number, point)) for point in points[name]) if name in points else None
-                    for name in schema.HEATMAPS
-                ),
-                labels=None if labels is None else tuple(labels),
-                scores=tuple(_number(scores[name]) if name in scores else None for name in schema.SCORES),
-            )
-        except (TypeError, ValueError) as error:
-            raise UserError(f"annotation: got {error}, expected lists of [x, y], of labels, and numbers") from error
-
-
-def _number(value) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{value!r} in the place of a number")
-    return float(value)
+        points = checked.conform(dict[str, tuple[tuple[float, ...], ...]], points, "annotation: points")
+        scores = checked.conform(dict[str, float], scores, "annotation: scores")
+        return cls(
+            points=tuple(points.get(name) for name in schema.HEATMAPS),
+            labels=checked.conform(tuple[int, ...] | None, labels, "annotation: labels"),
+            scores=tuple(scores.get(name) for name in schema.SCORES),
+        )
 
 
 def disks(
@@ -325,6 +315,7 @@ def write(annotations: str, images_dir, output, holdout: float = schema.HOLDOUT,
     for path in (folder, *files.values()):
         if paths.contains(output / "images", path):
             raise UserError(f"output: got {output}, whose images hold {path}, which is read; expected another folder")
+    paths.finish_exchange(output)
     _check_output(output)
     aspects = {}
     for uid in pictures:
@@ -368,6 +359,13 @@ def write(annotations: str, images_dir, output, holdout: float = schema.HOLDOUT,
     return counts
 
 
+@dataclasses.dataclass(frozen=True)
+class Marker:
+    """What is read of `MARKER`; that of an earlier version names no files."""
+
+    files: list[str] | None = None
+
+
 def _check_output(output: pathlib.Path) -> None:
     """Refuses a folder with files that this command did not write, where it writes."""
     if not (output / MARKER).is_file():
@@ -375,7 +373,8 @@ def _check_output(output: pathlib.Path) -> None:
             raise UserError(f"output: {output} holds other files, expected a new folder; take another")
         return
     found = _files(output)
-    if foreign := sorted(set(found) - set(json_files.read(output / MARKER).get("files", found))):
+    written = json_files.read_as(Marker, output / MARKER, extra=True).files
+    if foreign := sorted(set(found) - set(found if written is None else written)):
         raise UserError(f"output: {output} holds {foreign[0]}, which this command did not write; move it, or take another")
 
 

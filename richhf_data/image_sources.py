@@ -270,9 +270,10 @@ def _caption_rows(filesystem, path: str, columns: dict[str, str]) -> Iterator[tu
     if path.endswith(".parquet"):
         with filesystem.open(path) as file:
             try:
-                table = pyarrow.parquet.read_table(file, page_checksum_verification=True)
+                table = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True).read()
             except (pyarrow.ArrowException, OSError) as error:
                 raise parquet.unreadable("images", path, error) from error
+        parquet.check_names(table.schema.names, f"images: {path}")
         leaves = parquet.leaves(table.schema)
         uid, prompt = names(leaves)
         if parquet.is_texts(leaves[prompt]):
@@ -305,6 +306,7 @@ def _caption_rows(filesystem, path: str, columns: dict[str, str]) -> Iterator[tu
 def _csv_rows(reader: csv.DictReader, path: str, names) -> Iterator[tuple[str, str]]:
     line = 1
     try:
+        parquet.check_names(reader.fieldnames or (), f"images: {path}")
         uid, prompt = names(dict.fromkeys(reader.fieldnames or (), pyarrow.string()))
         line = reader.line_num + 1
         for row in reader:

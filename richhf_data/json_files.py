@@ -31,7 +31,7 @@ def read(path, max_bytes: int = MAX_BYTES) -> dict:
         found = "is a folder" if path.is_dir() else "is no file" if path.exists() else "does not exist"
         raise UserError(f"{path}: {found}, expected a JSON file")
     with path.open("rb") as file:
-        content = file.read(max_bytes + 1)
+        content = file.read(min(max_bytes, path.stat().length) + 1)  # it reserves as much
     if len(content) > max_bytes:
         raise UserError(f"{path}: got more than {max_bytes:,} bytes, expected a JSON file of at most as many")
     too_deep = UserError(f"{path}: got more than {MAX_DEPTH} levels of lists and objects, expected at most as many")

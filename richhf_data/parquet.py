@@ -3,8 +3,9 @@
 The names of a table's columns are given, or guessed from `GUESSES`.
 """
 
+import collections
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import pyarrow
 import pyarrow.compute
@@ -58,11 +59,18 @@ def open_file(what: str, url: str) -> pyarrow.parquet.ParquetFile:
         file = pyarrow.parquet.ParquetFile(path, filesystem=filesystem, buffer_size=_BUFFER, page_checksum_verification=True)
     except Exception as error:
         raise unreadable(what, url, error) from error
-    columns = file.schema_arrow.names
-    if twice := sorted({name for name in columns if columns.count(name) > 1}):
+    try:
+        check_names(file.schema_arrow.names, f"{what}: {local(url)}")
+    except UserError:
         file.close()
-        raise UserError(f"{what}: {local(url)}: got more than one column {', '.join(twice)}, expected one; drop the others")
+        raise
     return file
+
+
+def check_names(columns: Sequence[str], where: str) -> None:
+    """Raises UserError if two columns have one name."""
+    if twice := sorted(name for name, count in collections.Counter(columns).items() if count > 1):
+        raise UserError(f"{where}: got more than one column {', '.join(twice)}, expected one; drop the others")
 
 
 def unreadable(what: str, url: str, error: Exception) -> UserError:

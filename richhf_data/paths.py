@@ -20,6 +20,8 @@ from richhf_data import input_files
 from richhf_data.errors import UserError
 
 PROCESS_LIMITS = errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN  # no file is at fault
+_OF_THE_FILE = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO
+_JOURNAL = "journal.json"
 LOCK, PARTIAL = ".lock", ".partial"  # what `locked` and `exchanging` keep in a folder while they write there
 
 
@@ -72,7 +74,8 @@ def replace(path, data: bytes) -> None:
 def writing_url(url: str) -> Iterator[BinaryIO]:
     """As `writing`, for a path or a URL of any file system that fsspec knows; gives the open file. The folder must exist."""
     filesystem, path = input_files.open_url(url)
-    partial = _partial(path)
+    folder, slash, name = path.rpartition("/")
+    partial = f"{folder}{slash}{_partial(name)}"
     with naming(url):
         try:
             with filesystem.open(partial, "wb") as file:
@@ -90,7 +93,7 @@ def naming(path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (None, *PROCESS_LIMITS) or error.filename is not None:
+        if error.errno not in _OF_THE_FILE or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
@@ -119,8 +122,9 @@ def locked(folder, name: str = LOCK, wait: bool = False) -> Iterator[None]:
         yield
     finally:
         if handle is not None:
-            if _is_at(handle, file):
-                file.unlink()  # before another process can hold it
+            with contextlib.suppress(PermissionError):  # another user's file
+                if _is_at(handle, file):
+                    file.unlink()  # before another process can hold it
             os.close(handle)
         with contextlib.suppress(OSError):  # a folder that holds files stays
             for place in made:
@@ -136,16 +140,19 @@ def _lock(file: pathlib.Path, wait: bool) -> int | None:
         except OSError as error:
             if error.errno == errno.ENOENT and not file.parent.exists():  # it went with the lock of another process
                 continue
-            if error.errno in (errno.EROFS, errno.EACCES):  # a command that has nothing to write may run there
+            if error.errno not in (errno.EROFS, errno.EACCES):
+                raise
+            try:  # another user's lock needs no right to write
+                handle = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            except OSError:  # a command that has nothing to write may run there
                 return None
-            raise
-        if os.fstat(handle).st_nlink > 1:
+        if os.fstat(handle).st_nlink > 1 or _holder(handle) is None:
             os.close(handle)
-            raise UserError(f"{file}: is a link to another file, expected a lock of our own; delete it")
+            raise UserError(f"{file}: is a link or a file of someone else, expected a lock of our own; move it")
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            holder = _holder(handle)
+            holder = _holder(handle) or "another process"
             os.close(handle)
             raise UserError(
                 f"{file.parent}: {holder} writes there, expected one process at a time; wait for it or end it, or choose "
@@ -174,12 +181,19 @@ def _is_at(handle: int, file: pathlib.Path) -> bool:
         return False
 
 
-def _holder(handle: int) -> str:
+def _holder(handle: int) -> str | None:
+    """Who holds or held a lock, by its note; "" without a whole note, None if the file is no lock of ours."""
     try:
-        note = json.loads(os.pread(handle, 4096, 0))
+        text = os.pread(handle, 4096, 0)
+    except OSError:  # a named pipe
+        return None
+    if text and not text.startswith(b'{"pid"'):
+        return None
+    try:
+        note = json.loads(text)
         return f"process {note['pid']} of {note['host']} (since {note['since']})"
     except (ValueError, LookupError, TypeError):
-        return "another process"
+        return ""
 
 
 @contextlib.contextmanager
@@ -195,21 +209,60 @@ def exchanging(folder, names: Sequence[str]) -> Iterator[pathlib.Path]:
     Raises:
       UserError: another process writes there.
     """
+    folder = pathlib.Path(folder)
     with locked(folder):
-        new, old = pathlib.Path(folder, PARTIAL, "new"), pathlib.Path(folder, PARTIAL, "old")
-        _remove(new.parent)  # of a process that was killed
+        _finish_exchange(folder)
+        partial = folder / PARTIAL
         try:
             with naming(folder):
-                new.parent.mkdir()
-                new.mkdir()
-                yield new
-                old.mkdir()
-                _exchange(pathlib.Path(folder), new, old, names)
+                (partial / "new").mkdir(parents=True)
+                yield partial / "new"
+                (partial / "old").mkdir()
+                replace(partial / _JOURNAL, json.dumps([list(names), os.listdir(partial / "new")]).encode())
+                _exchange(folder, names)
         finally:
-            _remove(new.parent)
+            _remove(partial)
 
 
-def _exchange(folder: pathlib.Path, new: pathlib.Path, old: pathlib.Path, names: Sequence[str]) -> None:
+def finish_exchange(folder) -> None:
+    """Completes an exchange that a kill interrupted, and removes what a killed process left of `exchanging`.
+
+    Raises:
+      UserError: another process writes there; a file or a link is there that `exchanging` did not make.
+    """
+    if os.path.lexists(pathlib.Path(folder, PARTIAL)):
+        with locked(folder):
+            _finish_exchange(pathlib.Path(folder))
+
+
+def _finish_exchange(folder: pathlib.Path) -> None:
+    partial = folder / PARTIAL
+    if not os.path.lexists(partial):
+        return
+    if partial.is_symlink() or not partial.is_dir():
+        raise UserError(f"{partial}: is no folder of ours, expected none; move it")
+    found = set(os.listdir(partial))
+    if foreign := sorted(name for name in found - {"new", "old"} if not name.startswith(_JOURNAL)):
+        raise UserError(f"{partial}: holds {foreign[0]}, which this command did not write; move it")
+    if _JOURNAL in found:  # the new files were complete
+        try:
+            names, written = json.loads((partial / _JOURNAL).read_bytes())
+            plain = all(name == pathlib.PurePath(name).name for name in (*names, *written))
+        except (OSError, ValueError, TypeError):
+            plain = False
+        if not plain:
+            raise UserError(f"{partial / _JOURNAL}: damaged, expected two lists of names; move {partial}")
+        for name in names:
+            if name not in written or os.path.lexists(partial / "new" / name):
+                for source, target in ((folder, partial / "old"), (partial / "new", folder)):
+                    if os.path.lexists(source / name):
+                        _remove(target / name)
+                        (source / name).rename(target / name)
+    _remove(partial)
+
+
+def _exchange(folder: pathlib.Path, names: Sequence[str]) -> None:
+    new, old = folder / PARTIAL / "new", folder / PARTIAL / "old"
     moves = [(folder / name, old / name) for name in reversed(names)] + [(new / name, folder / name) for name in names]
     done = []
     try:
@@ -223,10 +276,12 @@ def _exchange(folder: pathlib.Path, new: pathlib.Path, old: pathlib.Path, names:
         raise
 
 
-def _remove(folder: pathlib.Path) -> None:
-    """Removes a folder that may not be there; refuses a link in its place."""
-    if os.path.lexists(folder):
-        shutil.rmtree(folder)
+def _remove(path: pathlib.Path) -> None:
+    """Removes a file or a folder that may not be there; a link, but not what it names."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def holds_files(folder) -> bool:
@@ -240,4 +295,5 @@ def contains(folder, path) -> bool:
 
 
 def _partial(name: str) -> str:
-    return f"{name}.{secrets.token_hex(8)}.partial"
+    """A name beside a file's that cannot be guessed. A long one is cut: a file system takes 255 bytes."""
+    return f"{name[:40]}.{secrets.token_hex(8)}.partial"

@@ -29,6 +29,7 @@ import hashlib
 
 import numpy as np
 
+from richhf_data import ranges
 from richhf_data.errors import UserError
 
 SCORES = ("plausibility", "alignment", "aesthetics", "overall")
@@ -76,16 +77,16 @@ def split_of(uid: str, holdout: float = HOLDOUT, seed: int = 0) -> str:
     """The split of an image whose dataset has no splits: a function of uid, share and seed alone.
 
     Args:
-      holdout: the share of dev, and of test, in [0, 0.5].
+      holdout: the share of dev, and of test, in `ranges.HOLDOUT`.
 
     Raises:
       UserError: another share.
 
-    >>> split_of("cat7"), split_of("cat7", holdout=0.5)
+    >>> split_of("cat7"), split_of("cat7", holdout=0.45)
     ('train', 'test')
     """
-    if not 0 <= holdout <= 0.5:
-        raise UserError(f"holdout: got {holdout}, expected a number from 0 to 0.5")
+    if holdout not in ranges.HOLDOUT:
+        raise UserError(f"holdout: got {holdout}, expected {ranges.HOLDOUT}")
     digest = hashlib.sha256(f"{seed} {uid}".encode()).digest()
     place = int.from_bytes(digest[:8], "big") / 2**64
     return "dev" if place < holdout else "test" if place < 2 * holdout else "train"

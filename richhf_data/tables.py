@@ -375,6 +375,12 @@ class _TfdsTable:
             if found is None:
                 got = f"captions: {name!r}: got features {info.features}"
                 raise UserError(f"{got}, expected {feature}, or --columns={role}=NAME, parts joined by /")
+            kind = found.get_tensor_info()
+            shapes = ((),) if role == "image" else ((), (None,))
+            of_bytes = getattr(kind, "shape", None) in shapes and kind.tf_dtype.name == "string"
+            if not of_bytes and not (role == "image" and isinstance(found, tfds.features.Image)):
+                expected = "an image or its bytes" if role == "image" else "a text or a list of texts"
+                raise UserError(f"captions: {name!r}: {feature}: got {kind}, expected {expected}; see --columns")
         self._image, self._caption = chosen["image"], chosen["prompt"]
         self._decoders = None
         if isinstance(_part(info.features, self._image), tfds.features.Image):
@@ -399,8 +405,6 @@ class _TfdsTable:
             for number, example in enumerate(examples):
                 texts = np.atleast_1d(_part(example, self._caption).numpy()).tolist()
                 where = f"{name} example {number}"
-                if texts and not isinstance(texts[0], bytes):
-                    raise UserError(f"captions: {where}: {self._caption}: got {texts[0]!r}, expected text; see --columns")
                 caption = jsonl.decode(texts[0], f"captions: {where}") if texts else None
                 yield where, _part(example, self._image).numpy(), {"prompt": (caption, len(texts))}
 

@@ -202,8 +202,13 @@ def constants(data_dir) -> dict[str, np.ndarray] | None:
         return None
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return {key: arrays[key] for key in ("scores", "heatmaps")}
-    except (ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            found = {key: arrays[key] for key in ("scores", "heatmaps")}
+        shapes = {"scores": (len(schema.SCORES),), "heatmaps": (*[builder.MEAN_MAP_SIZE] * 2, len(schema.HEATMAPS))}
+        for key, array in found.items():
+            if array.dtype != np.float32 or array.shape != shapes[key] or (array < 0).any() or (array > 1).any():
+                raise ValueError(f"{key}: {array.dtype}{list(array.shape)}")
+        return found
+    except (TypeError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"data_dir: {path}: damaged ({error}), expected what a build writes; copy it again") from error
 
 

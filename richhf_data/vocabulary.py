@@ -10,7 +10,7 @@ import numpy as np
 import sentencepiece
 from etils import epath
 
-from richhf_data import input_files, keywords, paths, schema
+from richhf_data import keywords, paths, schema
 from richhf_data.errors import UserError
 
 UNKNOWN = "⁇"  # what an unknown id reads as; SentencePiece writes it between spaces
@@ -28,8 +28,11 @@ class Vocabulary:
         if path.is_dir():
             path /= "spiece.model"
         self.path = str(path)
-        if not path.is_file() or ("://" not in self.path and input_files.not_a_file(path)):
-            raise UserError(f"vocabulary: no file {path}; expected a SentencePiece model (*.model)")
+        expected = "a SentencePiece model (*.model)"
+        if "://" not in self.path:
+            paths.check_file("vocabulary", path, expected)
+        elif not path.is_file():
+            raise UserError(f"vocabulary: no file {path}; expected {expected}")
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(path.read_bytes())

@@ -63,7 +63,7 @@ def test_a_value_becomes_what_the_annotation_says():
         ({"dropout": float("nan")}, r"^dropout: got nan, expected a number"),
         ({"dropout": 10**400}, r"^dropout: got an integer of 1329 bits, expected a number"),
         ({"dropout": False}, r"^dropout: got False, expected a number"),
-        ({"sizes": []}, r"^sizes: got \[\], expected a list, each entry an integer from 1 to 256, from 1 to 3 entries"),
+        ({"sizes": []}, r"^sizes: got \[\], expected a list \(each entry an integer from 1 to 256\), from 1 to 3 entries"),
         ({"sizes": [1, 0]}, r"^sizes\[1\]: got 0, expected an integer"),
         ({"sizes": [1] * 4}, r"^sizes: got \[1, 1, 1, 1\], expected a list"),
         ({"sizes": "123"}, r"^sizes: got '123', expected a list"),

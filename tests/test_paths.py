@@ -130,9 +130,29 @@ def test_a_planted_link_is_no_lock(tmp_path):
         pass
     (tmp_path / ".lock").unlink()
     (tmp_path / ".lock").hardlink_to(tmp_path / "victim")
-    with pytest.raises(UserError, match="lock: is a link to another file"), paths.locked(tmp_path):
+    with pytest.raises(UserError, match="lock: is a link or a file of someone else"), paths.locked(tmp_path):
         pass
-    assert (tmp_path / "victim").read_text() == "precious"
+    (tmp_path / ".lock").unlink()
+    (tmp_path / ".lock").write_text("my notes")
+    with pytest.raises(UserError, match="lock: is a link or a file of someone else"), paths.locked(tmp_path):
+        pass
+    assert (tmp_path / "victim").read_text() == "precious" and (tmp_path / ".lock").read_text() == "my notes"
+
+
+def test_a_lock_that_cannot_be_written_is_held_all_the_same(tmp_path, monkeypatch):
+    """As that of another user is."""
+    opened = os.open
+
+    def refuse_to_write(path, flags, *mode):
+        if flags & os.O_RDWR:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, flags, *mode)
+
+    with paths.locked(tmp_path):
+        monkeypatch.setattr(os, "open", refuse_to_write)
+        with pytest.raises(UserError, match=f"process {os.getpid()} of"), paths.locked(tmp_path):
+            pass
+        monkeypatch.undo()
 
 
 def test_files_take_the_places_of_earlier_ones_together(tmp_path):
@@ -175,6 +195,52 @@ def test_an_exchange_that_fails_leaves_all_as_it_was(late, tmp_path, monkeypatch
         if not late:
             raise OSError(errno.ENOSPC, "No space left on device")
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"a": "old", "gone": "old", "mark": "old"}
+
+
+@pytest.mark.parametrize("renames", range(6))
+def test_an_exchange_that_a_kill_interrupts_is_completed(renames, tmp_path, monkeypatch):
+    left = iter(range(renames))
+
+    def rename(source, target):
+        if next(left, None) is None:
+            raise KeyboardInterrupt  # nothing of ours runs after a kill, so nothing may be undone or removed here
+        os.rename(source, target)
+
+    names = ("a", "gone", "fresh", "mark")
+    for name in ("a", "gone", "mark"):
+        (tmp_path / name).write_text("old")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), paths.exchanging(tmp_path, names) as new:
+        for name in ("a", "fresh", "mark"):
+            (new / name).write_text("new")
+        patch.setattr(paths.pathlib.Path, "rename", rename)
+        patch.setattr(paths, "_remove", lambda path: None)
+    assert (tmp_path / ".partial").is_dir()
+    paths.finish_exchange(tmp_path)
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"a": "new", "fresh": "new", "mark": "new"}
+
+
+@pytest.mark.parametrize("journal", ['[["../victim"], []]', "{", "[1, 2]", '[["a"]]'])
+def test_what_is_not_ours_stays_in_a_folder_of_that_name(journal, tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    partial = tmp_path / "output" / ".partial"
+    partial.mkdir(parents=True)
+    for name, text in (("notes.txt", "mine"), ("journal.json", journal)):
+        (partial / name).write_text(text)
+        with pytest.raises(UserError, match=r"\.partial.*move"), paths.exchanging(tmp_path / "output", ("a",)):
+            pass
+        assert (partial / name).read_text() == text
+        (partial / name).unlink()
+    partial.rmdir()
+    partial.symlink_to(tmp_path)
+    with pytest.raises(UserError, match="no folder of ours"), paths.exchanging(tmp_path / "output", ("a",)):
+        pass
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_a_long_name_is_written(tmp_path):
+    for name in ("a" * 255, "\N{CAT}" * 63):
+        paths.replace(tmp_path / name, b"x")
+        assert (tmp_path / name).read_bytes() == b"x"
 
 
 def test_an_error_without_a_name_gets_the_files(tmp_path):

@@ -167,7 +167,7 @@ def test_an_evaluation_checks_what_it_reads(tmp_path):
 
 @pytest.mark.parametrize("holdout", [float("nan"), -0.1, 0.6])
 def test_a_share_that_is_held_out_is_one(holdout):
-    with pytest.raises(UserError, match=r"holdout: got .*, expected a number from 0 to 0.5"):
+    with pytest.raises(UserError, match=r"holdout: got .*, expected a number from 0 to 0.45"):
         schema.split_of("cat7", holdout)
 
 

@@ -316,10 +316,16 @@ def test_tfds_features_may_be_nested(tmp_path):
     assert set(items) == set(CAPTIONS[:3])
     image = cv2.imdecode(np.frombuffer(items[CAPTIONS[1]][1].image, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
     np.testing.assert_array_equal(image, image_of("nested-1"))
-    for column, message in (("number", "number: got 7, expected text"), ("bad", "got 'caf.', which is not UTF-8")):
-        source = tables.Captions("tfds:nested_pictures", "a", {"image": "a/b", "prompt": column}, 0.0, str(tmp_path))
-        with pytest.raises(UserError, match=f"captions: nested_pictures/1.0.0 example 0: {message}"):
-            _items(source)
+    source = tables.Captions("tfds:nested_pictures", "a", {"image": "a/b", "prompt": "bad"}, 0.0, str(tmp_path))
+    with pytest.raises(UserError, match=r"captions: nested_pictures/1.0.0 example 0: got 'caf.', which is not UTF-8"):
+        _items(source)
+    for columns, message in (
+        ({"image": "a/b", "prompt": "number"}, "number: got .*int64.*, expected a text or a list of texts"),
+        ({"image": "a/b", "prompt": "a"}, "a: got .*, expected a text or a list of texts"),
+        ({"image": "number", "prompt": "a/c"}, "number: got .*, expected an image or its bytes"),
+    ):
+        with pytest.raises(UserError, match=f"captions: 'nested_pictures': {message}; see --columns"):
+            tables.Captions("tfds:nested_pictures", "a", columns, 0.0, str(tmp_path))
 
 
 def test_wrong_captions_tables_are_named(tmp_path):

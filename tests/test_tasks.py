@@ -201,6 +201,7 @@ def test_a_dataset_runs_no_code(copied, tmp_path, monkeypatch, hostile):
         ('"name": "dev"', '"name": "other"', "got a split 'other' in .*, expected some of"),
         ('"9"', '"x"', "invalid literal for int.*, expected what a build writes"),
         ('"9"', "{}", "expected what a build writes"),
+        ('"9"', '"0"', r"of \[0\] examples, expected some of"),
     ],
 )
 def test_infos_of_another_dataset_are_refused(copied, old, new, message):
@@ -225,11 +226,17 @@ def test_infos_of_another_dataset_are_refused(copied, old, new, message):
         ("references.json", '{"dev": {"row": {"metric": "x"}}}', "references.json: "),
         ("references.json", '{"dev": 3}', "references.json: "),
         ("constants.npz", "not a zip", "constants.npz: "),
+        ("constants.npz", {"scores": np.zeros(4, np.float32), "heatmaps": np.zeros((64, 64), np.float32)}, "heatmaps: "),
+        ("digests.json", '{"dev": 5}', "digests.json: dev: got 5"),
+        ("digests.json", '{"train": {}}', r"got other bytes than the build wrote \(digests.json\)"),
+        ("constants.npz", {"scores": np.full(4, 2, np.float32), "heatmaps": np.zeros((64, 64, 2), np.float32)}, "scores: "),
+        ("constants.npz", {"scores": np.zeros(4), "heatmaps": np.zeros((64, 64, 2), np.float32)}, "scores: float64"),
     ],
 )
 def test_damaged_files_beside_the_examples_are_named(copied, name, text, message):
-    (copied[1] / name).write_text(text)
+    np.savez(copied[1] / name, **text) if isinstance(text, dict) else (copied[1] / name).write_text(text)
     reader = {"report": tasks.report, "prompts": tasks.prompts, "references": tasks.references, "constants": tasks.constants}
+    reader["digests"] = lambda data_dir: builder.open_built(data_dir).verify("dev")
     with pytest.raises(UserError, match=message):
         reader[name.partition(".")[0]](copied[0])
 
