@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import pathlib
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +28,6 @@ import cv2
 import numpy as np
 import tabulate
 from etils import epath
-from google.protobuf import json_format
 
 from richhf_data import checked, command, input_files, json_files, keywords, records, scan, schema
 from richhf_data.errors import UserError
@@ -297,7 +297,10 @@ def open_built(data_dir) -> Richhf:
                 f"{path}: got a split {checked.shown(split)} in {checked.shown(shards)} of {checked.shown(lengths)} "
                 f"examples, expected some of {SPLITS} in {names[0]} and so on; {_AGAIN}"
             )
-    if json_files.read(folder / "features.json") != json_format.MessageToDict(dataset.info.features.to_proto()):
+    with tempfile.TemporaryDirectory() as ours:
+        dataset.info.features.save_config(ours)
+        expected = json_files.read(pathlib.Path(ours, "features.json"))
+    if json_files.read(folder / "features.json") != expected:
         raise UserError(f"{folder / 'features.json'}: got other features than those of version {VERSION}; {_AGAIN}")
     return dataset
 

@@ -1,6 +1,7 @@
 """Other people's feedback, your own and captions, from files as they come to a training step and an evaluation."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -145,8 +146,14 @@ def test_selection_is_of_what_the_dataset_has():
 
 def test_a_dataset_without_dev_is_refused_before_a_workdir_is_made(tmp_path):
     folder = builder.dataset_dir(tmp_path / "data")
-    folder.mkdir(parents=True)
-    (folder / "report.json").write_text(json.dumps({"splits": {"train": {}}}))
+    shutil.copytree(built(), tmp_path / "data")
+    for name in ("report.json", "dataset_info.json"):
+        found = json.loads((folder / name).read_text())
+        splits = found["splits"]
+        found["splits"] = (
+            {"train": splits["train"]} if name == "report.json" else [one for one in splits if one["name"] == "train"]
+        )
+        (folder / name).write_text(json.dumps(found))
     config = _config(data_dir=str(tmp_path / "data"))
     with pytest.raises(ValueError, match=r"data has the splits train, training needs dev too; .*larger --holdout"):
         train.train(config, tmp_path / "run")

@@ -42,9 +42,14 @@ def runs(tmp_path_factory):
     one = train.train(hosts_worker.config(), folder / "one")
     shutil.copytree(folder / "one", folder / "resumed_by_two")
     command = [sys.executable, "tests/hosts_worker.py", str(folder), built(), *processes()]
-    options = {"cwd": ROOT, "env": environment(folder / "compiled"), "stderr": subprocess.PIPE, "text": True}
-    workers = [subprocess.Popen([*command, f"--process_id={i}"], **options) for i in range(2)]
-    errors = [worker.communicate()[1] for worker in workers]
+    options, logs = {"cwd": ROOT, "env": environment(folder / "compiled")}, [folder / f"{i}.log" for i in range(2)]
+    workers = []
+    for i, log in enumerate(logs):  # a pipe that nobody reads would fill, and stop both
+        with log.open("w") as file:
+            workers.append(subprocess.Popen([*command, f"--process_id={i}"], stderr=file, **options))
+    for worker in workers:
+        worker.wait(timeout=600)
+    errors = [log.read_text() for log in logs]
     assert all((folder / f"results_{i}.json").exists() for i in range(2)), errors
     results = [json.loads((folder / f"results_{i}.json").read_text()) for i in range(2)]
     return folder, one, results, [(worker.returncode, error) for worker, error in zip(workers, errors, strict=True)]

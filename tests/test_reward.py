@@ -741,7 +741,7 @@ def test_load_refuses_other_folders(tmp_path):
     with pytest.raises(ValueError, match=r"has no config.json; expected one of `python -m rahf.reward.train`"):
         reward.load(tmp_path)
     (tmp_path / "config.json").write_text('{"kind": "vit"}')
-    with pytest.raises(ValueError, match="holds a vit, expected a reward model"):
+    with pytest.raises(ValueError, match="holds a 'vit', expected a reward model"):
         reward.load(tmp_path)
 
 
