@@ -281,6 +281,8 @@ def open_t5x(path, timeout: float = TIMEOUT) -> Tensors:
     for file in [] if "://" in folder else sorted(pathlib.Path(folder).rglob("*")):
         if not file.is_dir() and (why := input_files.not_a_file(file)):  # TensorStore waits for a named pipe
             raise unreadable(file, why)
+        if file.name == ".zarray" and file.stat().st_size > SMALL:
+            raise unreadable(file, "too large for a header")
     url = folder if "://" in folder else pathlib.Path(folder).absolute().as_uri()
     retries = {"max_retries": 6, "initial_delay": "1s", "max_delay": "8s"}  # TensorStore's own take hours
     context = tensorstore.Context({f"{protocol}_request_retries": retries for protocol in ("gcs", "http", "s3")})
@@ -293,26 +295,27 @@ def open_t5x(path, timeout: float = TIMEOUT) -> Tensors:
     with _damage_named(f"{folder}/checkpoint"):
         tree = flax.serialization.msgpack_restore(index.value)
         target = flax.traverse_util.flatten_dict(tree["optimizer"]["target"], is_leaf=_is_t5x_leaf, sep="/")
-    arrays, tensors = {}, {}
-    for name, leaf in target.items():
-        if not isinstance(leaf, np.ndarray):
-            arrays[name] = f"target.{name.replace('/', '.')}"
-            part = store / f"{arrays[name]}/"
-            # By default, a chunk that is missing after an interrupted download reads as zeros.
-            spec = {"driver": "zarr", "kvstore": part.spec().to_json(), "fill_missing_data_reads": False}
-            files = None if folder.startswith("http") else part.list()  # the web has no lists
-            tensors[name] = files, tensorstore.open(spec, context=context)  # all at once
+    # Of each array not in the index, all at once: its header, its files, itself. The web has no lists of files.
+    arrays = {name: f"target.{name.replace('/', '.')}" for name, leaf in target.items() if not isinstance(leaf, np.ndarray)}
+    headers = {name: store.read(f"{array}/.zarray") for name, array in arrays.items()}
+    files = {} if folder.startswith("http") else {name: (store / f"{array}/").list() for name, array in arrays.items()}
+    tensors = {}
+    for name, array in arrays.items():
+        header = answer(headers[name], f"{folder}/{array}/.zarray")
+        if header.state != "value":
+            raise UserError(f"weights: {folder} lacks the array {array}, which its index names; fetch it again")
+        json_files.parse(header.value, f"weights: {folder}/{array}/.zarray")  # TensorStore dies of too many levels
+        # By default, a chunk that is missing after an interrupted download reads as zeros.
+        spec = {"driver": "zarr", "kvstore": (store / f"{array}/").spec().to_json(), "fill_missing_data_reads": False}
+        tensors[name] = tensorstore.open(spec, context=context)
     for name, leaf in target.items():
         if isinstance(leaf, np.ndarray):  # the index holds small arrays itself
             tensors[name] = _tensor(f"{folder}/checkpoint", name, leaf.shape, leaf.dtype.name, lambda leaf=leaf: leaf)
             continue
-        files, array = tensors[name]
-        files = files and answer(files, folder)
-        if files is not None and b".zarray" not in files:
-            raise UserError(f"weights: {folder} lacks the array {arrays[name]}, which its index names; fetch it again")
         where = f"{folder}/{arrays[name]}"
-        array = answer(array, f"{where}/.zarray")
-        chunks = SMALL if files is None else sum(not file.startswith(b".") for file in files)
+        array = answer(tensors[name], f"{where}/.zarray")
+        there = answer(files[name], folder) if files else None
+        chunks = SMALL if there is None else sum(not file.startswith(b".") for file in there)
         size = _check_zarr(array, chunks, where)
         read = functools.partial(lambda array, *rest: answer(array.read(), *rest), array, where, size)
         tensors[name] = _tensor(folder, arrays[name], array.shape, array.dtype.name, read)

@@ -32,6 +32,11 @@ def read(path, max_bytes: int = MAX_BYTES) -> dict:
         raise UserError(f"{path}: {found}, expected a JSON file")
     with path.open("rb") as file:
         content = file.read(min(max_bytes, path.stat().length) + 1)  # it reserves as much
+    return parse(content, path, max_bytes)
+
+
+def parse(content: bytes, path, max_bytes: int = MAX_BYTES) -> dict:
+    """The object of a JSON file's content; see `read`. `path` names the file in errors."""
     if len(content) > max_bytes:
         raise UserError(f"{path}: got more than {max_bytes:,} bytes, expected a JSON file of at most as many")
     too_deep = UserError(f"{path}: got more than {MAX_DEPTH} levels of lists and objects, expected at most as many")

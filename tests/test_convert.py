@@ -211,9 +211,11 @@ def test_a_t5x_folder_without_an_array_of_its_index_is_refused(unpacked, tmp_pat
 def test_a_t5x_index_that_is_damaged_is_refused(unpacked, tmp_path):
     arrays = dict(weights.read_all(readers.t5_t5x(unpacked("t5x_v1_1_tiny") / "checkpoint_0").tensors))
     write_t5x(tmp_path, arrays)
-    (tmp_path / "target.token_embedder.embedding" / ".zarray").write_text("{")
-    with pytest.raises(ValueError, match=r"target.token_embedder.embedding/.zarray cannot be read, it is damaged"):
-        readers.t5_t5x(tmp_path)
+    deep = '{"order": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    for header, message in (("{", ": damaged, expected JSON"), (deep, ": got more than 100"), (" " * 2**21, " cannot be")):
+        (tmp_path / "target.token_embedder.embedding" / ".zarray").write_text(header)
+        with pytest.raises(ValueError, match=rf"target.token_embedder.embedding/.zarray{message}"):
+            readers.t5_t5x(tmp_path)
     for index in ({"optimizer": {"target": 3}}, {"params": {}}):
         (tmp_path / "checkpoint").write_bytes(flax.serialization.msgpack_serialize(index))
         with pytest.raises(ValueError, match="cannot be read, it is damaged or of another format"):
