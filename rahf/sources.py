@@ -124,6 +124,8 @@ def check_splits(config) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class SplitInfo:
+    """What is read of a split in TFDS's dataset_info.json; all its keys count for the identity of the data."""
+
     name: str
 
 

@@ -142,6 +142,8 @@ def read_config(workdir) -> ml_collections.ConfigDict:
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
+    """The most ids of a prompt and of a keyword sequence."""
+
     text_length: Annotated[int, Range(1, 2**14)]
     keyword_length: Annotated[int, Range(1, 2**14)]
 

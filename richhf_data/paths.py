@@ -20,7 +20,9 @@ from richhf_data import input_files
 from richhf_data.errors import UserError
 
 PROCESS_LIMITS = errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN  # no file is at fault
-_OF_THE_FILE = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO
+# Of the file, and not of a network.
+_OF_THE_FILE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ENOENT}
+_OF_THE_FILE |= {errno.ENOSYS}  # semaphores without /dev/shm
 _JOURNAL = "journal.json"
 LOCK, PARTIAL = ".lock", ".partial"  # what `locked` and `exchanging` keep in a folder while they write there
 

@@ -252,6 +252,13 @@ def test_an_error_without_a_name_gets_the_files(tmp_path):
         full.write(b"x")
 
 
+@pytest.mark.parametrize(("number", "name"), [(errno.EACCES, "place"), (errno.EROFS, "place"), (errno.ECONNREFUSED, None)])
+def test_only_an_error_of_the_file_gets_its_name(number, name):
+    with pytest.raises(OSError) as found, paths.naming("place"):
+        raise OSError(number, os.strerror(number))
+    assert (found.value.errno, found.value.filename) == (number, name)
+
+
 def test_what_lies_in_a_folder_is_found_through_links(tmp_path):
     (tmp_path / "folder" / "sub").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "folder" / "sub")

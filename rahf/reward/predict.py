@@ -20,12 +20,16 @@ from richhf_data.ranges import Range
 
 @dataclasses.dataclass(frozen=True)
 class ClipIdentity:
+    """The CLIP whose embeddings the reward was trained on: its folder, and the digest of its files."""
+
     folder: str
     digest: str
 
 
 @dataclasses.dataclass(frozen=True)
 class MLPConfig:
+    """The widths of the reward's hidden layers."""
+
     hidden: Annotated[tuple[Size, ...], Range(1, 64)]
 
 
