@@ -158,6 +158,39 @@ def product(x: jax.Array, kernel: jax.Array, axes: tuple[str | None, str | None]
     return constrain(x @ constrain(kernel.astype(x.dtype), share), PartitionSpec(DATA, whole[1]))
 
 
+def device_kind() -> str:
+    """What computes the function that is traced: "cpu", "NVIDIA H100 80GB HBM3", "TPU v3" and such."""
+    device = jax.sharding.get_abstract_mesh().abstract_device if _active() else jax.devices()[0]
+    return device.device_kind
+
+
+def on_each_device(function: Callable, axes, result_axes) -> Callable:
+    """A function of arrays of which every device computes its own part. XLA does not divide loops and custom calls itself.
+
+    Args:
+      axes: the logical axes of each array, None for an absent one. result_axes: of the result. An axis that does not divide
+        by its mesh axes is whole on every device.
+    """
+    if _active() is None:
+        return function
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def spec(shape, logical):
+        places = zip(shape, _to_mesh(logical), strict=True)
+        return PartitionSpec(*(axis if axis and size % _size(mesh, axis) == 0 else None for size, axis in places))
+
+    def call(*arrays):
+        specs = tuple(None if x is None else spec(x.shape, names) for x, names in zip(arrays, axes, strict=True))
+        out = spec(jax.eval_shape(function, *arrays).shape, result_axes)
+        return jax.shard_map(function, in_specs=specs, out_specs=out, check_vma=False)(*arrays)
+
+    return call
+
+
+def _size(mesh, axis) -> int:
+    return math.prod(mesh.shape[name] for name in ((axis,) if isinstance(axis, str) else axis))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Splits the leading axis of a batch's arrays over `data`."""
     return NamedSharding(mesh, PartitionSpec(DATA))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rahf import readers, weights
-from rahf.models.layers import softmax
+from rahf.models.attention import softmax
 from rahf.models.vit import ViT, ViTConfig
 
 TINY = {"patch_size": 8, "width": 24, "depth": 2, "num_heads": 4, "mlp_dim": 40}

@@ -4,9 +4,9 @@ from typing import Annotated, Literal
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from rahf.models.attention import Implementation, attention
 from rahf.models.layers import Conv, Dense, GroupNorm, Projection
 from richhf_data.checked import Size
 from richhf_data.errors import UserError
@@ -59,8 +59,8 @@ def dense(features: int, axes: tuple[str, str], dtype, name: str, bias: bool = T
     return Projection((features,), axes, dtype=dtype, kernel_init=init, name=name)
 
 
-def attend(x: Array, context: Array, heads: int, dtype, bias: bool = False) -> Array:
-    """Attention of x to `context`, softmax in float32: dtype[B, N, D], [B, L, C] -> dtype[B, N, D].
+def attend(x: Array, context: Array, heads: int, dtype, how: Implementation, bias: bool = False) -> Array:
+    """Attention of x to `context`, computed as `how` says: dtype[B, N, D], [B, L, C] -> dtype[B, N, D].
 
     It makes the layers to_q, to_k, to_v and to_out in the module that calls it. `bias`: of the first three.
     """
@@ -72,6 +72,5 @@ def attend(x: Array, context: Array, heads: int, dtype, bias: bool = False) -> A
 
     query, key, value = project(x, "to_q"), project(context, "to_k"), project(context, "to_v")
     query = query * query.shape[-1] ** -0.5
-    logits = jnp.einsum("bqak,bnak->baqn", query, key, preferred_element_type=jnp.float32)  # [B, A, N, L]
-    y = jnp.einsum("baqn,bnak->bqak", jax.nn.softmax(logits).astype(dtype), value)  # [B, N, A, K]
+    y = attention(query, key, value, implementation=how)  # [B, N, A, K]
     return dense(x.shape[-1], ("joined_kv", "embed"), dtype, "to_out")(y.reshape(x.shape))

@@ -23,6 +23,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from rahf.diffusion.blocks import Channels, Dtype, ResnetBlock, attend, check_blocks, dense
+from rahf.models.attention import Implementation
 from rahf.models.layers import Conv, GroupNorm, LayerNorm, partitioned, upsample
 from rahf.partitioning import compute_copy
 from richhf_data import checked
@@ -52,6 +53,7 @@ class UNetConfig:
     use_linear_projection: bool = False  # SD 2.x: dense layers around the transformers, not 1x1 convolutions
     dtype: Dtype = "float32"  # of the computation; parameters and the output are float32
     remat: bool = False  # recompute each residual block and each transformer in the backward pass
+    attention: Implementation = "auto"  # of `rahf.models.attention`
 
     def __post_init__(self):
         checked.fields(self, "unet")
@@ -73,10 +75,11 @@ class CrossAttention(nn.Module):
 
     heads: int
     dtype: DTypeLike
+    attention: Implementation
 
     @nn.compact
     def __call__(self, x: Array, context: Array) -> Array:
-        return attend(x, context, self.heads, self.dtype)
+        return attend(x, context, self.heads, self.dtype, self.attention)
 
 
 class GatedDense(nn.Module):
@@ -102,14 +105,15 @@ class TransformerBlock(nn.Module):
 
     heads: int
     dtype: DTypeLike
+    attention: Implementation
 
     @nn.compact
     def __call__(self, x: Array, context: Array) -> Array:
         """dtype[B, N, D], dtype[B, L, C] -> dtype[B, N, D]."""
         y = LayerNorm(self.dtype, epsilon=1e-5, name="norm1")(x)
-        x = x + CrossAttention(self.heads, self.dtype, name="attn1")(y, y)
+        x = x + CrossAttention(self.heads, self.dtype, self.attention, name="attn1")(y, y)
         y = LayerNorm(self.dtype, epsilon=1e-5, name="norm2")(x)
-        x = x + CrossAttention(self.heads, self.dtype, name="attn2")(y, context)
+        x = x + CrossAttention(self.heads, self.dtype, self.attention, name="attn2")(y, context)
         y = LayerNorm(self.dtype, epsilon=1e-5, name="norm3")(x)
         y = GatedDense(4 * x.shape[-1], self.dtype, name="ff_in")(y)
         x = x + dense(x.shape[-1], ("mlp", "embed"), self.dtype, "ff_out")(y)
@@ -135,7 +139,7 @@ class SpatialTransformer(nn.Module):
         y = GroupNorm(self.config.norm_num_groups, 1e-6, dtype, name="norm")(x)
         y = project("proj_in", nn.initializers.lecun_normal())(y)
         y = y.reshape(batch, -1, width)  # [B, h * w, D]
-        y = TransformerBlock(self.heads, dtype, name="transformer_blocks_0")(y, context)
+        y = TransformerBlock(self.heads, dtype, self.config.attention, name="transformer_blocks_0")(y, context)
         return x + project("proj_out", nn.initializers.zeros)(y.reshape(x.shape))
 
 

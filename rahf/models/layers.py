@@ -17,7 +17,6 @@ from richhf_data.errors import UserError
 
 Array = jax.Array
 partitioned = nn.with_logical_partitioning
-MASKED = -1e10  # a masked attention logit. Finite, so that a row without any key gives no NaN
 KERNEL_AXES = ("conv_height", "conv_width", "conv_in", "conv_out")  # logical, of a convolution's kernel
 CONV_DIMENSIONS = ("NHWC", "HWIO", "NHWC")  # input, kernel, output of lax.conv_general_dilated
 
@@ -53,30 +52,7 @@ def upsample(x: Array) -> Array:
     return x.reshape(batch, 2 * h, 2 * w, channels)
 
 
-# ---- Softmax and products -------------------------------------------------------------------------------------------
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def softmax(logits: Array, dtype: DTypeLike) -> Array:
-    """float32[..., N] -> dtype[..., N]. The backward pass keeps the output, which is smaller than the float32 logits."""
-    return jax.nn.softmax(logits).astype(dtype)
-
-
-def _softmax_forward(logits, dtype):
-    weights = softmax(logits, dtype)
-    return weights, weights
-
-
-def _softmax_backward(dtype, weights, cotangent):
-    del dtype
-    weights, cotangent = weights.astype(jnp.float32), cotangent.astype(jnp.float32)
-    # A constant added to a row of the cotangent must not change the gradient. Rounded weights do not sum to 1 exactly, so
-    # the row's mean is divided by their sum.
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    return (weights * (cotangent - jnp.sum(weights * cotangent, axis=-1, keepdims=True) / total),)
-
-
-softmax.defvjp(_softmax_forward, _softmax_backward)
+# ---- Products --------------------------------------------------------------------------------------------------------
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

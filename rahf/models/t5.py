@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from rahf.models.layers import MASKED, Dense, RMSNorm, matmul, partitioned, scan_layers, softmax
+from rahf.models.attention import Implementation, attention
+from rahf.models.layers import Dense, RMSNorm, matmul, partitioned, scan_layers
 from rahf.partitioning import compute_copy
 from richhf_data import checked
 from richhf_data.checked import Layers, Share, Size
@@ -52,6 +53,7 @@ class T5Config:
     dropout: Share = 0.1
     remat: bool = False  # recompute each layer in the backward pass
     scan: bool = False  # compile one layer of a stack and loop over all (`layers.scan_layers`); not in greedy decoding
+    attention: Implementation = "auto"  # of `rahf.models.attention`
 
     def __post_init__(self):
         checked.fields(self, "t5")
@@ -145,15 +147,16 @@ class T5Attention(nn.Module):
     def keys_values(self, x: Array) -> KeysValues:
         return KeysValues(self._split(self.key(x)), self._split(self.value(x)))
 
-    def __call__(self, x: Array, keys_values: KeysValues, mask: Array, bias: Array | None, train: bool) -> Array:
-        """x [B, Q, D], mask bool[B or 1, 1, 1 or Q, N] (True = keep), bias [1, A, Q, N] -> [B, Q, D]."""
-        query = self._split(self.query(x))
-        logits = jnp.einsum("bqak,bnak->baqn", query, keys_values.keys, preferred_element_type=jnp.float32)
-        if bias is not None:
-            logits = logits + bias
-        weights = softmax(jnp.where(mask, logits, MASKED), self.dtype)  # [B, A, Q, N]
-        weights = self.drop(weights, deterministic=not train)
-        x = jnp.einsum("baqn,bnak->bqak", weights, keys_values.values)  # [B, Q, A, K]
+    def __call__(
+        self, x: Array, keys_values: KeysValues, mask: Array | None, bias: Array | None, train: bool, causal: bool = False
+    ) -> Array:
+        """x [B, Q, D], mask bool[B or 1, N] (True = keep), bias [1, A, Q, N] -> [B, Q, D]."""
+        keys, values = keys_values
+        # T5 drops the weights of a key for all queries, which is to drop its value.
+        kept = jnp.ones((*keys.shape[:1], keys.shape[2], 1, keys.shape[1]), values.dtype)  # [B, A, 1, N]
+        values = values * self.drop(kept, deterministic=not train).transpose(0, 3, 1, 2)
+        query, how = self._split(self.query(x)), self.config.attention
+        x = attention(query, keys, values, bias=bias, mask=mask, causal=causal, implementation=how)  # [B, Q, A, K]
         return self.out(x.reshape(*x.shape[:-2], -1))  # [B, Q, D]
 
 
@@ -221,7 +224,7 @@ class DecoderLayer(nn.Module):
         x: Array,
         encoder: KeysValues,
         encoder_mask: Array,
-        mask: Array,
+        mask: Array | None,
         bias: Array,
         train: bool,
         cache: KeysValues | None = None,
@@ -229,14 +232,14 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Array, KeysValues]:
         """The output and the keys and values of the self-attention.
 
-        Without a cache, x is the whole sequence [B, T, D]. With a cache, x is the token at `position`, [B, 1, D], and the
-        returned keys and values are the cache with this position written.
+        Without a cache, x is the whole sequence [B, T, D], of which each position reads the earlier ones. With a cache, x is
+        the token at `position`, [B, 1, D], and the returned keys and values are the cache with this position written.
         """
         y = self.pre_self_attention_layer_norm(x)
         own = self.self_attention.keys_values(y)
         if cache is not None:
             own = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, position, 0, 0)), cache, own)
-        y = self.self_attention(y, own, mask, bias, train)
+        y = self.self_attention(y, own, mask, bias, train, causal=cache is None)
         x = x + self.drop(y, deterministic=not train)
         y = self.encoder_decoder_attention(
             self.pre_cross_attention_layer_norm(x), encoder, encoder_mask, None, train
@@ -263,7 +266,7 @@ class Encoder(nn.Module):
 
     def __call__(self, x: Array, mask: Array, train: bool) -> Array:
         x = self.drop(x.astype(self.dtype), deterministic=not train)
-        biases, mask = self.relpos_bias(x.shape[1], x.shape[1]), mask[:, None, None, :]
+        biases = self.relpos_bias(x.shape[1], x.shape[1])
         if self.config.scan and not self.is_initializing():
             x = scan_layers(self, self.layers, lambda layer, x, bias: layer(x, mask, bias, train), x, jnp.stack(biases))
         else:
@@ -295,12 +298,11 @@ class Decoder(nn.Module):
         """All positions at once; each attends to itself and the earlier ones. [B, T, D] -> [B, T, D] after the norm."""
         length = x.shape[1]
         x = self.drop(x.astype(self.dtype), deterministic=not train)
-        biases, mask = self.relpos_bias(length, length), np.tri(length, dtype=bool)[None, None]
-        encoder_mask = encoder_mask[:, None, None, :]
+        biases = self.relpos_bias(length, length)
 
         def call(layer, x, inputs):
             keys_values, bias = inputs
-            return layer(x, keys_values, encoder_mask, mask, bias, train)[0]
+            return layer(x, keys_values, encoder_mask, None, bias, train)[0]
 
         if self.config.scan and not self.is_initializing():
             inputs = jax.tree.map(lambda *entries: jnp.stack(entries), *zip(encoder, biases, strict=True))
@@ -317,11 +319,11 @@ class Decoder(nn.Module):
         length = cache[0].keys.shape[1]
         x = x.astype(self.dtype)
         biases = self.relpos_bias(length, length)
-        mask = (jnp.arange(length) <= position)[None, None, None, :]
+        mask = (jnp.arange(length) <= position)[None]
         written = []
         for layer, keys_values, old, bias in zip(self.layers, encoder, cache, biases, strict=True):
             bias = jax.lax.dynamic_slice_in_dim(bias, position, 1, axis=2)  # [1, A, 1, T]
-            x, new = layer(x, keys_values, encoder_mask[:, None, None, :], mask, bias, False, old, position)
+            x, new = layer(x, keys_values, encoder_mask, mask, bias, False, old, position)
             written.append(new)
         return self.decoder_norm(x), written
 
