@@ -206,7 +206,9 @@ class UpBlock(nn.Module):
             if config.up_block_types[self.index] == UP_BLOCKS[1]:
                 x = transformer(f"attentions_{i}")(x, context)
         if shape is not None:
-            x = Conv(features, dtype=dtype, name="upsampler")(upsample(x)[:, : shape[0], : shape[1]])
+            even = shape == (2 * x.shape[1], 2 * x.shape[2])
+            x = x if even else upsample(x)[:, : shape[0], : shape[1]]
+            x = Conv(features, upsample=even, dtype=dtype, name="upsampler")(x)
         return x
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from rahf.diffusion.blocks import Channels, Dtype, ResnetBlock, attend, check_blocks
 from rahf.models.attention import Implementation
-from rahf.models.layers import Conv, GroupNorm, normalize_image, upsample
+from rahf.models.layers import Conv, GroupNorm, normalize_image
 from richhf_data import checked
 from richhf_data.checked import Size
 from richhf_data.errors import UserError
@@ -96,7 +96,7 @@ class VAEBlock(nn.Module):
         if self.sampler == "downsampler":  # padded only at the end
             x = Conv(self.features, stride=2, padding=(0, 1), dtype=dtype, name=self.sampler)(x)
         elif self.sampler == "upsampler":
-            x = Conv(self.features, dtype=dtype, name=self.sampler)(upsample(x))
+            x = Conv(self.features, upsample=True, dtype=dtype, name=self.sampler)(x)
         return x
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from rahf.models import cpu
 from rahf.partitioning import compute_copy
 from richhf_data.errors import UserError
 
@@ -145,7 +146,7 @@ class LayerNorm(nn.Module):
             x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
         broadcast = (1,) * (x.ndim - 1) + shape
-        return (x * scale.reshape(broadcast) + bias.reshape(broadcast)).astype(self.dtype)
+        return cpu.computed_once((x * scale.reshape(broadcast) + bias.reshape(broadcast)).astype(self.dtype))
 
 
 class RMSNorm(nn.Module):
@@ -160,7 +161,7 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", partitioned(nn.initializers.ones, (self.axis,)), x.shape[-1:], jnp.float32)
         x = x.astype(jnp.float32)
         x = (x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)).astype(self.dtype)
-        return x * scale.astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        return cpu.computed_once(x * scale.astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,)))
 
 
 class GroupNorm(nn.Module):
@@ -184,20 +185,45 @@ class GroupNorm(nn.Module):
 # ---- Convolution ----------------------------------------------------------------------------------------------------
 
 
+def convolution(x: Array, kernel: Array, stride: int, padding) -> Array:
+    """[B, h, w, I], [3, 3, I, O] -> [B, h / stride, w / stride, O]. padding: (before, after) of h and of w."""
+    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=CONV_DIMENSIONS)
+
+
+def upsampled_convolution(x: Array, kernel: Array) -> Array:
+    """`upsample`, then a 3x3 convolution: [B, h, w, I], [3, 3, I, O] -> [B, 2h, 2w, O].
+
+    Two of three rows of a kernel read the same row of x, and likewise columns. So each of four parities of the pixels is a
+    2x2 convolution of x, whose kernel sums weights.
+    """
+    batch, h, w, _ = x.shape
+
+    def parities(kernel, axis):
+        first, middle, last = jnp.split(kernel, 3, axis)
+        return jnp.concatenate([first, middle + last], axis), jnp.concatenate([first + middle, last], axis)
+
+    rows = []
+    for i, of_row in enumerate(parities(kernel, 0)):
+        pixels = [convolution(x, k, 1, ((1 - i, i), (1 - j, j))) for j, k in enumerate(parities(of_row, 1))]
+        rows.append(jnp.stack(pixels, axis=3))
+    return jnp.stack(rows, axis=2).reshape(batch, 2 * h, 2 * w, -1)  # from [B, h, 2, w, 2, O]
+
+
 class Conv(nn.Module):
-    """Convolution with bias. With stride 1 it keeps the resolution."""
+    """Convolution with bias. With stride 1 it keeps the resolution; with `upsample` it doubles it first."""
 
     features: int
     kernel_size: int = 3
     stride: int = 1
     padding: tuple[int, int] = (1, 1)  # before and after, in both directions; a kernel of 1 ignores it
+    upsample: bool = False  # of a 3x3 kernel with stride 1: the input is doubled by `upsample`
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
     dtype: DTypeLike = jnp.float32
     out_axis: str | None = "conv_out"  # logical; None keeps the few channels of latents and images whole
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """[B, h, w, C] -> dtype[B, h / stride, w / stride, features]."""
+        """[B, h, w, C] -> dtype[B, h / stride, w / stride, features]; with `upsample` dtype[B, 2h, 2w, features]."""
         axes, shape = (*KERNEL_AXES[:3], self.out_axis), (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", partitioned(self.kernel_init, axes), shape, jnp.float32)
         kernel = compute_copy(kernel, axes, self.dtype)
@@ -205,9 +231,12 @@ class Conv(nn.Module):
         x = x.astype(self.dtype)
         if self.kernel_size == 1:
             x = jnp.matmul(x, kernel[0, 0])
+        elif self.upsample:
+            x = upsampled_convolution(x, kernel)
+        elif self.stride == 1 and (convolve := cpu.convolution_of(x, kernel)):
+            x = convolve(x, kernel)
         else:
-            strides, padding = (self.stride,) * 2, (self.padding,) * 2
-            x = jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=CONV_DIMENSIONS)
+            x = convolution(x, kernel, self.stride, (self.padding,) * 2)
         x = x + bias.astype(self.dtype).reshape(1, 1, 1, -1)
         return nn.with_logical_constraint(x, ("batch", "height", "width", self.out_axis))
 
