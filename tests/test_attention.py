@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from rahf import partitioning
 from rahf.models import attention
@@ -68,6 +69,17 @@ def test_blocks_in_bfloat16_are_within_its_rounding():
         assert np.abs(blocks - wanted).max() < max(2 * np.abs(plain - wanted).max(), rounding)
 
 
+@pytest.mark.parametrize("everything", [False, True], ids=["", "bias, mask, causal, padding"])
+def test_the_kernel_for_tpus_equals_the_whole_matrix(everything):
+    query, key, value, bias, mask, cotangent = inputs(*((140, 150) if everything else (128, 256)), images=1, heads=1)
+    mask[0, :140] = np.arange(140) % 3 < 2
+    arguments = query, key, value, bias if everything else None, mask if everything else None, cotangent, everything
+    with pltpu.force_tpu_interpret_mode():
+        found = outputs("pallas", *arguments)
+    for ours, plain in zip(found, outputs("plain", *arguments), strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
+
+
 def test_the_plain_form_is_jax_own_attention():
     query, key, value, bias, _, _ = inputs(9, 13)
     mask = jnp.array([[True] * 13, [True] * 5 + [False] * 8])
@@ -117,3 +129,6 @@ def test_the_choice_follows_device_and_size(monkeypatch):
     assert choice("NVIDIA H100 80GB HBM3", 260, jnp.bfloat16) == "cudnn"
     assert choice("NVIDIA H100 80GB HBM3", 260, jnp.float32) == "plain"
     assert choice("NVIDIA H100 80GB HBM3", 4096, jnp.bfloat16, width=512) == "blockwise"
+    assert choice("TPU v3", 260, jnp.bfloat16) == "plain"
+    assert choice("TPU v3", 4096, jnp.bfloat16) == "pallas"
+    assert choice("TPU v2", 4096, jnp.bfloat16) == "blockwise"

@@ -4,25 +4,29 @@
     blockwise  One block of queries and keys at a time ("Self-attention Does Not Need O(n^2) Memory", arXiv 2112.05682). The
                backward pass computes the blocks again, as in FlashAttention (arXiv 2205.14135).
     cudnn      cuDNN's flash attention, on NVIDIA GPUs.
+    pallas     JAX's flash attention kernel for TPUs, from v3 on, where the logits are large.
 
 `attention` chooses by device and size.
 """
 
 import functools
+import math
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import flash_attention as flash
 from jax.typing import DTypeLike
 
 from rahf import partitioning
 
 Array = jax.Array
-IMPLEMENTATIONS = ("plain", "blockwise", "cudnn")
+IMPLEMENTATIONS = ("plain", "blockwise", "cudnn", "pallas")
 Implementation = Literal["auto", *IMPLEMENTATIONS]
 MASKED = -1e10  # a masked logit. Finite, so that a row without any key gives no NaN
 QUERIES, KEYS = 512, 4096  # of a block: 8 MiB of float32 logits
 WORTH = 2**18, 256  # logits of a head, and keys, from which on blocks are quicker than the matrix (benchmarks/README.md)
+WORTH_ON_TPU = 2**20, 1024  # the same of the kernel; it pads to 128 tokens
 
 
 def attention(
@@ -51,7 +55,7 @@ def attention(
         implementation = choose(query, key)
     if implementation == "plain":
         return _plain(query, key, value, bias, mask, causal)
-    function = {"blockwise": _blockwise, "cudnn": _cudnn}[implementation]
+    function = {"blockwise": _blockwise, "cudnn": _cudnn, "pallas": _pallas}[implementation]
     rows, heads = ("batch", None, "heads", None), (None, "heads", None, None)
     mask_axes = None if mask is None else ("batch" if mask.shape[0] == query.shape[0] else None, None)
     axes = rows, rows, rows, None if bias is None else heads, mask_axes
@@ -64,8 +68,11 @@ def choose(query: Array, key: Array) -> str:
     kind = partitioning.device_kind()
     if kind.startswith("NVIDIA") and query.dtype != jnp.float32 and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128:
         return "cudnn"
-    logits, keys = WORTH
-    return "blockwise" if query.shape[1] * key.shape[1] >= logits and key.shape[1] >= keys else "plain"
+    on_tpu = kind.startswith("TPU")
+    logits, keys = WORTH_ON_TPU if on_tpu else WORTH
+    if query.shape[1] * key.shape[1] < logits or key.shape[1] < keys:
+        return "plain"
+    return "pallas" if on_tpu and kind != "TPU v2" else "blockwise"
 
 
 # ---- The whole matrix -----------------------------------------------------------------------------------------------
@@ -258,3 +265,39 @@ def _cudnn(query, key, value, bias, mask, causal):
     return jax.nn.dot_product_attention(
         query, key, value, bias, mask, scale=1.0, is_causal=causal, implementation="cudnn"
     )
+
+
+# ---- Pallas on TPUs -------------------------------------------------------------------------------------------------
+
+
+def _pallas(query, key, value, bias, mask, causal):
+    """A TPU v3 multiplies float32 alone in a kernel, so its inputs are cast; the matrix unit rounds them to bfloat16."""
+    (batch, queries, _, width), keys, dtype = query.shape, key.shape[1], query.dtype
+    operand = jnp.float32 if partitioning.device_kind() == "TPU v3" else dtype
+    more_queries, more_keys = -queries % 128, -keys % 128
+    more_width = -width % 128 if width > 128 else 0
+
+    def laid_out(x, more):
+        x = jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, more_width)))
+        return jnp.swapaxes(x, 1, 2).astype(operand)  # [B, A, N, K]
+
+    ids = None  # a query reads the keys with its own id
+    if mask is not None or more_keys:
+        mask = jnp.ones((1, keys), bool) if mask is None else mask
+        mask = jnp.broadcast_to(jnp.pad(mask, ((0, 0), (0, more_keys))), (batch, keys + more_keys))
+        ids = flash.SegmentIds(jnp.ones((batch, queries + more_queries), jnp.int32), mask.astype(jnp.int32))
+    if bias is not None:
+        bias = jnp.pad(bias, ((0, 0), (0, 0), (0, more_queries), (0, more_keys)))
+        bias = jnp.broadcast_to(bias, (batch, *bias.shape[1:]))
+    most = 512 if width <= 128 else 256  # tokens of a block, for a v3's 16 MiB of on-chip memory
+    q, k = math.gcd(queries + more_queries, most), math.gcd(keys + more_keys, most)
+    sizes = flash.BlockSizes(
+        q, k, k, 1,
+        block_q_major_dkv=q, block_q_dkv=q, block_k_major_dkv=k, block_k_dkv=k,
+        block_q_dq=q, block_k_major_dq=min(k, 256), block_k_dq=min(k, 256),
+    )  # fmt: skip
+    out = flash.flash_attention(
+        laid_out(query, more_queries), laid_out(key, more_keys), laid_out(value, more_keys), bias, ids,
+        causal=causal, block_sizes=sizes,
+    )  # fmt: skip
+    return jnp.swapaxes(out, 1, 2)[:, :queries, :, :width].astype(dtype)
