@@ -94,6 +94,28 @@ ENTRY %main (p: f32[]) -> f32[] {
     assert compiling.scheduler_cycles(hlo.replace("estimated_cycles", "other")) is None
 
 
+def test_kernels_without_costs_are_named_and_their_time_is_estimated():
+    operands = "f32[2,8,4096,40]{3,2,1,0}, f32[2,8,1024,40]{3,2,1,0}, f32[2,8,1024,40]{3,2,1,0}"
+    call = f'custom_call_target="tpu_custom_call", operand_layout_constraints={{{operands}}}, frontend_attributes={{}}'
+    hlo = f"""
+  %a = f32[2,8,4096,40]{{3,2,1,0:T(8,128)}} custom-call(%q, %k, %v), {call}, \
+metadata={{op_name="jit(f)/flash_mha_bwd_dq_block_q_major=512/pallas_call"}}, backend_config={{}}
+  %b = f32[9]{{0}} custom-call(%q, %k, %v), {call}, metadata={{op_name="jit(f)/flash_attention/pallas_call"}}, \
+backend_config={{"cost_estimate":{{"flops":"7"}}}}
+  %c = f32[9]{{0}} custom-call(%q, %k, %v), {call}, metadata={{op_name="jit(f)/other/pallas_call"}}, backend_config={{}}
+  %d = bf16[9]{{0}} custom-call(%q), custom_call_target="ConcatBitcast"
+""".replace("\\\n", "")
+    query, key = 2 * 8 * 4096 * 40, 2 * 8 * 1024 * 40
+    flops = 3 * 2 * query * 1024
+    found = compiling.kernels(hlo)
+    assert found == {
+        "flash_mha_bwd_dq": {"count": 1, "flops": flops, "bytes": 4 * (2 * query + 2 * key)},
+        "other": {"count": 1, "flops": None, "bytes": 4 * (query + 2 * key + 9)},
+    }
+    chip = compiling.Chip(16, 1e-3, 1e9)  # slow at FLOPs, quick at bytes
+    assert compiling._seconds(1.5 - 1, hlo, found, chip) == pytest.approx(1.5 + flops / 1e9, rel=1e-6)
+
+
 def test_batch_shapes_are_those_of_a_batch(tmp_path):
     config = ci_config()
     arguments = sources.image_arguments(config) | sources.text_arguments(config)
