@@ -198,12 +198,15 @@ def test_remat_changes_no_gradient_and_is_in_every_part(tiny):
     def gradient(remat):
         block = DownBlock(dataclasses.replace(model.config.unet, remat=remat), 0)
         loss = jax.jit(jax.grad(lambda params: (block.apply({"params": params}, x, time, context)[0] ** 2).mean()))
-        return loss(model.params["unet"]["down_blocks_0"])
+        params = model.params["unet"]["down_blocks_0"]
+        return loss(params), loss.lower(params).as_text().count("stablehlo.convolution")
 
     def check_close(a, b):
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), rtol=1e-4)
 
-    jax.tree.map(check_close, gradient(True), gradient(False))
+    (recomputed, convolutions), (kept, once) = gradient(True), gradient(False)
+    jax.tree.map(check_close, recomputed, kept)
+    assert convolutions == once  # their outputs are kept
     inputs = tiny_diffusion.parts_inputs(dataclasses.asdict(model.config.unet))
     for name, arguments, resnets, transformers in (
         ("unet", ("latents", "timesteps", "context"), 8, 4),

@@ -20,6 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 from jax.typing import DTypeLike
 
 from rahf.diffusion.blocks import Channels, Dtype, ResnetBlock, attend, check_blocks, dense
@@ -143,9 +144,25 @@ class SpatialTransformer(nn.Module):
         return x + project("proj_out", nn.initializers.zeros)(y.reshape(x.shape))
 
 
+def saved(primitive, *_, **params) -> bool:
+    """Remat's policy: the backward pass keeps the outputs of convolutions and of attention kernels, small and slow ones."""
+    if primitive.name == "custom_vjp_call":
+        return _has_kernel(params["call_jaxpr"].jaxpr)
+    return primitive.name == "conv_general_dilated"
+
+
+def _has_kernel(jaxpr) -> bool:
+    return any(
+        equation.primitive.name == "pallas_call" or any(map(_has_kernel, jaxprs_in_params(equation.params)))
+        for equation in jaxpr.eqns
+    )
+
+
 def parts(config: UNetConfig, heads: int):
     """Two functions that make the parts of a block: resnet(features, name) and transformer(name)."""
-    block, transformer = (nn.remat(part) if config.remat else part for part in (ResnetBlock, SpatialTransformer))
+    block, transformer = ResnetBlock, SpatialTransformer
+    if config.remat:
+        block, transformer = (nn.remat(part, policy=saved) for part in (block, transformer))
 
     def resnet(features, name):
         return block(features, config.norm_num_groups, 1e-5, jnp.dtype(config.dtype), name=name)
