@@ -12,6 +12,7 @@ import sys
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
@@ -72,26 +73,19 @@ def outputs(model, names):
 def trajectory(model, sampler):
     """float32[STEPS, B, h, w, Z]: the latents after each step of text to image."""
     return trajectory_of(model.config)(
-        model.params, model.text_ids(PROMPTS), model.text_ids([NEGATIVE] * 2), plan(model.config.schedule, sampler, STEPS)
+        model.params, model.text_ids(PROMPTS), model.text_ids([NEGATIVE]), plan(model.config.schedule, sampler, STEPS)
     )
 
 
 @functools.cache
 def trajectory_of(config):
-    unet, _, text = config.modules.values()
     size = config.unet.sample_size
 
     @jax.jit
     def run(params, ids, negative_ids, steps):
-        def encode(ids):
-            return text.apply({"params": params["text_encoder"]}, ids, method="text_tokens")
-
-        def apply(*args):
-            return unet.apply({"params": params["unet"]}, *args)
-
         keys = sample.image_keys(sample.seed_data(SEED), np.arange(2))
         initial = sample.noise(keys, sample.INITIAL, (size, size, 4))
-        predict_noise = sample.guided(apply, encode(ids), encode(negative_ids), np.float32(GUIDANCE))
+        predict_noise = sample.guided(config, params, ids, negative_ids, np.float32(GUIDANCE))
         return sample.denoise(predict_noise, config.schedule, steps, initial, keys, keep=True)
 
     return run
@@ -334,6 +328,51 @@ def test_an_image_does_not_depend_on_its_batch(tiny):
     )
     np.testing.assert_allclose(alone, both[1:], atol=TOLERANCE)
     assert np.abs(both[0] - both[1]).max() > 0.1
+
+
+def primitives(jaxpr):
+    """All equations of a jaxpr, those of its inner ones too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            yield from primitives(inner)
+
+
+def test_texts_in_succession_give_what_repeated_latents_give(tiny):
+    model = folder.read(tiny("first"))
+    inputs = tiny_diffusion.parts_inputs(dataclasses.asdict(model.config.unet))
+    latents, context = inputs["latents"], np.concatenate([inputs["context"], 2 * inputs["context"]])
+    unet = model.config.modules["unet"].apply
+
+    @jax.jit
+    def both(variables, timesteps):
+        text = unet(variables, context, method="keys_values")
+        expected = unet(variables, np.repeat(latents, 2, axis=0), jnp.repeat(timesteps, 2), context)
+        return expected, unet(variables, latents, timesteps, text)
+
+    expected, found = both({"params": model.params["unet"]}, inputs["timesteps"])
+    assert expected.shape == (4, *latents.shape[1:])
+    np.testing.assert_allclose(found, expected, atol=1e-6 * np.abs(expected).max())
+
+
+def test_a_step_computes_nothing_twice(tiny):
+    """No key or value of the text; what lies before the first text in one row for both halves of guidance."""
+    model = folder.read(tiny("first"))
+
+    def run(params, ids, negative_ids, latents):
+        predict_noise = sample.guided(model.config, params, ids, negative_ids, np.float32(GUIDANCE))
+        keys, steps = sample.image_keys(sample.seed_data(SEED), np.arange(2)), plan(model.config.schedule, "ddim", 2)
+        return sample.denoise(predict_noise, model.config.schedule, steps, latents, keys)
+
+    ids, latents = model.text_ids([*PROMPTS, NEGATIVE]), np.zeros((2, 8, 8, 4), np.float32)
+    jaxpr = jax.make_jaxpr(run)(model.params, ids[:2], ids[2:], latents).jaxpr
+    (loop,) = (equation for equation in primitives(jaxpr) if equation.primitive.name == "scan")
+    step = list(primitives(loop.params["jaxpr"].jaxpr))
+    products = [equation.outvars[0].aval.shape for equation in step if equation.primitive.name == "dot_general"]
+    convolutions = [equation.outvars[0].aval.shape for equation in step if equation.primitive.name == "conv_general_dilated"]
+    assert not [shape for shape in products if shape[1:-1] == (77,)]
+    assert convolutions[:3] == [(2, 8, 8, 8)] * 3 and {shape[0] for shape in convolutions[3:]} == {4}
+    assert [shape for shape in products if len(shape) == 2] == [(1, shape[1]) for shape in products if len(shape) == 2]
 
 
 def test_generate_names_wrong_inputs(tiny):

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from rahf.models.attention import Implementation, attention
@@ -38,12 +39,12 @@ class ResnetBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, time: Array | None = None) -> Array:
-        """dtype[B, h, w, C], dtype[B, E] -> dtype[B, h, w, features]."""
+        """dtype[B, h, w, C], dtype[B or 1, E] -> dtype[B, h, w, features]."""
         y = nn.silu(GroupNorm(self.groups, self.epsilon, self.dtype, name="norm1")(x))
         y = Conv(self.features, dtype=self.dtype, name="conv1")(y)
         if time is not None:
             time = dense(self.features, ("embed", "conv_out"), self.dtype, "time_emb_proj")(nn.silu(time))
-            y = y + time[:, None, None]
+            y = y + repeated(time, len(y))[:, None, None]
         y = nn.silu(GroupNorm(self.groups, self.epsilon, self.dtype, name="norm2")(y))
         y = Conv(self.features, kernel_init=nn.initializers.zeros, dtype=self.dtype, name="conv2")(y)
         if x.shape[-1] != self.features:
@@ -59,18 +60,37 @@ def dense(features: int, axes: tuple[str, str], dtype, name: str, bias: bool = T
     return Projection((features,), axes, dtype=dtype, kernel_init=init, name=name)
 
 
-def attend(x: Array, context: Array, heads: int, dtype, how: Implementation, bias: bool = False) -> Array:
-    """Attention of x to `context`, computed as `how` says: dtype[B, N, D], [B, L, C] -> dtype[B, N, D].
+def repeated(x: Array, rows: int) -> Array:
+    """[B, ...] -> [rows, ...]: each row rows / B times in succession, so that rows divided over devices stay on theirs."""
+    return x if len(x) == rows else jnp.repeat(x, rows // len(x), axis=0)
 
-    It makes the layers to_q, to_k, to_v and to_out in the module that calls it. `bias`: of the first three.
+
+def attend(
+    x: Array, context: Array | tuple[Array, Array], heads: int, dtype, how: Implementation, bias: bool = False
+) -> Array:
+    """Attention of x to `context`, computed as `how` says. `bias`: of to_q, to_k and to_v.
+
+    It makes the layers to_q, to_k, to_v and to_out in the module that calls it.
+
+    Args:
+      x: dtype[B, N, D].
+      context: [R, L, C], or its keys and values, each dtype[R, L, D]. R is a multiple of B; x is `repeated` to it.
+
+    Returns:
+      dtype[R, N, D].
     """
 
     def project(y, name):
-        y = dense(x.shape[-1], ("embed", "joined_kv"), dtype, name, bias)(y)
-        y = y.reshape(*y.shape[:-1], heads, -1)  # [B, N, A, K]
+        return dense(x.shape[-1], ("embed", "joined_kv"), dtype, name, bias)(y)
+
+    def split(y):  # [B, N, D] -> [B, N, A, K]
+        y = y.reshape(*y.shape[:-1], heads, -1)
         return nn.with_logical_constraint(y, ("batch", "length", "heads", "kv"))
 
-    query, key, value = project(x, "to_q"), project(context, "to_k"), project(context, "to_v")
+    if not isinstance(context, tuple):
+        context = project(context, "to_k"), project(context, "to_v")
+    key, value = map(split, context)
+    query = repeated(split(project(x, "to_q")), len(key))
     query = query * query.shape[-1] ** -0.5
-    y = attention(query, key, value, implementation=how)  # [B, N, A, K]
-    return dense(x.shape[-1], ("joined_kv", "embed"), dtype, "to_out")(y.reshape(x.shape))
+    y = attention(query, key, value, implementation=how)  # [R, N, A, K]
+    return dense(x.shape[-1], ("joined_kv", "embed"), dtype, "to_out")(y.reshape(-1, *x.shape[1:]))

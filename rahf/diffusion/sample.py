@@ -106,38 +106,47 @@ def denoise(
     return kept if keep else latents
 
 
-def guided(unet: Callable, context: Array, negative: Array | None, scale: Array) -> Callable[[Array, Array], Array]:
-    """A network's prediction with classifier-free guidance (arXiv 2207.12598); without it if `negative` is None.
+def guided(config, params, ids: Array, negative_ids: Array | None, scale: Array, read: Sequence[Array] = ()) -> Callable:
+    """`predict_noise` of `denoise` for B prompts, with classifier-free guidance (arXiv 2207.12598).
+
+    The texts are encoded here, and their keys and values computed, so that a step computes nothing of them.
 
     Args:
-      unet: (latents, timesteps, context) -> prediction.
-      context, negative: float[B, L, D]. scale: float32[]; 1 = no guidance.
+      config: a `folder.Config`. params: {"unet", "text_encoder"}.
+      ids: int32[B, L]. negative_ids: int32[1 or B, L]; None = no guidance. scale: float32[].
+      read: what the UNet reads beside the latents, each float[B, h, w, C].
     """
 
+    def apply(part, *args, **kwargs):
+        return config.modules[part].apply({"params": params[part]}, *args, **kwargs)
+
+    context = apply("text_encoder", ids, method="text_tokens")
+    if negative_ids is not None:
+        negative = apply("text_encoder", negative_ids, method="text_tokens")
+        context = jnp.stack([jnp.broadcast_to(negative, context.shape), context], axis=1)  # [B, 2, L, D]
+        context = context.reshape(-1, *context.shape[2:])
+    text = apply("unet", context, method="keys_values")
+
     def predict_noise(x, timestep):
-        if negative is None:
-            return unet(x, timestep, context)
-        both = unet(jnp.concatenate([x, x]), timestep, jnp.concatenate([negative, context]))
-        without, with_text = jnp.split(both, 2)
-        return without + scale * (with_text - without)
+        found = apply("unet", jnp.concatenate([x, *read], axis=-1), timestep, text)
+        if negative_ids is None:
+            return found
+        both = found.reshape(len(x), 2, *x.shape[1:])
+        return both[:, 0] + scale * (both[:, 1] - both[:, 0])
 
     return predict_noise
 
 
-def _generate(config, params, rows, seed, steps, scale, *, grid, partial, on_step):
+def _generate(config, params, rows, negative_ids, seed, steps, scale, *, grid, partial, on_step):
     """The compiled program of `generate`. Absent rows are None. partial: start from the noised image."""
-    ids, negative_ids, image, mask = (rows[name] for name in ("ids", "negative_ids", "image", "mask"))
-    modules, keys = config.modules, image_keys(seed, rows["number"])
-
-    def apply(part, *args, **kwargs):
-        return modules[part].apply({"params": params[part]}, *args, **kwargs)
-
+    image, mask, keys = rows["image"], rows["mask"], image_keys(seed, rows["number"])
+    vae = functools.partial(config.modules["vae"].apply, {"params": params["vae"]})
     shape = *grid, config.vae.latent_channels
     initial, schedule = noise(keys, INITIAL, shape), config.schedule
     latents, blend, read = initial, None, []
     if image is not None:
         image = normalize_image(image).astype(jnp.float32)
-        known = apply("vae", image, noise(keys, IMAGE, shape), method="encode_latents")
+        known = vae(image, noise(keys, IMAGE, shape), method="encode_latents")
 
         def noised(alpha):
             return jnp.sqrt(alpha) * known + jnp.sqrt(1 - alpha) * initial
@@ -149,22 +158,16 @@ def _generate(config, params, rows, seed, steps, scale, *, grid, partial, on_ste
         factor = config.vae.factor
         coarse = pixels[:, ::factor, ::factor]  # [B, h, w, 1]
         if config.inpaints:
-            masked = apply("vae", image * (1 - pixels), noise(keys, MASKED, shape), method="encode_latents")
+            masked = vae(image * (1 - pixels), noise(keys, MASKED, shape), method="encode_latents")
             read = [coarse, masked]
         else:
 
             def blend(x, alpha):
                 return coarse * x + (1 - coarse) * noised(alpha)
 
-    def unet(x, timestep, context):
-        more = [jnp.concatenate([part] * (len(x) // len(part))) for part in read]
-        return apply("unet", jnp.concatenate([x, *more], axis=-1), timestep, context)
-
-    context = apply("text_encoder", ids, method="text_tokens")
-    negative = None if negative_ids is None else apply("text_encoder", negative_ids, method="text_tokens")
-    predict_noise = guided(unet, context, negative, scale)
+    predict_noise = guided(config, params, rows["ids"], negative_ids, scale, read)
     latents = denoise(predict_noise, schedule, steps, latents, keys, blend, on_step)
-    images = apply("vae", latents, method="decode_latents")
+    images = vae(latents, method="decode_latents")
     images = jnp.where(jnp.isfinite(images), jnp.clip(images, -1, 1), jnp.nan)
     return nn.with_logical_constraint(images, (None,) * 4)  # replicated over the mesh
 
@@ -251,15 +254,14 @@ def generate(
         mask = np.broadcast_to(mask, (count, height, width)).astype(np.float32)
     strength = usual_strength(image, mask) if strength is None else strength
     steps = plan(config.schedule, sampler, steps, strength)
-    negative_ids = np.repeat(model.text_ids([negative_prompt], truncate), count, 0) if guidance_scale > 1 else None
+    negative_ids = model.text_ids([negative_prompt], truncate) if guidance_scale > 1 else None
     rows = {
         "ids": model.text_ids(prompts, truncate),
-        "negative_ids": negative_ids,
         "image": image,
         "mask": mask,
         "number": np.arange(first, first + count, dtype=np.int32),
     }
-    inputs = rows, seed_data(seed), steps, np.float32(guidance_scale)
+    inputs = rows, negative_ids, seed_data(seed), steps, np.float32(guidance_scale)
     options = {"grid": grid, "partial": image is not None and (mask is None or strength < 1), "on_step": on_step}
     if mesh is not None:
         missing = -count % partitioning.sizes(mesh)["data"]

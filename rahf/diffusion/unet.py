@@ -16,6 +16,7 @@ import dataclasses
 import math
 from typing import Annotated, Literal
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,9 @@ import numpy as np
 from jax.extend.core import jaxprs_in_params
 from jax.typing import DTypeLike
 
-from rahf.diffusion.blocks import Channels, Dtype, ResnetBlock, attend, check_blocks, dense
+from rahf.diffusion.blocks import Channels, Dtype, ResnetBlock, attend, check_blocks, dense, repeated
 from rahf.models.attention import Implementation
-from rahf.models.layers import Conv, GroupNorm, LayerNorm, partitioned, upsample
+from rahf.models.layers import Conv, Dense, GroupNorm, LayerNorm, partitioned, upsample
 from rahf.partitioning import compute_copy
 from richhf_data import checked
 from richhf_data.checked import Size
@@ -33,6 +34,7 @@ from richhf_data.errors import UserError
 from richhf_data.ranges import Range
 
 Array = jax.Array
+Text = Array | dict[str, tuple[Array, Array]]  # the encoder's hidden states, or `UNet.keys_values` of them
 DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D")  # the second has attention
 UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D")
 
@@ -79,7 +81,7 @@ class CrossAttention(nn.Module):
     attention: Implementation
 
     @nn.compact
-    def __call__(self, x: Array, context: Array) -> Array:
+    def __call__(self, x: Array, context: Array | tuple[Array, Array]) -> Array:
         return attend(x, context, self.heads, self.dtype, self.attention)
 
 
@@ -109,12 +111,13 @@ class TransformerBlock(nn.Module):
     attention: Implementation
 
     @nn.compact
-    def __call__(self, x: Array, context: Array) -> Array:
-        """dtype[B, N, D], dtype[B, L, C] -> dtype[B, N, D]."""
+    def __call__(self, x: Array, context: Array | tuple[Array, Array]) -> Array:
+        """dtype[B, N, D], R rows of context as for `attend` -> dtype[R, N, D]."""
         y = LayerNorm(self.dtype, epsilon=1e-5, name="norm1")(x)
         x = x + CrossAttention(self.heads, self.dtype, self.attention, name="attn1")(y, y)
         y = LayerNorm(self.dtype, epsilon=1e-5, name="norm2")(x)
-        x = x + CrossAttention(self.heads, self.dtype, self.attention, name="attn2")(y, context)
+        y = CrossAttention(self.heads, self.dtype, self.attention, name="attn2")(y, context)
+        x = repeated(x, len(y)) + y
         y = LayerNorm(self.dtype, epsilon=1e-5, name="norm3")(x)
         y = GatedDense(4 * x.shape[-1], self.dtype, name="ff_in")(y)
         x = x + dense(x.shape[-1], ("mlp", "embed"), self.dtype, "ff_out")(y)
@@ -128,8 +131,8 @@ class SpatialTransformer(nn.Module):
     heads: int
 
     @nn.compact
-    def __call__(self, x: Array, context: Array) -> Array:
-        """dtype[B, h, w, D], dtype[B, L, C] -> dtype[B, h, w, D]."""
+    def __call__(self, x: Array, context: Text) -> Array:
+        """dtype[B, h, w, D], R rows of text -> dtype[R, h, w, D]."""
         batch, width, dtype = x.shape[0], x.shape[-1], jnp.dtype(self.config.dtype)
 
         def project(name, init):
@@ -137,11 +140,14 @@ class SpatialTransformer(nn.Module):
                 return dense(width, ("conv_in", "conv_out"), dtype, name, init=init)
             return Conv(width, 1, kernel_init=init, dtype=dtype, name=name)
 
+        if isinstance(context, dict):
+            context = context["/".join(self.path)]
         y = GroupNorm(self.config.norm_num_groups, 1e-6, dtype, name="norm")(x)
         y = project("proj_in", nn.initializers.lecun_normal())(y)
         y = y.reshape(batch, -1, width)  # [B, h * w, D]
         y = TransformerBlock(self.heads, dtype, self.config.attention, name="transformer_blocks_0")(y, context)
-        return x + project("proj_out", nn.initializers.zeros)(y.reshape(x.shape))
+        y = project("proj_out", nn.initializers.zeros)(y.reshape(-1, *x.shape[1:]))
+        return repeated(x, len(y)) + y
 
 
 def saved(primitive, *_, **params) -> bool:
@@ -177,7 +183,7 @@ class DownBlock(nn.Module):
     index: int
 
     @nn.compact
-    def __call__(self, x: Array, time: Array, context: Array) -> tuple[Array, list[Array]]:
+    def __call__(self, x: Array, time: Array, context: Text) -> tuple[Array, list[Array]]:
         """The output, and the outputs of all its parts for the up blocks."""
         config, outputs = self.config, []
         features = config.block_out_channels[self.index]
@@ -199,7 +205,7 @@ class UNetMidBlock(nn.Module):
     config: UNetConfig
 
     @nn.compact
-    def __call__(self, x: Array, time: Array, context: Array) -> Array:
+    def __call__(self, x: Array, time: Array, context: Text) -> Array:
         resnet, transformer = parts(self.config, self.config.attention_head_dim[-1])
         x = resnet(x.shape[-1], "resnets_0")(x, time)
         x = transformer("attentions_0")(x, context)
@@ -213,13 +219,13 @@ class UpBlock(nn.Module):
     index: int
 
     @nn.compact
-    def __call__(self, x: Array, skips: list[Array], time: Array, context: Array, shape: tuple[int, int] | None) -> Array:
+    def __call__(self, x: Array, skips: list[Array], time: Array, context: Text, shape: tuple[int, int] | None) -> Array:
         """skips: outputs of the down blocks, read from last to first. shape: (h, w) of the output, None: those of x."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         features = config.block_out_channels[::-1][self.index]
         resnet, transformer = parts(config, config.attention_head_dim[::-1][self.index])
         for i, skip in enumerate(reversed(skips)):
-            x = resnet(features, f"resnets_{i}")(jnp.concatenate([x, skip], axis=-1), time)
+            x = resnet(features, f"resnets_{i}")(jnp.concatenate([x, repeated(skip, len(x))], axis=-1), time)
             if config.up_block_types[self.index] == UP_BLOCKS[1]:
                 x = transformer(f"attentions_{i}")(x, context)
         if shape is not None:
@@ -254,16 +260,17 @@ class UNet(nn.Module):
     config: UNetConfig
 
     @nn.compact
-    def __call__(self, latents: Array, timesteps: Array, context: Array) -> Array:
+    def __call__(self, latents: Array, timesteps: Array, context: Text) -> Array:
         """The predicted noise or velocity, depending on the schedule's `prediction_type`.
 
         Args:
           latents: float[B, h, w, in_channels], scaled; any h and w.
           timesteps: int32[B], or int32[] for all.
-          context: float[B, L, cross_attention_dim], the text encoder's last hidden states.
+          context: float[R, L, cross_attention_dim], the text encoder's last hidden states, or `keys_values` of them. R is a
+            multiple of B: R / B texts in succession for each row. What comes before the first text is computed once.
 
         Returns:
-          float32[B, h, w, out_channels].
+          float32[R, h, w, out_channels].
 
         Raises:
           UserError: shapes that do not fit the config.
@@ -272,12 +279,13 @@ class UNet(nn.Module):
         if latents.ndim != 4 or latents.shape[-1] != config.in_channels:
             expected = f"[B, h, w, {config.in_channels}] (unet.in_channels)"
             raise UserError(f"latents: got shape {latents.shape}, expected {expected}")
-        if context.ndim != 3 or context.shape[::2] != (latents.shape[0], config.cross_attention_dim):
-            expected = f"[{latents.shape[0]}, L, {config.cross_attention_dim}] (unet.cross_attention_dim)"
-            raise UserError(f"context: got shape {context.shape}, expected {expected}")
-        channels, context = config.block_out_channels, context.astype(dtype)
-        time = sinusoids(jnp.broadcast_to(timesteps, latents.shape[:1]), channels[0])
-        time = TimeEmbedding(4 * channels[0], dtype, name="time_embedding")(time)  # [B, E]
+        if not isinstance(context, dict):
+            if context.ndim != 3 or len(context) % len(latents) or context.shape[2] != config.cross_attention_dim:
+                expected = f"[{latents.shape[0]}, L, {config.cross_attention_dim}] (unet.cross_attention_dim)"
+                raise UserError(f"context: got shape {context.shape}, expected {expected}")
+            context = context.astype(dtype)
+        channels, time = config.block_out_channels, sinusoids(jnp.reshape(timesteps, -1), config.block_out_channels[0])
+        time = TimeEmbedding(4 * channels[0], dtype, name="time_embedding")(time)  # [B or 1, E]
         x = Conv(channels[0], dtype=dtype, name="conv_in")(latents)
         skips = [x]
         for i in range(len(channels)):
@@ -292,3 +300,19 @@ class UNet(nn.Module):
         last = Conv(config.out_channels, kernel_init=nn.initializers.zeros, dtype=dtype, out_axis=None, name="conv_out")
         x = last(x)
         return x.astype(jnp.float32)
+
+    def keys_values(self, context: Array) -> Text:
+        """What every cross-attention reads of a text, for many calls with one text: {transformer: (keys, values)}.
+
+        context: float[R, L, cross_attention_dim]. Keys and values: dtype[R, L, D], D the transformer's width.
+        """
+        params = flax.traverse_util.flatten_dict(self.variables["params"], sep="/")
+
+        def project(name):
+            kernel = params[name]
+            layer = Dense(kernel.shape[1], ("embed", "joined_kv"), jnp.dtype(self.config.dtype), parent=None)
+            return layer.apply({"params": {"kernel": kernel}}, context)
+
+        end = "/transformer_blocks_0/attn2/to_{}/kernel"
+        names = [name.removesuffix(end.format("k")) for name in params if name.endswith(end.format("k"))]
+        return {name: (project(name + end.format("k")), project(name + end.format("v"))) for name in names}
