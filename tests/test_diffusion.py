@@ -355,6 +355,19 @@ def test_texts_in_succession_give_what_repeated_latents_give(tiny):
     np.testing.assert_allclose(found, expected, atol=1e-6 * np.abs(expected).max())
 
 
+def test_tiles_give_the_same_picture(tiny):
+    model, rng = folder.read(tiny("first")), np.random.default_rng(0)
+    variables, vae = {"params": model.params["vae"]}, model.config.modules["vae"]
+    for method, shape, layers in (("decode", (2, 9, 5, 4), 10), ("encode", (2, 18, 10, 3), 4)):
+        given = rng.standard_normal(shape).astype(np.float32)
+        whole, tiled = (jax.jit(functools.partial(vae.apply, method=method, tile=tile)) for tile in (None, 8))
+        loops = [e for e in primitives(tiled.trace(variables, given).jaxpr.jaxpr) if e.primitive.name in ("scan", "while")]
+        assert len(loops) == layers  # 18 rows of pixels, 9 of latents: the last strip overlaps the one before
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, atol=1e-6), tiled(variables, given), whole(variables, given)
+        )
+
+
 def test_a_step_computes_nothing_twice(tiny):
     """No key or value of the text; what lies before the first text in one row for both halves of guidance."""
     model = folder.read(tiny("first"))
@@ -446,7 +459,7 @@ def test_the_command_writes_pictures_that_predict_reads(tiny, tmp_path):
 def test_a_killed_run_goes_on_and_draws_nothing_twice(tiny, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("cat\n\n  a red cat \nred\n")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a red cat"}\n{"prompt": "red", "kind": 1}\n')
-    options = {name: None for name in ("prompt", "image", "mask", "height", "width", "strength", "dtype")}
+    options = {name: None for name in ("prompt", "image", "mask", "height", "width", "strength", "dtype", "vae_tile")}
     options |= {"num_images": 2, "batch_size": 3, "steps": 2, "sampler": "ddim", "guidance_scale": 3.0}
     options |= {"seed": 1, "negative_prompt": "", "truncate": False, "model": tiny("first")}
 

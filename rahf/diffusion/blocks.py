@@ -36,17 +36,22 @@ class ResnetBlock(nn.Module):
     groups: int
     epsilon: float
     dtype: DTypeLike
+    rows: int | None = None  # to convolve at a time
 
     @nn.compact
     def __call__(self, x: Array, time: Array | None = None) -> Array:
         """dtype[B, h, w, C], dtype[B or 1, E] -> dtype[B, h, w, features]."""
-        y = nn.silu(GroupNorm(self.groups, self.epsilon, self.dtype, name="norm1")(x))
-        y = Conv(self.features, dtype=self.dtype, name="conv1")(y)
+
+        def part(number, x, **options):
+            norm = GroupNorm(self.groups, self.epsilon, self.dtype, name=f"norm{number}").of(x)
+            conv = Conv(self.features, dtype=self.dtype, name=f"conv{number}", **options)
+            return conv(x, lambda x: nn.silu(norm(x)), self.rows)
+
+        y = part(1, x)
         if time is not None:
             time = dense(self.features, ("embed", "conv_out"), self.dtype, "time_emb_proj")(nn.silu(time))
             y = y + repeated(time, len(y))[:, None, None]
-        y = nn.silu(GroupNorm(self.groups, self.epsilon, self.dtype, name="norm2")(y))
-        y = Conv(self.features, kernel_init=nn.initializers.zeros, dtype=self.dtype, name="conv2")(y)
+        y = part(2, y, kernel_init=nn.initializers.zeros)
         if x.shape[-1] != self.features:
             x = Conv(self.features, 1, dtype=self.dtype, name="conv_shortcut")(x)
         return x + y

@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 
 from rahf import partitioning
 from rahf.diffusion import folder
+from rahf.diffusion.blocks import repeated
 from rahf.diffusion.schedule import SAMPLERS, Plan, Schedule, plan
 from rahf.models.layers import normalize_image
 from richhf_data import command, images, json_files, jsonl, paths, ranges, schema
@@ -113,7 +114,7 @@ def guided(config, params, ids: Array, negative_ids: Array | None, scale: Array,
 
     Args:
       config: a `folder.Config`. params: {"unet", "text_encoder"}.
-      ids: int32[B, L]. negative_ids: int32[1 or B, L]; None = no guidance. scale: float32[].
+      ids: int32[B, L]. negative_ids: int32[N, L], B a multiple of N; None = no guidance. scale: float32[].
       read: what the UNet reads beside the latents, each float[B, h, w, C].
     """
 
@@ -122,8 +123,8 @@ def guided(config, params, ids: Array, negative_ids: Array | None, scale: Array,
 
     context = apply("text_encoder", ids, method="text_tokens")
     if negative_ids is not None:
-        negative = apply("text_encoder", negative_ids, method="text_tokens")
-        context = jnp.stack([jnp.broadcast_to(negative, context.shape), context], axis=1)  # [B, 2, L, D]
+        negative = repeated(apply("text_encoder", negative_ids, method="text_tokens"), len(context))
+        context = jnp.stack([negative, context], axis=1)  # [B, 2, L, D]
         context = context.reshape(-1, *context.shape[2:])
     text = apply("unet", context, method="keys_values")
 
@@ -137,10 +138,10 @@ def guided(config, params, ids: Array, negative_ids: Array | None, scale: Array,
     return predict_noise
 
 
-def _generate(config, params, rows, negative_ids, seed, steps, scale, *, grid, partial, on_step):
+def _generate(config, params, rows, negative_ids, seed, steps, scale, *, grid, vae_tile, partial, on_step):
     """The compiled program of `generate`. Absent rows are None. partial: start from the noised image."""
     image, mask, keys = rows["image"], rows["mask"], image_keys(seed, rows["number"])
-    vae = functools.partial(config.modules["vae"].apply, {"params": params["vae"]})
+    vae = functools.partial(config.modules["vae"].apply, {"params": params["vae"]}, tile=vae_tile)
     shape = *grid, config.vae.latent_channels
     initial, schedule = noise(keys, INITIAL, shape), config.schedule
     latents, blend, read = initial, None, []
@@ -175,7 +176,7 @@ def _generate(config, params, rows, negative_ids, seed, steps, scale, *, grid, p
 @functools.cache
 def _compiled(mesh: jax.sharding.Mesh | None) -> Callable:
     """`_generate`, compiled for a mesh or for one device."""
-    static = {"static_argnames": ("config", "grid", "partial", "on_step")}
+    static = {"static_argnames": ("config", "grid", "vae_tile", "partial", "on_step")}
     return jax.jit(_generate, **static) if mesh is None else partitioning.MeshFunction(_generate, mesh, **static)
 
 
@@ -195,6 +196,7 @@ def generate(
     mask: np.ndarray | None = None,
     strength: float | None = None,
     truncate: bool = False,
+    vae_tile: int | None = None,
     on_step: Callable[[], None] | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> np.ndarray:
@@ -211,6 +213,7 @@ def generate(
       strength: share of the steps to take, and of the noise to add to the image; by default 0.8, or 1 with a mask. 1 with a
         mask starts from pure noise.
       truncate: drop the end of prompts that are too long.
+      vae_tile: rows of pixels that a layer of the VAE computes at a time (`VAE.decode`); None = all.
       on_step: called after each step.
       mesh: of `rahf.partitioning`; the images are sharded over it, and the parameters must be on it. On several hosts, each
         passes the same arguments and gets all images.
@@ -261,15 +264,17 @@ def generate(
         "mask": mask,
         "number": np.arange(first, first + count, dtype=np.int32),
     }
-    inputs = rows, negative_ids, seed_data(seed), steps, np.float32(guidance_scale)
-    options = {"grid": grid, "partial": image is not None and (mask is None or strength < 1), "on_step": on_step}
+    partial = image is not None and (mask is None or strength < 1)
+    options = {"grid": grid, "vae_tile": vae_tile, "partial": partial, "on_step": on_step}
     if mesh is not None:
-        missing = -count % partitioning.sizes(mesh)["data"]
+        devices = partitioning.sizes(mesh)["data"]
 
-        def place(array):
-            return partitioning.place(schema.pad_rows(array, count + missing), partitioning.batch_sharding(mesh))
+        def place(array, size):
+            return partitioning.place(schema.pad_rows(array, size), partitioning.batch_sharding(mesh))
 
-        inputs = jax.tree.map(place, rows), *inputs[1:]
+        rows = jax.tree.map(lambda array: place(array, count + -count % devices), rows)
+        negative_ids = None if negative_ids is None else place(negative_ids, devices)
+    inputs = rows, negative_ids, seed_data(seed), steps, np.float32(guidance_scale)
     drawn = np.asarray(_compiled(mesh)(config, model.params, *inputs, **options))[:count]
     for number, (prompt, pixels) in enumerate(zip(prompts, drawn, strict=True), first):
         if not np.isfinite(pixels).all():
@@ -278,6 +283,29 @@ def generate(
                 f"scale ({guidance_scale}), compute in float32, or take another model"
             )
     return drawn
+
+
+def lower(config: folder.Config, mesh, count: int, steps: Plan, guidance: bool, height: int, width: int, vae_tile=None):
+    """The program of `generate` for text to image, lowered from shapes alone, and its parameters as shapes.
+
+    Args:
+      count: images, a multiple of the devices that share a batch. guidance: with it, or without. The rest: of `generate`.
+
+    Returns:
+      jax.stages.Lowered, and {"unet", "vae", "text_encoder"}, whole on every device of the mesh.
+    """
+    whole, length = partitioning.replicated(mesh), config.text.text.length
+    shapes = nn.unbox(jax.eval_shape(functools.partial(folder.init, config), jax.random.key(0)))
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
+
+    def integers(*shape):
+        return jax.ShapeDtypeStruct(shape, np.int32, sharding=partitioning.batch_sharding(mesh))
+
+    rows = {"ids": integers(count, length), "number": integers(count), "image": None, "mask": None}
+    negative_ids = integers(partitioning.sizes(mesh)["data"], length) if guidance else None
+    inputs = rows, negative_ids, seed_data(0), steps, np.float32(1)
+    options = {"grid": config.vae.grid(height, width), "vae_tile": vae_tile, "partial": False, "on_step": None}
+    return _compiled(mesh).lower(config, params, *inputs, **options), params
 
 
 def usual_strength(image, mask) -> float:
@@ -385,6 +413,7 @@ def run(args) -> None:
                 mask=mask,
                 strength=args.strength,
                 truncate=args.truncate,
+                vae_tile=args.vae_tile,
                 on_step=bar.update,
             )
             for number, pixels in zip(numbers, to_uint8(drawn), strict=False):
@@ -423,6 +452,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("mask", None, "An image of the size of --image, white where to inpaint.")
     ranges.flag("strength", None, "Change of the image; by default 0.8, or 1 with a mask.", ranges.SOME_SHARE)
     flags.DEFINE_bool("truncate", False, "Drop the end of prompts that are too long.")
+    ranges.flag("vae_tile", None, "Rows of pixels that a layer of the VAE computes at a time: less memory.", ranges.PIXELS)
     flags.DEFINE_enum("dtype", None, ("float32", "bfloat16"), "The dtype of the computation; float32 by default.")
     flags.mark_flags_as_required(["model", "output"])
     command.run(main)

@@ -230,8 +230,8 @@ class UpBlock(nn.Module):
                 x = transformer(f"attentions_{i}")(x, context)
         if shape is not None:
             even = shape == (2 * x.shape[1], 2 * x.shape[2])
-            x = x if even else upsample(x)[:, : shape[0], : shape[1]]
-            x = Conv(features, upsample=even, dtype=dtype, name="upsampler")(x)
+            conv = Conv(features, dtype=dtype, name="upsampler")
+            x = conv(x, upsample) if even else conv(upsample(x)[:, : shape[0], : shape[1]])
         return x
 
 

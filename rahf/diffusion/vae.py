@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from rahf.diffusion.blocks import Channels, Dtype, ResnetBlock, attend, check_blocks
 from rahf.models.attention import Implementation
-from rahf.models.layers import Conv, GroupNorm, normalize_image
+from rahf.models.layers import Conv, GroupNorm, normalize_image, upsample
 from richhf_data import checked
 from richhf_data.checked import Size
 from richhf_data.errors import UserError
@@ -87,16 +87,17 @@ class VAEBlock(nn.Module):
     features: int
     layers: int
     sampler: str = ""  # "downsampler", "upsampler" or none
+    rows: int | None = None  # of x, to compute at a time
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        dtype, resnet = jnp.dtype(self.config.dtype), resnet_of(self.config)
+        dtype, resnet = jnp.dtype(self.config.dtype), resnet_of(self.config, rows=self.rows)
         for i in range(self.layers):
             x = resnet(self.features, name=f"resnets_{i}")(x)
         if self.sampler == "downsampler":  # padded only at the end
             x = Conv(self.features, stride=2, padding=(0, 1), dtype=dtype, name=self.sampler)(x)
         elif self.sampler == "upsampler":
-            x = Conv(self.features, upsample=True, dtype=dtype, name=self.sampler)(x)
+            x = Conv(self.features, dtype=dtype, name=self.sampler)(x, upsample, self.rows)
         return x
 
 
@@ -126,44 +127,47 @@ class VAEMidBlock(nn.Module):
         return resnet(x.shape[-1], name="resnets_1")(x)
 
 
-def resnet_of(config: VAEConfig):
+def resnet_of(config: VAEConfig, **options):
     """`ResnetBlock` with every option set but width and name. With `config.remat` the backward pass recomputes it."""
     block = nn.remat(ResnetBlock) if config.remat else ResnetBlock
-    return functools.partial(block, groups=config.norm_num_groups, epsilon=1e-6, dtype=jnp.dtype(config.dtype))
+    return functools.partial(block, groups=config.norm_num_groups, epsilon=1e-6, dtype=jnp.dtype(config.dtype), **options)
 
 
 class VAEEncoder(nn.Module):
-    """Image -> means and log variances before the last 1x1 convolution."""
+    """Image -> means and log variances before the last 1x1 convolution. `tile`: as for `VAE.decode`."""
 
     config: VAEConfig
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, tile: int | None = None) -> Array:
         config, dtype, channels = self.config, jnp.dtype(self.config.dtype), self.config.block_out_channels
         x = Conv(channels[0], dtype=dtype, name="conv_in")(x)
         for i, features in enumerate(channels):
             sampler = "downsampler" if i < len(channels) - 1 else ""
-            x = VAEBlock(config, features, config.layers_per_block, sampler, name=f"down_blocks_{i}")(x)
+            rows = tile and max(1, tile // 2**i)
+            x = VAEBlock(config, features, config.layers_per_block, sampler, rows, name=f"down_blocks_{i}")(x)
         x = VAEMidBlock(config, name="mid_block")(x)
         x = nn.silu(GroupNorm(config.norm_num_groups, 1e-6, dtype, name="conv_norm_out")(x))
         return Conv(2 * config.latent_channels, dtype=dtype, out_axis=None, name="conv_out")(x)
 
 
 class VAEDecoder(nn.Module):
-    """Latents after the first 1x1 convolution -> image."""
+    """Latents after the first 1x1 convolution -> image. `tile`: as for `VAE.decode`."""
 
     config: VAEConfig
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, tile: int | None = None) -> Array:
         config, dtype, channels = self.config, jnp.dtype(self.config.dtype), self.config.block_out_channels
         x = Conv(channels[-1], dtype=dtype, name="conv_in")(x)
         x = VAEMidBlock(config, name="mid_block")(x)
         for i, features in enumerate(reversed(channels)):
             sampler = "upsampler" if i < len(channels) - 1 else ""
-            x = VAEBlock(config, features, config.layers_per_block + 1, sampler, name=f"up_blocks_{i}")(x)
-        x = nn.silu(GroupNorm(config.norm_num_groups, 1e-6, dtype, name="conv_norm_out")(x))
-        return Conv(config.out_channels, dtype=dtype, out_axis=None, name="conv_out")(x)
+            rows = tile and max(1, tile * 2**i // config.factor)
+            x = VAEBlock(config, features, config.layers_per_block + 1, sampler, rows, name=f"up_blocks_{i}")(x)
+        norm = GroupNorm(config.norm_num_groups, 1e-6, dtype, name="conv_norm_out").of(x)
+        conv = Conv(config.out_channels, dtype=dtype, out_axis=None, name="conv_out")
+        return conv(x, lambda x: nn.silu(norm(x)), tile)
 
 
 class VAE(nn.Module):
@@ -177,8 +181,8 @@ class VAE(nn.Module):
         self.quant_conv = Conv(2 * config.latent_channels, 1, dtype=dtype, out_axis=None)
         self.post_quant_conv = Conv(config.latent_channels, 1, dtype=dtype, out_axis=None)
 
-    def encode(self, image: Array) -> Posterior:
-        """float[B, H, W, 3] in [-1, 1], or uint8 -> the distribution of the unscaled latents.
+    def encode(self, image: Array, tile: int | None = None) -> Posterior:
+        """float[B, H, W, 3] in [-1, 1], or uint8 -> the distribution of the unscaled latents. `tile`: as for `decode`.
 
         Raises:
           UserError: a wrong shape; H or W not a multiple of `config.factor`; neither uint8 nor float.
@@ -186,22 +190,26 @@ class VAE(nn.Module):
         if image.ndim != 4 or image.shape[-1] != self.config.in_channels:
             raise UserError(f"image: got shape {image.shape}, expected [B, H, W, {self.config.in_channels}]")
         self.config.grid(*image.shape[1:3])
-        moments = self.quant_conv(self.encoder(normalize_image(image))).astype(jnp.float32)
+        moments = self.quant_conv(self.encoder(normalize_image(image), tile)).astype(jnp.float32)
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return Posterior(mean, jnp.clip(logvar, -30.0, 20.0))
 
-    def decode(self, latents: Array) -> Array:
-        """Unscaled latents float[B, h, w, Z] -> float32[B, H, W, 3], about in [-1, 1]."""
-        return self.decoder(self.post_quant_conv(latents)).astype(jnp.float32)
+    def decode(self, latents: Array, tile: int | None = None) -> Array:
+        """Unscaled latents float[B, h, w, Z] -> float32[B, H, W, 3], about in [-1, 1].
 
-    def encode_latents(self, image: Array, noise: Array | None = None) -> Array:
+        tile: rows of pixels that a layer computes at a time, None for all. Less memory, and the same image up to rounding:
+        the norms take their statistics of the whole picture, and every strip reads the rows beside it.
+        """
+        return self.decoder(self.post_quant_conv(latents), tile).astype(jnp.float32)
+
+    def encode_latents(self, image: Array, noise: Array | None = None, tile: int | None = None) -> Array:
         """An image as for `encode` -> scaled latents float32[B, h, w, Z]: a sample with this noise, or the mean."""
-        posterior = self.encode(image)
+        posterior = self.encode(image, tile)
         return self.config.scaling_factor * (posterior.mean if noise is None else posterior.sample(noise))
 
-    def decode_latents(self, latents: Array) -> Array:
-        """Scaled latents float[B, h, w, Z] -> float32[B, H, W, 3], about in [-1, 1]."""
-        return self.decode(latents / self.config.scaling_factor)
+    def decode_latents(self, latents: Array, tile: int | None = None) -> Array:
+        """Scaled latents float[B, h, w, Z] -> float32[B, H, W, 3], about in [-1, 1]. `tile`: as for `decode`."""
+        return self.decode(latents / self.config.scaling_factor, tile)
 
     def __call__(self, image: Array, noise: Array | None = None) -> tuple[Array, Posterior]:
         """For training: the image decoded from its latents (a sample with this noise, or the mean), and the posterior."""

@@ -172,14 +172,20 @@ class GroupNorm(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def of(self, x: Array) -> Callable[[Array], Array]:
+        """The norm with the statistics of x, as a function of x or of some of its pixels."""
         scale = self.param("scale", partitioned(nn.initializers.ones, ("conv_in",)), x.shape[-1:], jnp.float32)
         bias = self.param("bias", partitioned(nn.initializers.zeros, ("conv_in",)), x.shape[-1:], jnp.float32)
-        y = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, x.shape[-1] // self.groups)
-        y = y - y.mean((1, 3), keepdims=True)
-        y = y * jax.lax.rsqrt((y * y).mean((1, 3), keepdims=True) + self.epsilon)
-        y = y.reshape(x.shape) * scale.reshape(1, 1, 1, -1) + bias.reshape(1, 1, 1, -1)
-        return y.astype(self.dtype)
+        width = x.shape[-1] // self.groups
+        y = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, width)
+        mean = y.mean((1, 3), keepdims=True)
+        variance = jnp.square(y - mean).mean((1, 3), keepdims=True)
+        mean, variance = (jnp.repeat(value, width, axis=3).reshape(-1, 1, 1, x.shape[-1]) for value in (mean, variance))
+        factor = jax.lax.rsqrt(variance + self.epsilon) * scale.reshape(1, 1, 1, -1)  # [B, 1, 1, C]
+        return lambda x: ((x.astype(jnp.float32) - mean) * factor + bias.reshape(1, 1, 1, -1)).astype(self.dtype)
+
+    def __call__(self, x: Array) -> Array:
+        return self.of(x)(x)
 
 
 # ---- Convolution ----------------------------------------------------------------------------------------------------
@@ -210,35 +216,78 @@ def upsampled_convolution(x: Array, kernel: Array) -> Array:
 
 
 class Conv(nn.Module):
-    """Convolution with bias. With stride 1 it keeps the resolution; with `upsample` it doubles it first."""
+    """Convolution with bias. With stride 1 it keeps the resolution."""
 
     features: int
     kernel_size: int = 3
     stride: int = 1
     padding: tuple[int, int] = (1, 1)  # before and after, in both directions; a kernel of 1 ignores it
-    upsample: bool = False  # of a 3x3 kernel with stride 1: the input is doubled by `upsample`
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
     dtype: DTypeLike = jnp.float32
     out_axis: str | None = "conv_out"  # logical; None keeps the few channels of latents and images whole
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """[B, h, w, C] -> dtype[B, h / stride, w / stride, features]; with `upsample` dtype[B, 2h, 2w, features]."""
+    def __call__(self, x: Array, before: Callable[[Array], Array] = lambda x: x, rows: int | None = None) -> Array:
+        """[B, h, w, C] -> dtype[B, h / stride, w / stride, features].
+
+        Args:
+          before: is done to x first. A function of x or of some of its rows, whose number it may double.
+          rows: how many rows of x to compute at a time, None for all: only x and the output are held whole then. For a
+            kernel of 3, stride 1, padding (1, 1).
+        """
         axes, shape = (*KERNEL_AXES[:3], self.out_axis), (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", partitioned(self.kernel_init, axes), shape, jnp.float32)
         kernel = compute_copy(kernel, axes, self.dtype)
         bias = self.param("bias", partitioned(nn.initializers.zeros, (self.out_axis,)), shape[-1:], jnp.float32)
-        x = x.astype(self.dtype)
-        if self.kernel_size == 1:
-            x = jnp.matmul(x, kernel[0, 0])
-        elif self.upsample:
-            x = upsampled_convolution(x, kernel)
-        elif self.stride == 1 and (convolve := cpu.convolution_of(x, kernel)):
-            x = convolve(x, kernel)
+        bias = bias.astype(self.dtype).reshape(1, 1, 1, -1)
+
+        def convolve(x, padding):
+            x = x.astype(self.dtype)
+            if self.kernel_size == 1:
+                x = jnp.matmul(x, kernel[0, 0])
+            elif self.stride == 1 and padding == (1, 1) and (quick := cpu.convolution_of(x, kernel)):
+                x = quick(x, kernel)
+            else:
+                x = convolution(x, kernel, self.stride, (padding, self.padding))
+            return x + bias
+
+        if rows is not None and rows < x.shape[1]:
+            x = in_strips(before, lambda strip: convolve(strip, (0, 0)), x, rows)
+        elif before is upsample:
+            x = upsampled_convolution(x.astype(self.dtype), kernel) + bias
         else:
-            x = convolution(x, kernel, self.stride, (self.padding,) * 2)
-        x = x + bias.astype(self.dtype).reshape(1, 1, 1, -1)
+            x = convolve(before(x), self.padding)
         return nn.with_logical_constraint(x, ("batch", "height", "width", self.out_axis))
+
+
+def in_strips(before: Callable, convolve: Callable, x: Array, rows: int) -> Array:
+    """`convolve(before(x))`, of `rows` rows of x at a time.
+
+    Args:
+      x: [B, h, w, C], h >= rows.
+      before: rows of x -> as many rows, or twice as many, of a picture that is zero around its borders.
+      convolve: [B, n + 2, W, C] -> [B, n, W, features], of these rows and the row on either side of them.
+    """
+    height = x.shape[1]
+
+    def strip(start):
+        pieces = (jnp.maximum(start - 1, 0), 1), (start, rows), (jnp.minimum(start + rows, height - 1), 1)
+        y = before(jnp.concatenate([jax.lax.dynamic_slice_in_dim(x, *piece, axis=1) for piece in pieces], axis=1))
+        scale = y.shape[1] // (rows + 2)
+        y = y[:, scale - 1 : y.shape[1] - scale + 1]
+        place = scale * start - 1 + jnp.arange(y.shape[1]).reshape(1, -1, 1, 1)
+        inside = (place >= 0) & (place < scale * height)
+        return convolve(jnp.where(inside, y, jnp.zeros((), y.dtype)))
+
+    one = jax.eval_shape(strip, 0)
+    scale = one.shape[1] // rows
+
+    def body(number, output):
+        start = jnp.minimum(number * rows, height - rows)  # the last strip may overlap the one before
+        return jax.lax.dynamic_update_slice_in_dim(output, strip(start), scale * start, axis=1)
+
+    output = jnp.zeros((one.shape[0], scale * height, *one.shape[2:]), one.dtype)
+    return jax.lax.fori_loop(0, -(-height // rows), body, output)
 
 
 # ---- Stacks of layers -----------------------------------------------------------------------------------------------
