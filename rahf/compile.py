@@ -2,6 +2,7 @@
 
     python -m rahf.compile --config=rahf_base --topology=v3:8x8 [--step=train] [--config.key=value ...]
     python -m rahf.compile --config=rahf_base --topology=v3:8x8 --sweep
+    python -m rahf.compile --config=sd_reward --topology=v3:2x2 --step=sample [--height=1024 --width=1024]
 
 For a TPU the real compiler does it (`pip install -e '.[tpu]'`); nothing is allocated, shapes are all it needs. `cpu` and
 `gpu` are the devices of this machine. Prints a table, and on the last line a JSON object; exits with 1 where a step does
@@ -23,13 +24,16 @@ from absl import flags
 
 from rahf import experiments, partitioning, train
 from rahf import program as programs
-from rahf.diffusion import finetuning, folder
+from rahf.diffusion import finetuning, folder, sample
+from rahf.diffusion.schedule import plan
 from rahf.predictor import Predictor
 from richhf_data import command, ranges
 from richhf_data.errors import UserError
 
 GIB = 2**30
-STEPS = ("train", "predict", "evaluate")  # the last two are one program, at 32 rows and at eval.batch_size
+PICTURE = ("height", "width", "vae_tile")  # flags of the step "sample"
+# predict and evaluate are one program, at 32 rows and at eval.batch_size. Of rahf.diffusion.train: train and sample.
+STEPS = ("train", "predict", "evaluate", "sample")
 # Pallas kernels that tell XLA no costs -> matrix products of the size of the logits in each.
 UNSEEN_KERNELS = {"flash_mha_bwd_dkv": 4, "flash_mha_bwd_dq": 3}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -88,30 +92,45 @@ def devices_of(topology: str) -> list:
         ) from error
 
 
+def diffusion_of(config) -> folder.Config:
+    """The Stable Diffusion of a config, of 1.5's sizes where it names no folder."""
+    sizes = folder.read_config(config.model.folder) if config.model.folder else folder.Config()
+    return finetuning.model_config(config, sizes)
+
+
 def program_of(config) -> programs.Program:
-    """What a config trains: RAHF, or Stable Diffusion (of 1.5's sizes where the config names no folder)."""
+    """What a config trains: RAHF, or Stable Diffusion."""
     if config.get("kind", "rahf") == "rahf":
         return train.program(config)
-    sizes = folder.read_config(config.model.folder) if config.model.folder else folder.Config()
-    return finetuning.program(finetuning.model_config(config, sizes), config)
+    return finetuning.program(diffusion_of(config), config)
 
 
-def lowered(config, step: str, mesh, batch_size: int):
+def lowered(config, step: str, mesh, batch_size: int, picture: dict):
     """One of `STEPS` of a config, lowered from abstract shapes, and its parameters as shapes with shardings."""
     if step == "train":
         training = programs.assemble(program_of(config), config, mesh)
         return training.lower(), training.params
+    if step == "sample":
+        model = diffusion_of(config)
+        model = dataclasses.replace(model, vae=dataclasses.replace(model.vae, dtype=model.unet.dtype))
+        size = model.unet.sample_size * model.vae.factor
+        picture = {"height": size, "width": size} | picture
+        steps = plan(model.schedule, config.sample.sampler, config.sample.steps)
+        return sample.lower(model, mesh, batch_size, steps=steps, guidance=config.sample.guidance_scale > 1, **picture)
     predictor = Predictor(config, None, mesh)
     return predictor.lower(batch_size), predictor.params
 
 
-def measure(config, topology: str, step: str, devices, batch_size: int) -> dict:
-    """Compiles a step, and what the compiler says of it: the JSON object of this command."""
+def measure(config, topology: str, step: str, devices, batch_size: int, picture: dict | None = None) -> dict:
+    """Compiles a step, and what the compiler says of it: the JSON object of this command.
+
+    picture: of the step "sample", `PICTURE`; height and width by default of the model's training images.
+    """
     mesh = partitioning.mesh_of(config.mesh, devices)
     if step != "train":  # predictions add rows up to a multiple of the devices
         batch_size += -batch_size % partitioning.sizes(mesh)["data"]
     start = time.monotonic()
-    low, params = lowered(config, step, mesh, batch_size)
+    low, params = lowered(config, step, mesh, batch_size, picture or {})
     try:
         compiled = low.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -290,10 +309,16 @@ def main():
     """The command."""
     args = flags.FLAGS
     config = args.config
-    if config.get("kind", "rahf") != "rahf" and args.step != "train":
-        raise UserError(f"step: got {args.step!r}, expected train, the one step of a config of rahf.diffusion.train")
+    possible = STEPS[:-1] if config.get("kind", "rahf") == "rahf" else (STEPS[0], STEPS[-1])
+    if args.step not in possible:
+        raise UserError(f"step: got {args.step!r}, expected {' or '.join(possible)}, the steps of this config")
+    picture = {name: getattr(args, name) for name in PICTURE if getattr(args, name) is not None}
+    if picture and args.step != "sample":
+        raise UserError(f"{next(iter(picture))}: got one for --step={args.step}, expected --step=sample")
+    if args.sweep and args.step == "sample":
+        raise UserError("sweep: got it for --step=sample, expected another step; each device holds all parameters here")
     section = {"train": "train", "evaluate": "eval"}.get(args.step)
-    batch_size = args.batch_size or (config[section].batch_size if section else 32)
+    batch_size = args.batch_size or (config[section].batch_size if section else 1 if args.step == "sample" else 32)
     if args.step == "train":
         config.train.batch_size = batch_size
     check = train.check if config.get("kind", "rahf") == "rahf" else finetuning.check
@@ -303,7 +328,7 @@ def main():
         if args.sweep:
             results = sweep(config, args.topology, args.step, devices, batch_size)
         else:
-            results = [measure(config, args.topology, args.step, devices, batch_size)]
+            results = [measure(config, args.topology, args.step, devices, batch_size, picture)]
     except DoesNotFit as error:
         print(f"error: {error}", file=sys.stderr)
         results = []
@@ -333,6 +358,11 @@ def main():
 if __name__ == "__main__":
     flags.DEFINE_string("topology", "cpu", "v3:8x8 and such, or cpu or gpu: this machine's devices.")
     flags.DEFINE_enum("step", "train", STEPS, "Which step to compile.")
-    ranges.flag("batch_size", None, "Rows of the global batch; the config's by default.", ranges.ROWS)
+    ranges.flag(
+        "batch_size", None, "Rows of the global batch; by default the config's; one a device to sample.", ranges.ROWS
+    )
+    ranges.flag("height", None, "Of the pictures of --step=sample, in pixels; by default the model's.", ranges.PIXELS)
+    ranges.flag("width", None, "In pixels; default as for --height.", ranges.PIXELS)
+    ranges.flag("vae_tile", None, "As of rahf.diffusion.sample, for --step=sample.", ranges.PIXELS)
     flags.DEFINE_bool("sweep", False, "Compare meshes and remat policies, and recommend one.")
     command.run(main, experiments.reader(kinds=("rahf", "diffusion")))

@@ -67,6 +67,15 @@ def test_the_step_of_lora_has_moments_of_its_adapters_alone():
     assert moments < 2 * adapters + 10
 
 
+def test_sampling_over_8_devices_sends_nothing_but_the_pictures(unpacked):
+    config = experiments.load("sd_reward")
+    config.model.folder = str(unpacked("diffusion_tiny") / "first")
+    picture = {"height": 32, "width": 16, "vae_tile": 8}
+    result = compiling.measure(config, "cpu", "sample", jax.devices(), 7, picture)
+    assert result["batch_size"] == 8 and result["fits"]
+    assert result["collectives"] == {"all-gather": {"count": 2, "bytes": 8 * 32 * 16 * 3 * (4 + 1)}}  # the second: finite?
+
+
 def test_collectives_are_counted_with_the_bytes_of_their_results():
     hlo = """
   %all-reduce.1 = (f32[768]{0}, bf16[2,3]{1,0}) all-reduce(%a, %b), channel_id=1
