@@ -389,7 +389,7 @@ def run(args) -> None:
     _open_output(output, _settings(args, prompts))
     jobs = [prompt for prompt in prompts for _ in range(args.num_images)]
     files = [f"{number:05d}.png" for number in range(len(jobs))]
-    batch = min(args.batch_size, len(jobs))
+    batch = -(-len(jobs) // -(-len(jobs) // args.batch_size))  # the smallest that gives as few batches
     batches = [range(first, min(first + batch, len(jobs))) for first in range(0, len(jobs), batch)]
     waiting = [numbers for numbers in batches if not all((output / files[number]).is_file() for number in numbers)]
     strength = usual_strength(image, mask) if args.strength is None else args.strength
