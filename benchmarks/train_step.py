@@ -13,7 +13,7 @@ import jax
 import tabulate
 from absl import flags
 
-from rahf import experiments, partitioning, sources, train
+from rahf import experiments, sources, train
 from rahf import program as programs
 from richhf_data import command, ranges
 
@@ -34,7 +34,7 @@ def main():
     start = time.perf_counter()
     compiled = training.lower().compile()
     compiled_in = time.perf_counter() - start
-    batch = partitioning.shard_batch(rows, partitioning.batch_sharding(training.mesh))
+    batch = training.place(rows)
     seconds = []
     for _ in range(steps + 1):
         start = time.perf_counter()

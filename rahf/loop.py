@@ -23,11 +23,12 @@ from etils import epath
 from jax.experimental import multihost_utils
 from tqdm.auto import tqdm
 
-from rahf import checkpoints, event_files
+from rahf import ahead, checkpoints, event_files
 from rahf.program import Training
 from richhf_data import paths
 from richhf_data.errors import UserError
 
+READY = 2  # batches that are read and placed on the devices before their steps
 EXIT_CODES = {signal.SIGTERM: os.EX_TEMPFAIL, signal.SIGINT: 128 + signal.SIGINT}  # "start me again", stopped by the user
 
 
@@ -43,7 +44,8 @@ def start(
 
     Args:
       initialise: gives the parameters of step 0.
-      batches_from: step -> a generator of this process's rows of the batches from that step on.
+      batches_from: step -> a generator of this process's rows of the batches from that step on. A thread takes them,
+        `READY` ahead.
 
     Raises:
       UserError: no training state can be read; too many steps in a row whose loss or gradient is not finite.
@@ -61,6 +63,8 @@ def start(
             step, num_steps, bad_batches = saved["step"], config.train.num_steps, workdir / "bad_batches"
             skips = SkippedSteps(bad_batches, config.train.max_bad_steps, saved["skipped"], saved["skipped_in_a_row"])
             batches = stack.enter_context(contextlib.closing(batches_from(step)))
+            placed = ahead.taken(((rows, training.place(rows)) for rows in batches), READY)
+            placed = stack.enter_context(contextlib.closing(placed))
             events = event_files.address(workdir / "tensorboard")
             end = f".{secrets.token_hex(8)}"  # of the file's name, so that no link can lie in wait for it
             with paths.naming("/dev/shm"):  # its queue has semaphores
@@ -72,7 +76,7 @@ def start(
                 tqdm(desc="train", total=num_steps, initial=step, unit="step", dynamic_ncols=True, disable=not writes)
             )
             stop = stack.enter_context(stop_signals())
-            run = Run(config, training, state, step, batches, latest, skips, writer, bar, stop)
+            run = Run(config, training, state, step, placed, latest, skips, writer, bar, stop)
             yield run
     except SystemExit:
         if writes and run and run.stopped:  # the checkpoint is on disk by now
@@ -108,7 +112,7 @@ class Run:
         if self.step:
             yield from self._yield()
         while self.step < self.config.train.num_steps:
-            self._take(next(self._batches))
+            self._take(*next(self._batches))
             yield from self._yield()
 
     def due(self, every: int) -> bool:
@@ -131,8 +135,8 @@ class Run:
         yield self.step
         self._logged_at += time.monotonic() - began  # the caller's work is not the training's speed
 
-    def _take(self, rows) -> None:
-        self.state, metrics = self._training.step(self.state, rows)
+    def _take(self, rows, batch) -> None:
+        self.state, metrics = self._training.step(self.state, batch)
         self.step += 1
         self._skips.add(self.step, rows, metrics.pop("skipped"))
         self._bar.update()

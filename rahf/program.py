@@ -101,14 +101,17 @@ class Training:
 
         return jax.jit(state_of, out_shardings=_shardings(self.state))(params)
 
-    def step(self, state, rows: Mapping[str, np.ndarray]):
-        """One update: (state, this process's rows of the batch) -> (new state, metrics). The old state's memory is donated.
+    def place(self, rows: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """A batch on the devices, from this process's rows of it."""
+        return partitioning.shard_batch(rows, partitioning.batch_sharding(self.mesh))
+
+    def step(self, state, batch: Mapping[str, jax.Array]):
+        """One update: (state, a batch that was placed) -> (new state, metrics). The old state's memory is donated.
 
         The losses are normalised over the global batch, so neither the number of devices nor `train.accumulation_steps`
         changes the mathematics. Where the loss or the gradient is not finite, the metric `skipped` is 1 and only the step
         number changes.
         """
-        batch = partitioning.shard_batch(rows, partitioning.batch_sharding(self.mesh))
         return self._update(state, batch, self.step_key)
 
     def lower(self) -> jax.stages.Lowered:

@@ -68,7 +68,7 @@ def killed_after(batches, count):
 
 def main(argv):
     folder, data_dir = pathlib.Path(argv[1]), argv[2]
-    from rahf import hosts, partitioning, sources, train
+    from rahf import hosts, loop, partitioning, sources, train
 
     with hosts.joined(preemptible=True):
         results = {"trained": train.train(config(), folder / "two")}
@@ -81,7 +81,8 @@ def main(argv):
 
         if jax.process_index() == 1:
             drawn = sources.training_batches
-            sources.training_batches = lambda *args, **kwargs: killed_after(drawn(*args, **kwargs), 3)
+            count = 3 + loop.READY  # in the fourth step
+            sources.training_batches = lambda *args, **kwargs: killed_after(drawn(*args, **kwargs), count)
         train.train(config(), folder / "killed")
 
 

@@ -126,7 +126,7 @@ def test_a_step_is_the_same_on_one_and_on_eight_devices(model_folder, tmp_path):
         training = programs.assemble(finetuning.program(held.config, config), config, mesh)
         params = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), {"unet": held.params["unet"]}, training.params)
         step = jax.device_put(np.int32(2), training.state["step"].sharding)
-        state, metrics = training.step(training.init_state(params) | {"step": step}, batch)
+        state, metrics = training.step(training.init_state(params) | {"step": step}, training.place(batch))
         results.append(jax.device_get((metrics, state["opt_state"][1][0].mu["unet"])))
     (one, one_moments), (eight, eight_moments) = results
     for name in ("loss", "reward_weighted", "pretraining", "gradient_norm"):

@@ -160,7 +160,7 @@ def loss_and_gradients(sharding, data, model, shard_group=2, variant="augmented_
     values = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype) / max(1, x.size) ** 0.25, training.state)
     state = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), values | {"step": np.int32(0)}, training.state)
     batch = tiny_model.batch(RAHFConfig.from_dict(config.model.to_dict()), 8)
-    state, metrics = training.step(state, batch)
+    state, metrics = training.step(state, training.place(batch))
     return jax.device_get(metrics["loss"]), jax.device_get(state["opt_state"])
 
 

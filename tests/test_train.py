@@ -1,18 +1,24 @@
 """The trainer: the same mathematics on any number of devices, resumed exactly, clear errors."""
 
+import collections
+import itertools
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
 
 import jax
+import ml_collections
 import numpy as np
 import optax
 import pytest
 import quick_xla
 import tiny_model
+from etils import epath
 from flax import linen as nn
 
 from rahf import checkpoints, experiments, loop, partitioning, sources, train
@@ -51,7 +57,7 @@ def gradient_step(config, batch, devices):
     training = programs.assemble(train.program(config), config, mesh, optimizer)
     params = jax.device_get(jax.jit(lambda key: nn.unbox(training.program.init(key)))(jax.random.key(0)))
     placed = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), params, training.params)
-    new, metrics = training.step(training.init_state(placed), batch)
+    new, metrics = training.step(training.init_state(placed), training.place(batch))
     return jax.device_get(metrics), jax.tree.map(lambda a, b: a - np.asarray(b), params, new["params"])
 
 
@@ -158,7 +164,7 @@ def test_a_step_whose_loss_is_not_finite_changes_the_step_alone(tmp_path):
     places = jax.tree.map(lambda x: x.sharding, training.state)
 
     def run(state, batch):
-        return jax.device_get(training.step(jax.device_put(state, places), batch))
+        return jax.device_get(training.step(jax.device_put(state, places), training.place(batch)))
 
     first = jax.device_get(training.init_state(training.init_params()))
     bad = batch | {"scores": batch["scores"].copy()}
@@ -191,6 +197,88 @@ def test_skipped_steps_are_counted_their_batches_kept_and_too_many_in_a_row_end_
     with np.load(folder / "step_00000014_host_0.npz") as kept:
         assert kept["step"] == 14
         np.testing.assert_array_equal(kept["scores"], np.full((2, 4), 14, np.float32))
+
+
+def added(state, batch):
+    """A step that adds the batch's number, as tiny as a step can be."""
+    number = batch["number"][0]
+    return {"sum": state["sum"] + number}, {"loss": state["sum"], "skipped": (number == 2).astype(int)}
+
+
+def run_of(folder, source, num_steps=6, **calls):
+    """A run whose step is `added`; yields as it does."""
+    config = ml_collections.ConfigDict({"log_every": 1, "checkpoint_every": 2})
+    config.train = {"num_steps": num_steps, "batch_size": 1, "max_bad_steps": 3}
+    state = {"sum": jax.ShapeDtypeStruct((), np.int32, sharding=partitioning.replicated(partitioning.make_mesh()))}
+    parts = {"place": jax.device_put, "step": jax.jit(added), "init_state": lambda params: params} | calls
+    training = types.SimpleNamespace(state=state, **parts)
+    with loop.start(config, epath.Path(folder), training, lambda: {"sum": np.int32(0)}, source) as run:
+        for _ in run.steps():
+            yield run
+
+
+def numbered(start):
+    for number in itertools.count(start):
+        yield {"number": np.full(1, number)}
+
+
+def test_batches_are_ready_before_their_steps_and_each_step_has_its_own(tmp_path):
+    placed = []
+
+    def place(rows):
+        placed.append((threading.current_thread(), int(rows["number"][0])))
+        return jax.device_put(rows)
+
+    def step(state, batch):
+        deadline = time.monotonic() + 60
+        while len(placed) < 1 + int(batch["number"][0]) + loop.READY:  # they come while a step is computed
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        return added(state, batch)
+
+    sums = [int(run.state["sum"]) for run in run_of(tmp_path, numbered, place=place, step=step)]
+    assert sums == list(itertools.accumulate(range(6)))
+    numbers = [number for _, number in placed]
+    assert numbers == list(range(len(numbers))) and len(numbers) <= 6 + loop.READY
+    assert len({thread for thread, _ in placed}) == 1 and not placed[0][0].is_alive()
+    resumed = [run.step for run in run_of(tmp_path, numbered, num_steps=8)]
+    assert resumed == [6, 7, 8] and int(saved_state(tmp_path, 8)["sum"]) == sum(range(8))
+    with np.load(tmp_path / "bad_batches" / "step_00000003_host_0.npz") as kept:
+        np.testing.assert_array_equal(kept["number"], [2])
+
+
+def test_an_error_in_the_batches_ends_the_run_at_its_step_with_its_own_traceback(tmp_path):
+    def torn(start):
+        yield from itertools.islice(numbered(start), 3)
+        threads.append(threading.current_thread())
+        raise OSError("the cable")
+
+    threads, steps = [], []
+    with pytest.raises(OSError, match="the cable") as caught:
+        for run in run_of(tmp_path, torn):
+            steps.append(run.step)
+    assert steps == [1, 2, 3] and saved_steps(tmp_path) == [2]
+    assert "torn" in {entry.name for entry in caught.traceback} and not threads[0].is_alive()
+
+
+def test_a_signal_while_a_batch_is_awaited_ends_the_run_after_its_step(tmp_path):
+    closed = []
+
+    def slow(start):
+        try:
+            for rows in numbered(start):
+                if rows["number"] == 3:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    time.sleep(0.1)
+                yield rows
+        finally:
+            closed.append(threading.current_thread())
+
+    with pytest.raises(SystemExit) as stopped:
+        collections.deque(run_of(tmp_path, slow, num_steps=100))
+    assert stopped.value.code == os.EX_TEMPFAIL and closed == [threading.main_thread()]
+    (*_, step) = saved_steps(tmp_path)
+    assert step < 6 and int(saved_state(tmp_path, step)["sum"]) == sum(range(step))
 
 
 def test_a_run_that_diverges_ends_with_an_error_and_its_batches(tmp_path):
