@@ -15,6 +15,7 @@ images, prompts, weights or batch sizes begin anew, and take the place of what t
 
 import collections
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -30,7 +31,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from tqdm.auto import tqdm
 
-from rahf import evaluate, experiments, hosts, predictor, report, workdirs
+from rahf import ahead, evaluate, experiments, hosts, predictor, report, workdirs
 from rahf.fingerprint import fingerprint
 from richhf_data import (
     checked,
@@ -49,6 +50,7 @@ from richhf_data import (
 from richhf_data.errors import UserError
 
 FAILED = 3  # the exit code if images were left out
+AHEAD = 32  # images that are read before they are asked for
 REPORT_IMAGES = 200  # the page holds its pictures itself; predictions.jsonl and heatmaps/ have them all
 _RESULTS = ("predictions.jsonl", "failed.jsonl", "report.html")
 _PARTIAL = r"(\.[0-9a-f]{16}\.partial)"  # the end of what a killed run of `paths.writing` leaves
@@ -137,24 +139,39 @@ def predict(
     done = _on_any_host(done)
     if writer and any(done):
         print(f"output: {sum(done)} of {len(names)} batches were predicted before")
-    with tqdm(desc="predict", total=len(states), unit="image", dynamic_ncols=True) as bar:
-        for name, start, count, is_done in zip(names, starts, counts, done, strict=True):
+
+    def prepared():
+        for name, start, is_done in zip(names, starts, done, strict=True):
             batch = itertools.islice(examples, size)
             if is_done:
                 collections.deque(batch, maxlen=0)
             else:
-                found = _predict_batch(model, batch, start, size, strict)
-                if writer:
-                    writer.write(name, found)
-            bar.update(count)
+                items = _prepared(model, batch, start, strict)
+                good = [item for item in items.values() if "failed" not in item]
+                yield (name, items), [item["inputs"] | {"name": item["name"]} for item in good]
+
+    finished = sum(itertools.compress(counts, done))
+    with (
+        tqdm(desc="predict", total=len(states), initial=finished, unit="image", dynamic_ncols=True) as bar,
+        contextlib.closing(model.predict_batches(prepared(), size)) as results,
+    ):
+        for (name, items), rows in results:
+            good = [number for number, item in items.items() if "failed" not in item]
+            predicted = {number: _item(model, items[number], row) for number, row in zip(good, rows, strict=True)}
+            if writer:
+                writer.write(name, items | predicted)
+            bar.update(len(items))
     failed = writer.finish(model, tables) if writer else 0
     return failed if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(failed)))
 
 
-def _predict_batch(model, examples: Iterable[dict], start: int, size: int, strict: bool) -> dict[int, dict]:
-    """number -> an item of rahf/report.py, or {"failed": reason} with its name and prompt. `start`: the first number."""
-    found = {}
-    for number, example in enumerate(examples, start):
+def _prepared(model, examples: Iterable[dict], start: int, strict: bool) -> dict[int, dict]:
+    """number -> an item of rahf/report.py before its prediction, with the model's `inputs`; or {"failed": reason} with its
+    name and prompt. `start`: the first number.
+    """
+
+    def prepare(numbered):
+        number, example = numbered
         item = {key: example[key] for key in ("name", "prompt")}
         try:
             image = images.read(example["image"]) if isinstance(example["image"], str) else example["image"]
@@ -166,33 +183,32 @@ def _predict_batch(model, examples: Iterable[dict], start: int, size: int, stric
             if strict:
                 raise
             item["failed"] = str(error)
-        found[number] = item
-    failed = _on_any_host(["failed" in item for item in found.values()])
-    for item in itertools.compress(found.values(), failed):
+        return number, item
+
+    with contextlib.closing(ahead.mapped(prepare, enumerate(examples, start), AHEAD)) as results:
+        items = dict(results)
+    failed = _on_any_host(["failed" in item for item in items.values()])
+    for item in itertools.compress(items.values(), failed):
         item.setdefault("failed", "image: another process cannot read it")
-    good = [number for number, item in found.items() if "failed" not in item]
-    return found | dict(zip(good, predict_items(model, [found[number] for number in good], size), strict=True))
+    return items
 
 
 def predict_items(model: predictor.Model, examples: Iterable[dict], batch_size: int) -> Iterator[dict]:
-    """Items of rahf/report.py from examples: dictionaries of `image` (RGB, any size), `prompt`, `name`, maybe `truth`.
+    """Items of rahf/report.py from examples: dictionaries of `image` (RGB, any size), `prompt`, `name`, maybe `truth`."""
+    examples = list(examples)
+    inputs = (model.prepare(item["image"], item["prompt"]) | {"name": item["name"]} for item in examples)
+    return map(functools.partial(_item, model), examples, model.predict_rows(inputs, batch_size))
 
-    An example may have `inputs`, what `Model.prepare` gave, in place of its image.
-    """
-    shown, prepared = itertools.tee(examples)
-    inputs = (
-        (item.get("inputs") or model.prepare(item["image"], item["prompt"])) | {"name": item["name"]} for item in prepared
-    )
-    rows = model.predict_rows(inputs, batch_size)
-    for example, row in zip(shown, rows, strict=True):
-        yield example | {
-            "scores": dict(zip(schema.SCORES, row["scores"].tolist(), strict=True)),
-            "heatmaps": {name: row["heatmaps"][..., i] for i, name in enumerate(schema.HEATMAPS)},
-            "labelled_prompt": row["labelled_prompt"],
-            "labels": keywords.read_labels(
-                row["labelled_prompt"], keywords.tokenize(example["prompt"]), model.vocabulary.written
-            ),
-        }
+
+def _item(model: predictor.Model, example: dict, row: dict) -> dict:
+    """An item of rahf/report.py: an example with a row of `Predictor.predict_rows`."""
+    tokens = keywords.tokenize(example["prompt"])
+    return example | {
+        "scores": dict(zip(schema.SCORES, row["scores"].tolist(), strict=True)),
+        "heatmaps": {name: row["heatmaps"][..., i] for i, name in enumerate(schema.HEATMAPS)},
+        "labelled_prompt": row["labelled_prompt"],
+        "labels": keywords.read_labels(row["labelled_prompt"], tokens, model.vocabulary.written),
+    }
 
 
 def _on_any_host(flags: Sequence[bool]) -> list[bool]:
@@ -237,7 +253,7 @@ class _Writer:
             return False
 
     def write(self, name: str, items: dict[int, dict]) -> None:
-        """Writes a batch, what `_predict_batch` gives. The first one removes the results of an earlier run."""
+        """Writes a batch: what `_prepared` gives, predicted. The first one removes the results of an earlier run."""
         if not self._begun:
             self._begun = True
             for result in _RESULTS:

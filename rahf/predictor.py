@@ -4,6 +4,7 @@
     feedback = model.predict(images, prompts)
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -16,7 +17,7 @@ import numpy as np
 import PIL.Image
 from flax import linen as nn
 
-from rahf import checkpoints, partitioning, sources, weights, workdirs
+from rahf import ahead, checkpoints, partitioning, sources, weights, workdirs
 from rahf.fingerprint import fingerprint
 from rahf.models import rahf as rahf_model
 from richhf_data import jsonl, keywords, paths, schema
@@ -83,8 +84,12 @@ class Predictor:
         inputs = (jax.ShapeDtypeStruct(*shapes[name], sharding=self._rows) for name in ("image", "text_ids"))
         return self._forward.lower(self.params, *inputs)
 
+    def bucket(self, rows: int, most: int) -> int:
+        """The rows of the program that predicts so many: a power of two up to `most`, rounded up as `batch_size`."""
+        return self.batch_size(min(1 << (rows - 1).bit_length(), most))
+
     def predict_rows(self, params, examples: Iterable[dict], batch_size: int) -> Iterator[dict]:
-        """Predictions of any number of rows, in batches of one compiled shape.
+        """Predictions of any number of rows, in batches of at most `batch_size`; see `predict_batches`.
 
         Args:
           examples: each a dictionary of `image` uint8[H, W, 3] at the model's size and `text_ids` int32[R, L]. On several
@@ -99,23 +104,62 @@ class Predictor:
         Raises:
           UserError: a prediction that is not finite.
         """
-        examples, size = iter(examples), self.batch_size(batch_size)
-        local, done = partitioning.local_rows(self._rows, size), 0
-        while part := list(itertools.islice(examples, batch_size)):
-            inputs = (schema.pad_rows(np.stack([row[name] for row in part]), size)[local] for name in ("image", "text_ids"))
-            placed = partitioning.shard_batch(dict(zip(("image", "text_ids"), inputs, strict=True)), self._rows)
-            outputs = self._forward(params, placed["image"], placed["text_ids"])
-            outputs = (np.asarray(array)[: len(part)] for array in outputs)
-            for number, (row, scores, heatmaps, ids) in enumerate(zip(part, *outputs, strict=True), done):
-                if not np.isfinite(scores).all() or not np.isfinite(heatmaps).all():
-                    name = row.get("name", f"row {number}")
-                    raise UserError(
-                        f"prediction: got scores or heatmaps that are not finite for {name}; the weights are damaged, or "
-                        "too large for model.dtype: train or convert them again"
-                    )
-                spelt = self.vocabulary.decode(ids)
-                yield {"scores": scores, "heatmaps": heatmaps, "keyword_ids": ids, "labelled_prompt": spelt}
-            done += len(part)
+        examples = iter(examples)
+
+        def batches():
+            while rows := list(itertools.islice(examples, batch_size)):
+                yield None, rows
+
+        with contextlib.closing(self.predict_batches(params, batches(), batch_size)) as results:
+            for _, rows in results:
+                yield from rows
+
+    def predict_batches(self, params, batches: Iterable[tuple], batch_size: int) -> Iterator[tuple]:
+        """Predictions batch by batch.
+
+        A thread takes the batches and hands them to the devices, one ahead of the results that are asked for. A batch is
+        filled up to its bucket. Where compiling another program takes longer than computing the rows that fill it up, which
+        is everywhere but on a CPU, a smaller batch takes the program of a larger one before it.
+
+        Args:
+          batches: pairs of anything and up to `batch_size` rows, which may be none.
+
+        Yields:
+          Pairs of the same and the rows' predictions, as `predict_rows`.
+        """
+        on_cpu = self._mesh.devices.flat[0].platform == "cpu"
+
+        def begun():
+            size = number = 0
+            for key, rows in batches:
+                outputs = ()
+                if rows:
+                    bucket = self.bucket(len(rows), batch_size)
+                    size = bucket if on_cpu else max(bucket, size)
+                    outputs = self._begin(params, rows, size)
+                names = [row.get("name", f"row {number + i}") for i, row in enumerate(rows)]
+                number += len(rows)
+                yield key, names, outputs
+
+        with contextlib.closing(ahead.taken(begun(), 1)) as results:
+            for key, names, outputs in results:
+                yield key, [self._row(*row) for row in zip(names, *jax.device_get(outputs), strict=False)]
+
+    def _begin(self, params, rows: Sequence[dict], size: int) -> tuple[jax.Array, ...]:
+        """The forward pass of some rows as a batch of `size`; does not wait for the devices."""
+        local = partitioning.local_rows(self._rows, size)
+        stacked = {name: np.stack([row[name] for row in rows]) for name in ("image", "text_ids")}
+        own = {name: schema.pad_rows(array, size)[local] for name, array in stacked.items()}
+        return self._forward(params, **partitioning.shard_batch(own, self._rows))
+
+    def _row(self, name: str, scores: np.ndarray, heatmaps: np.ndarray, ids: np.ndarray) -> dict:
+        if not np.isfinite(scores).all() or not np.isfinite(heatmaps).all():
+            raise UserError(
+                f"prediction: got scores or heatmaps that are not finite for {name}; the weights are damaged, or "
+                "too large for model.dtype: train or convert them again"
+            )
+        spelt = self.vocabulary.decode(ids)
+        return {"scores": scores, "heatmaps": heatmaps, "keyword_ids": ids, "labelled_prompt": spelt}
 
 
 class Model:
@@ -186,13 +230,23 @@ class Model:
         if self.truncates and any(map(self.is_too_long, filter(jsonl.is_text, prompts))):
             length = self.config.data.text_length
             warnings.warn(f"prompts of more than {length} ids lose their ends, as in the model's training", stacklevel=2)
+
+        def prepare(numbered):
+            number, (image, prompt) = numbered
+            return self.prepare(image, prompt) | {"name": f"images[{number}]"}
+
         pairs = enumerate(zip(images, prompts, strict=True))
-        inputs = (self.prepare(image, prompt) | {"name": f"images[{i}]"} for i, (image, prompt) in pairs)
-        return _feedback(list(self.predict_rows(inputs, min(batch_size, len(images)))), prompts, self.vocabulary.written)
+        with contextlib.closing(ahead.mapped(prepare, pairs, batch_size)) as inputs:
+            rows = list(self.predict_rows(inputs, batch_size))
+        return _feedback(rows, prompts, self.vocabulary.written)
 
     def predict_rows(self, examples: Iterable[dict], batch_size: int) -> Iterator[dict]:
         """`Predictor.predict_rows` with the model's parameters."""
         return self.predictor.predict_rows(self.params, examples, batch_size)
+
+    def predict_batches(self, batches: Iterable[tuple], batch_size: int) -> Iterator[tuple]:
+        """`Predictor.predict_batches` with the model's parameters."""
+        return self.predictor.predict_batches(self.params, batches, batch_size)
 
 
 def _feedback(rows: Sequence[dict], prompts: Sequence[str], written: Callable[[str], str]) -> Feedback:

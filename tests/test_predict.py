@@ -1,10 +1,12 @@
 """From a workdir to feedback, files and a page."""
 
+import dataclasses
 import gc
 import json
 import os
 import pathlib
 import re
+import threading
 import types
 
 import cv2
@@ -14,7 +16,7 @@ import pytest
 import tiny_model
 
 import rahf
-from rahf import checkpoints, convert, experiments, predict, predictor, train, workdirs
+from rahf import checkpoints, convert, experiments, partitioning, predict, predictor, train, workdirs
 from rahf.models import rahf as rahf_model
 from rahf.reward import specs
 from richhf_data import images as image_files
@@ -90,6 +92,91 @@ def test_an_image_alone_is_predicted_as_in_company(workdir, images):
         alone.heatmaps["implausibility"][0], together.heatmaps["implausibility"][2], atol=1e-6
     )
     assert alone.labelled_prompts[0] == together.labelled_prompts[2]
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """A predictor of the tiny model on one device, its parameters, and seven rows."""
+    config = experiments.load("rahf_ci")
+    with config.unlocked():
+        config.model = dataclasses.asdict(tiny_model.config())
+    config.data.update(text_length=6, keyword_length=5)
+    vocabulary = types.SimpleNamespace(decode=lambda ids: str(ids.tolist()))
+    made = predictor.Predictor(config, vocabulary, partitioning.make_mesh(devices=jax.devices()[:1]))
+    _, params = tiny_model.model_and_params(made.model_config)
+    batch = tiny_model.batch(made.model_config, 7)
+    return made, params["params"], [{name: batch[name][i] for name in ("image", "text_ids")} for i in range(7)]
+
+
+def test_batches_run_in_buckets_and_rows_do_not_depend_on_them(one_device):
+    """The sizes of the programs are powers of two, so that many numbers of rows share one."""
+    made, params, rows = one_device
+    assert [made.bucket(count, 12) for count in (1, 2, 3, 5, 7, 8, 9, 12)] == [1, 2, 4, 8, 8, 8, 12, 12]
+    eight = predictor.Predictor(made.config, None)
+    assert [eight.bucket(count, 20) for count in (1, 8, 9, 17, 20)] == [8, 8, 16, 24, 24]
+    together = list(made.predict_rows(params, rows, 8))
+    for count, batch_size in ((5, 8), (6, 8), (3, 2), (7, 2)):  # 8; 8; 2, 1; 2, 2, 2, 1
+        for row, expected in zip(made.predict_rows(params, rows[:count], batch_size), together[:count], strict=True):
+            for name in ("scores", "heatmaps", "keyword_ids"):
+                np.testing.assert_allclose(row[name], expected[name], atol=1e-6)
+    assert made._forward._jitted._cache_size() == 3
+    assert not re.search("callback|infeed|outfeed", made.lower(2).as_text())  # the decoder's loop is the device's
+
+
+class Delayed:
+    """An array of the device that is computed once `event` is set."""
+
+    def __init__(self, array, event):
+        self.array, self.event = array, event
+
+    def __array__(self, *args, **kwargs):
+        assert self.event.wait(60)
+        return self.array
+
+
+def begun(made, monkeypatch, scores=0.5):
+    """Numbers of batches, as they are handed to the device; each is computed when the next one is there."""
+    events, numbers = [threading.Event() for _ in range(5)], []
+
+    def forward(params, image, text_ids):
+        number, rows = len(numbers), len(image)
+        numbers.append(number)
+        events[number].set()
+        outputs = np.full((rows, 4), scores), np.zeros((rows, 8, 8, 2)), np.zeros((rows, 5), int)
+        return tuple(Delayed(array, events[number + (rows == 2)]) for array in outputs)
+
+    monkeypatch.setattr(made, "_forward", forward)
+    return numbers
+
+
+def test_a_batch_is_begun_before_the_results_of_the_one_before_are_there(one_device, monkeypatch):
+    made, _, rows = one_device
+    numbers, threads = begun(made, monkeypatch), set()
+
+    def examples():
+        for row in rows:
+            threads.add(threading.current_thread())
+            yield row
+
+    assert len(list(made.predict_rows(None, examples(), 2))) == 7 and numbers == [0, 1, 2, 3]  # the last of one row
+    assert len(threads) == 1 and not threads.pop().is_alive()
+
+
+def test_errors_come_in_the_order_of_the_rows(one_device, monkeypatch):
+    made, _, rows = one_device
+
+    def torn():
+        yield from rows[:4]
+        raise UserError("the fifth image is torn")
+
+    begun(made, monkeypatch)
+    found = made.predict_rows(None, torn(), 4)
+    assert len([next(found) for _ in range(4)]) == 4
+    with pytest.raises(UserError, match="the fifth image is torn"):
+        next(found)
+    begun(made, monkeypatch, np.nan)
+    with pytest.raises(UserError, match=r"not finite for row 0; the weights"):
+        list(made.predict_rows(None, torn(), 4))
 
 
 def test_refuses_what_it_cannot_read(workdir, images):
@@ -173,6 +260,10 @@ class FakeModel:
         if self.is_too_long(prompt):
             raise UserError("too long")
         return {"mean": image.mean() / 255}
+
+    def predict_batches(self, batches, batch_size):
+        for key, rows in batches:
+            yield key, list(self.predict_rows(rows, batch_size))
 
     def predict_rows(self, rows, batch_size):
         for row in rows:
