@@ -5,6 +5,7 @@
 `weights` draws a model's parameters from their names and shapes, which the file holds, so that its tests need no torch.
 """
 
+import functools
 import itertools
 import json
 import pathlib
@@ -21,7 +22,8 @@ V1_1 = {"d_model": 24, "num_heads": 3, "d_kv": 8, "d_ff": 28, "num_layers": 1, "
 V1_1 |= {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40}
 DEEP = {"hidden_size": 20, "num_hidden_layers": 3, "num_attention_heads": 5, "intermediate_size": 36, "patch_size": 8}
-# Each: Hugging Face's settings of ViT and T5, what is beside the file, and whether there is a head for each task.
+# Each: Hugging Face's settings of ViT and T5, what is beside the file, and whether there is a head for each task. Sizes of
+# the heads may follow, as `score` and `heatmap`.
 CASES = {
     "flan_t5_with_equal_widths": dict(vit=SMALL | {"patch_size": 4, "image_size": 16}, t5=V1_1, multi_heads=True),
     "single_heads_with_dino_pixels": dict(vit=DEEP | {"image_size": 24}, t5=V1_0, multi_heads=False, pixels=IMAGENET),
@@ -62,8 +64,8 @@ def inputs(case, seed: int = 1) -> dict[str, np.ndarray]:
     return {"image": image.astype(np.uint8), "text_ids": ids.astype(np.int32), "targets": targets.astype(np.int32)}
 
 
-def build(case, tied: bool | None = None):
-    """The model in PyTorch, with parameters of `weights`. `tied` is by default what T5's settings say."""
+def build(case, tied: bool | None = None, state=None):
+    """The model in PyTorch, with parameters of `weights`, or of a `state`. `tied` is by default what T5's settings say."""
     import torch
     import transformers
     from torch import nn
@@ -116,28 +118,30 @@ def build(case, tied: bool | None = None):
         def __init__(self):
             super().__init__()
             vit = transformers.ViTConfig(**case["vit"])
-            t5 = transformers.T5Config(vocab_size=VOCAB, decoder_start_token_id=0, dropout_rate=0.0, **case["t5"])
+            t5 = {"vocab_size": VOCAB, "decoder_start_token_id": 0, "dropout_rate": 0.0} | case["t5"]
+            t5 = transformers.T5Config(**t5)
             self.vit, self.t5 = transformers.ViTModel(vit), transformers.T5ForConditionalGeneration(t5)
             # transformers 5 always ties them.
-            self.t5.lm_head.weight = nn.Parameter(torch.empty(VOCAB, t5.d_model))
+            self.t5.lm_head.weight = nn.Parameter(torch.empty(t5.vocab_size, t5.d_model))
             self.visual_token_projection = nn.Linear(vit.hidden_size, t5.d_model)
             self.side = vit.image_size // vit.patch_size
-            width, cells = t5.d_model, self.side**2
+            score = functools.partial(Score, t5.d_model, self.side**2, **case.get("score", {}))
+            heatmap = functools.partial(Heatmap, t5.d_model, **case.get("heatmap", {}))
             if case["multi_heads"]:
-                self.score_predictor = nn.ModuleDict({name: Score(width, cells) for name in SCORES})
-                self.heatmap_predictor = nn.ModuleDict({name: Heatmap(width) for name in HEATMAPS})
+                self.score_predictor = nn.ModuleDict({name: score() for name in SCORES})
+                self.heatmap_predictor = nn.ModuleDict({name: heatmap() for name in HEATMAPS})
             else:
-                self.score_predictor, self.heatmap_predictor = Score(width, cells), Heatmap(width)
+                self.score_predictor, self.heatmap_predictor = score(), heatmap()
 
         def fuse(self, tokens, ids):
-            """The encoded image as a map [1, D, h, w], and the encoded text [1, L, D]; `ids` have no padding."""
+            """The encoded image as a map [B, D, h, w], and the encoded text [B, L, D]; `ids` have no padding."""
             x = torch.cat([tokens, self.t5.get_input_embeddings()(ids)], dim=1)
             x = self.t5.encoder(inputs_embeds=x).last_hidden_state
             image, text = x[:, 1 : tokens.shape[1]], x[:, tokens.shape[1] :]
-            return image.transpose(1, 2).reshape(1, -1, self.side, self.side), text
+            return image.transpose(1, 2).reshape(len(x), -1, self.side, self.side), text
 
-        def forward(self, pixels, texts, targets, length):
-            """pixels [1, 3, H, W], texts: R of [1, L], targets [1, T] -> scores, heatmaps, logits and `length` ids."""
+        def perceive(self, pixels, texts):
+            """pixels [B, 3, H, W], texts: R of [B, L] -> scores [B, 4], heatmaps [B, h, w, 2], for the decoder [B, L, D]."""
             tokens = self.visual_token_projection(self.vit(pixel_values=pixels).last_hidden_state)
             maps, encoded = zip(*(self.fuse(tokens, ids) for ids in texts), strict=True)
             if case["multi_heads"]:
@@ -146,18 +150,26 @@ def build(case, tied: bool | None = None):
             else:
                 scores = [self.score_predictor(x) for x in maps[:4]]
                 heatmaps = [self.heatmap_predictor(x) for x in maps[4:6]]
-            text = transformers.modeling_outputs.BaseModelOutput(last_hidden_state=encoded[-1])
-            logits = self.t5(encoder_outputs=text, labels=targets).logits
-            greedy = {"max_new_tokens": length, "do_sample": False, "use_cache": False}
-            written = self.t5.generate(encoder_outputs=text, **greedy)[:, 1:]
-            written = nn.functional.pad(written, (0, length - written.shape[1]))
-            outputs = torch.stack(scores, -1), torch.stack(heatmaps, -1), logits, written
-            return dict(zip(("scores", "heatmaps", "logits", "written"), outputs, strict=True))
+            return torch.stack(scores, -1), torch.stack(heatmaps, -1), encoded[-1]
+
+        def logits(self, encoded, targets):
+            """encoded [B, L, D], targets [B, T] -> [B, T, V]."""
+            encoded = transformers.modeling_outputs.BaseModelOutput(last_hidden_state=encoded)
+            return self.t5(encoder_outputs=encoded, labels=targets).logits
+
+        def write(self, encoded, length, use_cache=False):
+            """encoded [B, L, D] -> ids [B, length], decoded greedily. The cache wants as many layers in both stacks."""
+            encoded = transformers.modeling_outputs.BaseModelOutput(last_hidden_state=encoded)
+            greedy = {"max_new_tokens": length, "do_sample": False, "use_cache": use_cache}
+            written = self.t5.generate(encoder_outputs=encoded, **greedy)[:, 1:]
+            return nn.functional.pad(written, (0, length - written.shape[1]))
 
     model = Release().eval()
     tied = case["t5"].get("tie_word_embeddings", True) if tied is None else tied
-    drawn = weights({name: tuple(x.shape) for name, x in model.state_dict().items()}, tied)
-    model.load_state_dict({name: torch.from_numpy(x) for name, x in drawn.items()})
+    if state is None:
+        drawn = weights({name: tuple(x.shape) for name, x in model.state_dict().items()}, tied)
+        state = {name: torch.from_numpy(x) for name, x in drawn.items()}
+    model.load_state_dict(state)
     return model
 
 
@@ -173,12 +185,10 @@ def run(model, case, image, texts, targets, length: int = 8) -> dict[str, np.nda
     import torch
 
     with torch.no_grad():
-        found = model(
-            torch.from_numpy(pixels_of(case, image)[None]),
-            [torch.tensor(ids)[None] for ids in texts],
-            torch.tensor(targets)[None],
-            length,
-        )
+        pixels = torch.from_numpy(pixels_of(case, image)[None])
+        scores, heatmaps, encoded = model.perceive(pixels, [torch.tensor(ids)[None] for ids in texts])
+        logits, written = model.logits(encoded, torch.tensor(targets)[None]), model.write(encoded, length)
+    found = {"scores": scores, "heatmaps": heatmaps, "logits": logits, "written": written}
     return {name: x[0].numpy() for name, x in found.items()}
 
 
