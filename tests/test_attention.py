@@ -118,16 +118,19 @@ def test_devices_compute_their_own_rows_and_heads(model):
 
 
 def test_the_choice_follows_device_and_size(monkeypatch):
-    def choice(kind, length, dtype, width=64, keys=None):
+    def choice(kind, length, dtype, width=64, keys=None, capability=9.0, **options):
         monkeypatch.setattr(partitioning, "device_kind", lambda: kind)
+        monkeypatch.setattr(attention, "_capability", lambda: capability)
         shapes = [(2, n, 8, width) for n in (length, keys or length)]
-        return attention.choose(*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes))
+        return attention.choose(*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes), **options)
 
     assert choice("cpu", 260, jnp.float32) == "plain"
     assert choice("cpu", 4096, jnp.float32) == "blockwise"
     assert choice("cpu", 4096, jnp.float32, keys=77) == "plain"
     assert choice("NVIDIA H100 80GB HBM3", 260, jnp.bfloat16) == "cudnn"
     assert choice("NVIDIA H100 80GB HBM3", 260, jnp.float32) == "plain"
+    assert choice("NVIDIA H100 80GB HBM3", 260, jnp.bfloat16, with_bias=True) == "plain"
+    assert choice("NVIDIA GeForce RTX 2080 Ti", 4096, jnp.bfloat16, capability=7.5) == "blockwise"
     assert choice("NVIDIA H100 80GB HBM3", 4096, jnp.bfloat16, width=512) == "blockwise"
     assert choice("TPU v3", 260, jnp.bfloat16) == "plain"
     assert choice("TPU v3", 4096, jnp.bfloat16) == "pallas"

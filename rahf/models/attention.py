@@ -15,7 +15,6 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import flash_attention as flash
 from jax.typing import DTypeLike
 
 from rahf import partitioning
@@ -52,7 +51,7 @@ def attention(
       dtype[B, Q, A, K].
     """
     if implementation == "auto":
-        implementation = choose(query, key)
+        implementation = choose(query, key, with_bias=bias is not None or mask is not None)
     if implementation == "plain":
         return _plain(query, key, value, bias, mask, causal)
     function = {"blockwise": _blockwise, "cudnn": _cudnn, "pallas": _pallas}[implementation]
@@ -63,16 +62,25 @@ def attention(
     return local(query, key, value, bias, mask)
 
 
-def choose(query: Array, key: Array) -> str:
-    """The implementation for these shapes on the devices that compute: one of `IMPLEMENTATIONS`."""
+def choose(query: Array, key: Array, with_bias: bool = False) -> str:
+    """The implementation for these shapes on the devices that compute: one of `IMPLEMENTATIONS`.
+
+    cuDNN takes masks as a bias [B, A, Q, N], which would be as large as the matrix: `with_bias` is for the other forms.
+    """
     kind = partitioning.device_kind()
-    if kind.startswith("NVIDIA") and query.dtype != jnp.float32 and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128:
+    known = query.dtype != jnp.float32 and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128  # by cuDNN
+    if kind.startswith("NVIDIA") and known and not with_bias and _capability() >= 8:
         return "cudnn"
     on_tpu = kind.startswith("TPU")
     logits, keys = WORTH_ON_TPU if on_tpu else WORTH
     if query.shape[1] * key.shape[1] < logits or key.shape[1] < keys:
         return "plain"
     return "pallas" if on_tpu and kind != "TPU v2" else "blockwise"
+
+
+def _capability() -> float:
+    """Of this process's first GPU. Ampere, from which on cuDNN has flash attention, is 8.0."""
+    return float(jax.local_devices(backend="gpu")[0].compute_capability)
 
 
 # ---- The whole matrix -----------------------------------------------------------------------------------------------
@@ -272,6 +280,8 @@ def _cudnn(query, key, value, bias, mask, causal):
 
 def _pallas(query, key, value, bias, mask, causal):
     """A TPU v3 multiplies float32 alone in a kernel, so its inputs are cast; the matrix unit rounds them to bfloat16."""
+    from jax.experimental.pallas.ops.tpu import flash_attention as flash  # takes half a second
+
     (batch, queries, _, width), keys, dtype = query.shape, key.shape[1], query.dtype
     operand = jnp.float32 if partitioning.device_kind() == "TPU v3" else dtype
     more_queries, more_keys = -queries % 128, -keys % 128
