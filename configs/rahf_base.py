@@ -110,5 +110,6 @@ def get_config():
         model=1,  # devices that a layer is divided over
         sharding="fully_sharded",  # or "optimizer_sharded", "data_parallel": what of the training state is divided too
         shard_group=32,  # over how many devices of data at most; each group holds one copy
+        attention="auto",  # by device and size; or "plain", "blockwise", "cudnn", "pallas": rahf/models/attention.py
     )
     return config

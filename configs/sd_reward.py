@@ -66,5 +66,5 @@ def get_config():
         sampler="dpm++",
         guidance_scale=7.5,
     )
-    config.mesh = dict(data=-1, model=1, sharding="fully_sharded", shard_group=16)
+    config.mesh = dict(data=-1, model=1, sharding="fully_sharded", shard_group=16, attention="auto")
     return config

@@ -114,7 +114,7 @@ def lowered(config, step: str, mesh, batch_size: int, picture: dict):
         model = diffusion_of(config)
         model = dataclasses.replace(model, vae=dataclasses.replace(model.vae, dtype=model.unet.dtype))
         size = model.unet.sample_size * model.vae.factor
-        picture = {"height": size, "width": size} | picture
+        picture = {"height": size, "width": size, "attention": config.mesh.attention} | picture
         steps = plan(model.schedule, config.sample.sampler, config.sample.steps)
         return sample.lower(model, mesh, batch_size, steps=steps, guidance=config.sample.guidance_scale > 1, **picture)
     predictor = Predictor(config, None, mesh)

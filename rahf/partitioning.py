@@ -71,6 +71,7 @@ def sizes(mesh: Mesh) -> dict[str, int]:
 
 
 _sharding = contextvars.ContextVar("sharding", default=None)
+_attention = contextvars.ContextVar("attention", default=None)
 
 
 @contextlib.contextmanager
@@ -84,23 +85,42 @@ def _activate(mesh: Mesh, sharding: str = "data_parallel"):
         _sharding.reset(token)
 
 
+@contextlib.contextmanager
+def forcing_attention(implementation: str):
+    """Every attention that is traced takes this form, one of `rahf.models.attention.IMPLEMENTATIONS`; "auto" forces none."""
+    token = _attention.set(None if implementation == "auto" else implementation)
+    try:
+        yield
+    finally:
+        _attention.reset(token)
+
+
+def forced_attention() -> str | None:
+    """What `forcing_attention` says."""
+    return _attention.get()
+
+
 class MeshFunction:
     """A jitted function that is always called, and lowered, under its own mesh and sharding.
 
     Args:
       sharding: of `SHARDED_PARTS`; how parameters and gradients are divided inside.
+      attention: as for `forcing_attention`.
       options: of `jax.jit`.
     """
 
-    def __init__(self, function: Callable, mesh: Mesh, sharding: str = "data_parallel", **options):
+    def __init__(
+        self, function: Callable, mesh: Mesh, sharding: str = "data_parallel", attention: str = "auto", **options
+    ):
         self._jitted, self._mesh, self._sharding = jax.jit(function, **options), mesh, sharding
+        self._attention = attention
 
     def __call__(self, *args, **kwargs):
-        with _activate(self._mesh, self._sharding):
+        with _activate(self._mesh, self._sharding), forcing_attention(self._attention):
             return self._jitted(*args, **kwargs)
 
     def lower(self, *args, **kwargs) -> jax.stages.Lowered:
-        with _activate(self._mesh, self._sharding):
+        with _activate(self._mesh, self._sharding), forcing_attention(self._attention):
             return self._jitted.lower(*args, **kwargs)
 
 

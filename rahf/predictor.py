@@ -68,7 +68,8 @@ class Predictor:
             return module.apply({"params": params}, image, text_ids, length, method=module.predict)
 
         everywhere = partitioning.replicated(self._mesh)  # every process has every row
-        self._forward = partitioning.MeshFunction(forward, self._mesh, out_shardings=everywhere)
+        attention = config.get("mesh", {}).get("attention", "auto")  # a converted folder has no section mesh
+        self._forward = partitioning.MeshFunction(forward, self._mesh, attention=attention, out_shardings=everywhere)
 
     def gather(self, params):
         """Parameters of a training state, in the places where this expects them."""

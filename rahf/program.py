@@ -16,6 +16,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from rahf import experiments, optimizers, partitioning
+from rahf.models.attention import IMPLEMENTATIONS
 from richhf_data import ranges
 from richhf_data.errors import UserError
 
@@ -31,6 +32,7 @@ RANGES = optimizers.RANGES | {
     "mesh.data": ranges.Range(1, 2**20, whole=True, also=-1),
     "mesh.model": ranges.Range(1, 2**20, whole=True),
     "mesh.shard_group": ranges.COUNT,
+    "mesh.attention": ranges.OneOf(("auto", *IMPLEMENTATIONS)),
 }
 
 
@@ -156,6 +158,7 @@ def assemble(
         _make_update(program, optimizer, schedule, config, mesh),
         mesh,
         config.mesh.sharding,
+        config.mesh.attention,
         in_shardings=(_shardings(state), rows, None),
         out_shardings=(_shardings(state), None),
         donate_argnums=0,

@@ -187,6 +187,8 @@ def _upgraded(config: Mapping) -> dict:
     config = _renamed(config)
     if config.get("kind", "rahf") == "rahf" and "model" in config:
         config["model"] = dataclasses.asdict(RAHFConfig.from_dict(config["model"]))
+    if isinstance(config.get("mesh"), dict):
+        config["mesh"].setdefault("attention", "auto")
     return config
 
 

@@ -135,3 +135,13 @@ def test_the_choice_follows_device_and_size(monkeypatch):
     assert choice("TPU v3", 260, jnp.bfloat16) == "plain"
     assert choice("TPU v3", 4096, jnp.bfloat16) == "pallas"
     assert choice("TPU v2", 4096, jnp.bfloat16) == "blockwise"
+
+
+def test_a_config_forces_a_form():
+    mesh, x = partitioning.make_mesh(), jnp.zeros((8, 48, 2, 8))
+
+    def text(attention):
+        return partitioning.MeshFunction(lambda x: attend(x, x, x), mesh, attention=attention).lower(x).as_text()
+
+    assert "while" in text("blockwise")
+    assert "while" not in text("plain") and text("plain") == text("auto")

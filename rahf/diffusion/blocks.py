@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from rahf.models.attention import Implementation, attention
+from rahf.models.attention import attention
 from rahf.models.layers import Conv, Dense, GroupNorm, Projection
 from richhf_data.checked import Size
 from richhf_data.errors import UserError
@@ -70,10 +70,8 @@ def repeated(x: Array, rows: int) -> Array:
     return x if len(x) == rows else jnp.repeat(x, rows // len(x), axis=0)
 
 
-def attend(
-    x: Array, context: Array | tuple[Array, Array], heads: int, dtype, how: Implementation, bias: bool = False
-) -> Array:
-    """Attention of x to `context`, computed as `how` says. `bias`: of to_q, to_k and to_v.
+def attend(x: Array, context: Array | tuple[Array, Array], heads: int, dtype, bias: bool = False) -> Array:
+    """Attention of x to `context`. `bias`: of to_q, to_k and to_v.
 
     It makes the layers to_q, to_k, to_v and to_out in the module that calls it.
 
@@ -97,5 +95,5 @@ def attend(
     key, value = map(split, context)
     query = repeated(split(project(x, "to_q")), len(key))
     query = query * query.shape[-1] ** -0.5
-    y = attention(query, key, value, implementation=how)  # [R, N, A, K]
+    y = attention(query, key, value)  # [R, N, A, K]
     return dense(x.shape[-1], ("joined_kv", "embed"), dtype, "to_out")(y.reshape(-1, *x.shape[1:]))

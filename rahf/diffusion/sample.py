@@ -34,6 +34,7 @@ from rahf import partitioning
 from rahf.diffusion import folder
 from rahf.diffusion.blocks import repeated
 from rahf.diffusion.schedule import SAMPLERS, Plan, Schedule, plan
+from rahf.models.attention import IMPLEMENTATIONS
 from rahf.models.layers import normalize_image
 from richhf_data import command, images, json_files, jsonl, paths, ranges, schema
 from richhf_data.errors import UserError
@@ -138,7 +139,7 @@ def guided(config, params, ids: Array, negative_ids: Array | None, scale: Array,
     return predict_noise
 
 
-def _generate(config, params, rows, negative_ids, seed, steps, scale, *, grid, vae_tile, partial, on_step):
+def _sampled(config, params, rows, negative_ids, seed, steps, scale, *, grid, vae_tile, partial, on_step):
     """The compiled program of `generate`. Absent rows are None. partial: start from the noised image."""
     image, mask, keys = rows["image"], rows["mask"], image_keys(seed, rows["number"])
     vae = functools.partial(config.modules["vae"].apply, {"params": params["vae"]}, tile=vae_tile)
@@ -173,10 +174,15 @@ def _generate(config, params, rows, negative_ids, seed, steps, scale, *, grid, v
     return nn.with_logical_constraint(images, (None,) * 4)  # replicated over the mesh
 
 
+def _generate(*inputs, attention, **options):
+    with partitioning.forcing_attention(attention):
+        return _sampled(*inputs, **options)
+
+
 @functools.cache
 def _compiled(mesh: jax.sharding.Mesh | None) -> Callable:
     """`_generate`, compiled for a mesh or for one device."""
-    static = {"static_argnames": ("config", "grid", "vae_tile", "partial", "on_step")}
+    static = {"static_argnums": 0, "static_argnames": ("grid", "vae_tile", "partial", "on_step", "attention")}
     return jax.jit(_generate, **static) if mesh is None else partitioning.MeshFunction(_generate, mesh, **static)
 
 
@@ -197,6 +203,7 @@ def generate(
     strength: float | None = None,
     truncate: bool = False,
     vae_tile: int | None = None,
+    attention: str = "auto",
     on_step: Callable[[], None] | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> np.ndarray:
@@ -214,6 +221,7 @@ def generate(
         mask starts from pure noise.
       truncate: drop the end of prompts that are too long.
       vae_tile: rows of pixels that a layer of the VAE computes at a time (`VAE.decode`); None = all.
+      attention: its form, one of `rahf.models.attention.IMPLEMENTATIONS`; "auto": by device and size.
       on_step: called after each step.
       mesh: of `rahf.partitioning`; the images are sharded over it, and the parameters must be on it. On several hosts, each
         passes the same arguments and gets all images.
@@ -265,7 +273,7 @@ def generate(
         "number": np.arange(first, first + count, dtype=np.int32),
     }
     partial = image is not None and (mask is None or strength < 1)
-    options = {"grid": grid, "vae_tile": vae_tile, "partial": partial, "on_step": on_step}
+    options = {"grid": grid, "vae_tile": vae_tile, "partial": partial, "on_step": on_step, "attention": attention}
     if mesh is not None:
         devices = partitioning.sizes(mesh)["data"]
 
@@ -285,7 +293,9 @@ def generate(
     return drawn
 
 
-def lower(config: folder.Config, mesh, count: int, steps: Plan, guidance: bool, height: int, width: int, vae_tile=None):
+def lower(
+    config: folder.Config, mesh, count: int, steps: Plan, guidance: bool, height, width, vae_tile=None, attention="auto"
+):
     """The program of `generate` for text to image, lowered from shapes alone, and its parameters as shapes.
 
     Args:
@@ -305,6 +315,7 @@ def lower(config: folder.Config, mesh, count: int, steps: Plan, guidance: bool, 
     negative_ids = integers(partitioning.sizes(mesh)["data"], length) if guidance else None
     inputs = rows, negative_ids, seed_data(0), steps, np.float32(1)
     options = {"grid": config.vae.grid(height, width), "vae_tile": vae_tile, "partial": False, "on_step": None}
+    options["attention"] = attention
     return _compiled(mesh).lower(config, params, *inputs, **options), params
 
 
@@ -414,6 +425,7 @@ def run(args) -> None:
                 strength=args.strength,
                 truncate=args.truncate,
                 vae_tile=args.vae_tile,
+                attention=args.attention,
                 on_step=bar.update,
             )
             for number, pixels in zip(numbers, to_uint8(drawn), strict=False):
@@ -453,6 +465,7 @@ if __name__ == "__main__":
     ranges.flag("strength", None, "Change of the image; by default 0.8, or 1 with a mask.", ranges.SOME_SHARE)
     flags.DEFINE_bool("truncate", False, "Drop the end of prompts that are too long.")
     ranges.flag("vae_tile", None, "Rows of pixels that a layer of the VAE computes at a time: less memory.", ranges.PIXELS)
+    flags.DEFINE_enum("attention", "auto", ("auto", *IMPLEMENTATIONS), "The form of attention; by device and size if auto.")
     flags.DEFINE_enum("dtype", None, ("float32", "bfloat16"), "The dtype of the computation; float32 by default.")
     flags.mark_flags_as_required(["model", "output"])
     command.run(main)

@@ -99,7 +99,7 @@ def train(config, workdir, reward: Callable | None = None, cache=None) -> None:
         functools.partial(finetuning.merged, alpha=config.lora.alpha), out_shardings=partitioning.replicated(mesh)
     )
     prompts = list(config.sample.prompts) or [text for text in data.texts if text][:8]
-    settings = {name: config.sample[name] for name in SAMPLED}
+    settings = {name: config.sample[name] for name in SAMPLED} | {"attention": config.mesh.attention}
     with loop.start(config, workdir, training, initialise, batches_from) as run:
         for step in run.steps():
             if not run.due(config.sample.every):

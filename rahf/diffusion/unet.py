@@ -25,7 +25,6 @@ from jax.extend.core import jaxprs_in_params
 from jax.typing import DTypeLike
 
 from rahf.diffusion.blocks import Channels, Dtype, ResnetBlock, attend, check_blocks, dense, repeated
-from rahf.models.attention import Implementation
 from rahf.models.layers import Conv, Dense, GroupNorm, LayerNorm, partitioned, upsample
 from rahf.partitioning import compute_copy
 from richhf_data import checked
@@ -56,7 +55,6 @@ class UNetConfig:
     use_linear_projection: bool = False  # SD 2.x: dense layers around the transformers, not 1x1 convolutions
     dtype: Dtype = "float32"  # of the computation; parameters and the output are float32
     remat: bool = False  # recompute each residual block and each transformer in the backward pass
-    attention: Implementation = "auto"  # of `rahf.models.attention`
 
     def __post_init__(self):
         checked.fields(self, "unet")
@@ -78,11 +76,10 @@ class CrossAttention(nn.Module):
 
     heads: int
     dtype: DTypeLike
-    attention: Implementation
 
     @nn.compact
     def __call__(self, x: Array, context: Array | tuple[Array, Array]) -> Array:
-        return attend(x, context, self.heads, self.dtype, self.attention)
+        return attend(x, context, self.heads, self.dtype)
 
 
 class GatedDense(nn.Module):
@@ -108,15 +105,14 @@ class TransformerBlock(nn.Module):
 
     heads: int
     dtype: DTypeLike
-    attention: Implementation
 
     @nn.compact
     def __call__(self, x: Array, context: Array | tuple[Array, Array]) -> Array:
         """dtype[B, N, D], R rows of context as for `attend` -> dtype[R, N, D]."""
         y = LayerNorm(self.dtype, epsilon=1e-5, name="norm1")(x)
-        x = x + CrossAttention(self.heads, self.dtype, self.attention, name="attn1")(y, y)
+        x = x + CrossAttention(self.heads, self.dtype, name="attn1")(y, y)
         y = LayerNorm(self.dtype, epsilon=1e-5, name="norm2")(x)
-        y = CrossAttention(self.heads, self.dtype, self.attention, name="attn2")(y, context)
+        y = CrossAttention(self.heads, self.dtype, name="attn2")(y, context)
         x = repeated(x, len(y)) + y
         y = LayerNorm(self.dtype, epsilon=1e-5, name="norm3")(x)
         y = GatedDense(4 * x.shape[-1], self.dtype, name="ff_in")(y)
@@ -145,7 +141,7 @@ class SpatialTransformer(nn.Module):
         y = GroupNorm(self.config.norm_num_groups, 1e-6, dtype, name="norm")(x)
         y = project("proj_in", nn.initializers.lecun_normal())(y)
         y = y.reshape(batch, -1, width)  # [B, h * w, D]
-        y = TransformerBlock(self.heads, dtype, self.config.attention, name="transformer_blocks_0")(y, context)
+        y = TransformerBlock(self.heads, dtype, name="transformer_blocks_0")(y, context)
         y = project("proj_out", nn.initializers.zeros)(y.reshape(-1, *x.shape[1:]))
         return repeated(x, len(y)) + y
 

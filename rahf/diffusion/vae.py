@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 
 from rahf.diffusion.blocks import Channels, Dtype, ResnetBlock, attend, check_blocks
-from rahf.models.attention import Implementation
 from rahf.models.layers import Conv, GroupNorm, normalize_image, upsample
 from richhf_data import checked
 from richhf_data.checked import Size
@@ -39,7 +38,6 @@ class VAEConfig:
     scaling_factor: Annotated[float, Range(1e-6, 1e6)] = 0.18215  # gives the latents a standard deviation of about 1
     dtype: Dtype = "float32"  # of the computation; parameters and outputs are float32
     remat: bool = False  # recompute each residual block in the backward pass
-    attention: Implementation = "auto"  # of `rahf.models.attention`
 
     def __post_init__(self):
         checked.fields(self, "vae")
@@ -111,7 +109,7 @@ class AttentionBlock(nn.Module):
         batch, width, dtype = x.shape[0], x.shape[-1], jnp.dtype(self.config.dtype)
         y = GroupNorm(self.config.norm_num_groups, 1e-6, dtype, name="group_norm")(x)
         y = y.reshape(batch, -1, width)  # [B, h * w, C]
-        return x + attend(y, y, 1, dtype, self.config.attention, bias=True).reshape(x.shape)
+        return x + attend(y, y, 1, dtype, bias=True).reshape(x.shape)
 
 
 class VAEMidBlock(nn.Module):

@@ -6,12 +6,11 @@
     cudnn      cuDNN's flash attention, on NVIDIA GPUs.
     pallas     JAX's flash attention kernel for TPUs, from v3 on, where the logits are large.
 
-`attention` chooses by device and size.
+`attention` chooses by device and size, unless a config's `mesh.attention` or --attention names a form.
 """
 
 import functools
 import math
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,6 @@ from rahf import partitioning
 
 Array = jax.Array
 IMPLEMENTATIONS = ("plain", "blockwise", "cudnn", "pallas")
-Implementation = Literal["auto", *IMPLEMENTATIONS]
 MASKED = -1e10  # a masked logit. Finite, so that a row without any key gives no NaN
 QUERIES, KEYS = 512, 4096  # of a block: 8 MiB of float32 logits
 WORTH = 2**18, 256  # logits of a head, and keys, from which on blocks are quicker than the matrix (benchmarks/README.md)
@@ -36,7 +34,7 @@ def attention(
     bias: Array | None = None,
     mask: Array | None = None,
     causal: bool = False,
-    implementation: Implementation = "auto",
+    implementation: str | None = None,
 ) -> Array:
     """Softmax attention. Logits and softmax are float32, products have the inputs' dtype.
 
@@ -45,12 +43,13 @@ def attention(
       bias: float32[1, A, Q, N], added to the logits.
       mask: bool[B or 1, N], True = keep. causal: each query reads the keys up to its own position. Both replace a masked
         logit, with its bias, by `MASKED`.
-      implementation: one of `IMPLEMENTATIONS`, or "auto".
+      implementation: one of `IMPLEMENTATIONS`; by default what is forced or best.
 
     Returns:
       dtype[B, Q, A, K].
     """
-    if implementation == "auto":
+    implementation = implementation or partitioning.forced_attention()
+    if implementation is None:
         implementation = choose(query, key, with_bias=bias is not None or mask is not None)
     if implementation == "plain":
         return _plain(query, key, value, bias, mask, causal)

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from rahf.models.attention import Implementation, attention
+from rahf.models.attention import attention
 from rahf.models.layers import Dense, LayerNorm, normalize_image, partitioned, to_patches
 from richhf_data import checked, json_files, jsonl
 from richhf_data.checked import Epsilon, Layers, Pixels, Size
@@ -84,7 +84,6 @@ class CLIPConfig:
     projection_dim: Size = 512
     activation: Literal[tuple(ACTIVATIONS)] = "quick_gelu"  # "gelu" is the exact GELU of some OpenCLIP checkpoints
     epsilon: Epsilon = 1e-5  # of the layer norms
-    attention: Implementation = "auto"  # of `rahf.models.attention`
 
     def __post_init__(self):
         checked.fields(self, "clip")
@@ -140,7 +139,7 @@ class CLIPBlock(nn.Module):
 
         y = LayerNorm(self.dtype, epsilon=config.epsilon, name="attention_norm")(x)
         query, key, value = project("query") * head_dim**-0.5, project("key"), project("value")
-        y = attention(query, key, value, causal=self.causal, implementation=config.attention)  # [B, N, A, K]
+        y = attention(query, key, value, causal=self.causal)  # [B, N, A, K]
         x = x + dense(width, ("joined_kv", "embed"), "out")(y.reshape(x.shape))  # [B, N, D]
         y = LayerNorm(self.dtype, epsilon=config.epsilon, name="mlp_norm")(x)
         y = ACTIVATIONS[config.activation](dense(self.tower.mlp_dim, ("embed", "mlp"), "wi")(y))  # [B, N, M]

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from rahf.models.attention import Implementation, attention
+from rahf.models.attention import attention
 from rahf.models.layers import Dense, RMSNorm, matmul, partitioned, scan_layers
 from rahf.partitioning import compute_copy
 from richhf_data import checked
@@ -53,7 +53,6 @@ class T5Config:
     dropout: Share = 0.1
     remat: bool = False  # recompute each layer in the backward pass
     scan: bool = False  # compile one layer of a stack and loop over all (`layers.scan_layers`); not in greedy decoding
-    attention: Implementation = "auto"  # of `rahf.models.attention`
 
     def __post_init__(self):
         checked.fields(self, "t5")
@@ -155,8 +154,7 @@ class T5Attention(nn.Module):
         # T5 drops the weights of a key for all queries, which is to drop its value.
         kept = jnp.ones((*keys.shape[:1], keys.shape[2], 1, keys.shape[1]), values.dtype)  # [B, A, 1, N]
         values = values * self.drop(kept, deterministic=not train).transpose(0, 3, 1, 2)
-        query, how = self._split(self.query(x)), self.config.attention
-        x = attention(query, keys, values, bias=bias, mask=mask, causal=causal, implementation=how)  # [B, Q, A, K]
+        x = attention(self._split(self.query(x)), keys, values, bias=bias, mask=mask, causal=causal)  # [B, Q, A, K]
         return self.out(x.reshape(*x.shape[:-2], -1))  # [B, Q, D]
 
 

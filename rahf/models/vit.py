@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from rahf.models.attention import Implementation, attention
+from rahf.models.attention import attention
 from rahf.models.layers import LayerNorm, Projection, partitioned, scan_layers, to_patches
 from rahf.partitioning import compute_copy
 from richhf_data import checked
@@ -44,7 +44,6 @@ class ViTConfig:
     epsilon: Epsilon = 1e-6  # of the layer norms; Hugging Face's is 1e-12
     remat: bool = False  # recompute each block in the backward pass
     scan: bool = False  # compile one block and loop over all (`layers.scan_layers`)
-    attention: Implementation = "auto"  # of `rahf.models.attention`
 
     def __post_init__(self):
         checked.fields(self, "vit")
@@ -59,7 +58,6 @@ class ViTAttention(nn.Module):
 
     num_heads: int
     dtype: DTypeLike = jnp.float32
-    attention: Implementation = "auto"
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -72,7 +70,7 @@ class ViTAttention(nn.Module):
             return nn.with_logical_constraint(x_heads, ("batch", "length", "heads", "kv"))
 
         query, key, value = project("query") * head_dim**-0.5, project("key"), project("value")
-        x = attention(query, key, value, implementation=self.attention)  # [B, N, A, K]
+        x = attention(query, key, value)  # [B, N, A, K]
         return Projection((width,), ("heads", "kv", "embed"), contract=2, dtype=self.dtype, name="out")(x)  # [B, N, D]
 
 
@@ -107,8 +105,7 @@ class ViTBlock(nn.Module):
         config = self.config
         drop = nn.Dropout(config.dropout, deterministic=not train)
         y = LayerNorm(self.dtype, epsilon=config.epsilon, name="LayerNorm_0")(x)
-        heads = ViTAttention(config.num_heads, self.dtype, config.attention, name="MultiHeadDotProductAttention_0")
-        x = x + drop(heads(y))
+        x = x + drop(ViTAttention(config.num_heads, self.dtype, name="MultiHeadDotProductAttention_0")(y))
         y = LayerNorm(self.dtype, epsilon=config.epsilon, name="LayerNorm_1")(x)
         mlp = MlpBlock(config.mlp_dim, config.dropout, config.gelu == "tanh", self.dtype, name="MlpBlock_0")
         x = x + drop(mlp(y, train))
