@@ -403,6 +403,7 @@ def test_generate_names_wrong_inputs(tiny):
         (["cat"], {"guidance_scale": -1.0}, r"guidance_scale: got -1.0"),
         (["cat"], {"seed": 2**32}, r"seed: got 4294967296, expected a whole number from 0"),
         (["cat"], {"seed": -1}, r"seed: got -1"),
+        (["cat"], {"vae_tile": 0}, r"vae_tile: got 0, expected a whole number from 1 to 16,384"),
         (["cat"], {"image": image[:15]}, r"image: got 15 by 16 pixels"),
         (["cat"], {"image": image, "width": 8}, r"image: got \(16, 16\) pixels for height None and width 8"),
         (["cat"], {"image": image[..., 0]}, r"image: got shape \(16, 16\), expected \[H, W, 3\], or 1 of them"),

@@ -233,7 +233,11 @@ def generate(
       UserError: a size that the VAE's factor does not divide, a prompt that is too long, inputs that contradict each other,
         an image that is not finite.
     """
-    for name, value, allowed in (("seed", seed, ranges.SEED), ("guidance_scale", guidance_scale, ranges.GUIDANCE)):
+    for name, value, allowed in (
+        ("seed", seed, ranges.SEED),
+        ("guidance_scale", guidance_scale, ranges.GUIDANCE),
+        ("vae_tile", 1 if vae_tile is None else vae_tile, ranges.PIXELS),
+    ):
         if value not in allowed:
             raise UserError(f"{name}: got {value!r}, expected {allowed}")
     config, count = model.config, len(prompts)
