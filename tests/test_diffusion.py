@@ -461,7 +461,7 @@ def test_a_killed_run_goes_on_and_draws_nothing_twice(tiny, tmp_path, monkeypatc
     (tmp_path / "prompts.txt").write_text("cat\n\n  a red cat \nred\n")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a red cat"}\n{"prompt": "red", "kind": 1}\n')
     options = {name: None for name in ("prompt", "image", "mask", "height", "width", "strength", "dtype", "vae_tile")}
-    options |= {"num_images": 2, "batch_size": 3, "steps": 2, "sampler": "ddim", "guidance_scale": 3.0}
+    options |= {"num_images": 2, "batch_size": 3, "steps": 2, "sampler": "ddim", "guidance_scale": 3.0, "attention": "auto"}
     options |= {"seed": 1, "negative_prompt": "", "truncate": False, "model": tiny("first")}
 
     def run(output, **changes):
