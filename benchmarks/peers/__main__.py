@@ -106,7 +106,7 @@ def compare(name: str, place: pathlib.Path, repeats: int, small: bool, device: s
     row, out, files = ROWS[name], {}, {}
     free = psutil.virtual_memory().available / 2**30
     if not small and free < row.needs:
-        return {"failed": f"needs {row.needs} GiB of free memory, {free:.0f} are"}
+        return {"failed": f"needs {row.needs:g} GiB of free memory, {free:.0f} are"}
     try:
         if not (place / f"{row.kind}.npz").exists():
             start(["make", row.kind, place, "small" if small else "full"], place, device)
@@ -128,10 +128,10 @@ def compare(name: str, place: pathlib.Path, repeats: int, small: bool, device: s
 
 def merged(turns: list[dict]) -> dict:
     """One side's turns in one: the least time, the highest memory; compilation is of the first turn."""
-    seconds = min(second for turn in turns for second in turn["seconds"])
+    least = {name: min(second for turn in turns for second in turn[name]) for name in ("seconds", "core_s")}
     compiled = max(0.0, turns[0]["first_s"] - min(turns[0]["seconds"]))
     most = {name: max(turn[name] for turn in turns) for name in ("run_gib", "process_gib")}
-    return {"seconds": seconds, "compile_s": compiled, **most, "flops": turns[0].get("flops"), "turns": turns}
+    return {**least, "compile_s": compiled, **most, "flops": turns[0].get("flops"), "turns": turns}
 
 
 def result(ours: dict, theirs: dict, difference: float, device: str) -> dict:
@@ -163,6 +163,7 @@ def table(rows: dict[str, dict]) -> str:
         line = {"row": name}
         for key, title, form in (
             ("seconds", "s", ".3g"),
+            ("core_s", "core s", ".3g"),
             ("run_gib", "GiB", ".2f"),
             ("process_gib", "process GiB", ".2f"),
             ("compile_s", "compile s", ".0f"),

@@ -8,12 +8,11 @@
 import json
 import pathlib
 
-import flax.traverse_util
 import jax
 import numpy as np
 
 from benchmarks.metrics import random_maps
-from rahf import experiments, readers, weights
+from rahf import experiments, readers
 from rahf.diffusion import folder, sample
 from rahf.models.rahf import RAHFConfig
 from richhf_data import schema
@@ -26,7 +25,7 @@ STEPS = 4  # of the sampler
 
 # ---- RAHF -----------------------------------------------------------------------------------------------------------
 def rahf_config(place: pathlib.Path, dtype: str):
-    """The config of a training of the RAHF in `place`, and its parameters."""
+    """The config of a training of the RAHF in `place`, and its tensors, by our names."""
     found = readers.rahf_pytorch(place / "rahf" / "model.safetensors")
     config = experiments.load("rahf_pytorch")
     config.model = found.config["model"] | {"dtype": dtype}
@@ -34,7 +33,7 @@ def rahf_config(place: pathlib.Path, dtype: str):
     config.data.update(text_length=LENGTH, keyword_length=LENGTH)
     config.optimizer.update(learning_rate=LEARNING_RATE, final_learning_rate=LEARNING_RATE, warmup_steps=0)
     config.optimizer.update(weight_decay=0.0, clip_norm=CLIP_NORM)
-    return config, flax.traverse_util.unflatten_dict(dict(weights.read_all(found.tensors)), sep="/")
+    return config, found.tensors
 
 
 def write_rahf(place: pathlib.Path, rows: int = 2) -> None:

@@ -4,11 +4,12 @@ import dataclasses
 import functools
 import types
 
+import flax.traverse_util
 import jax
 import numpy as np
 
 from benchmarks.peers import inputs
-from rahf import partitioning, predictor, train
+from rahf import partitioning, predictor, train, weights
 from rahf import program as programs
 from rahf.diffusion import finetuning, folder, sample
 
@@ -18,12 +19,22 @@ def dtype() -> str:
     return "bfloat16" if jax.default_backend() == "gpu" else "float32"
 
 
+def _mesh():
+    return partitioning.make_mesh(devices=jax.devices()[:1])
+
+
 # ---- RAHF -----------------------------------------------------------------------------------------------------------
+def _read(tensors, like):
+    """Parameters in the places of `like`, one tensor at a time."""
+    like = flax.traverse_util.flatten_dict(like, sep="/")
+    placed = {name: partitioning.place(array, like[name].sharding) for name, array in weights.read_all(tensors)}
+    return flax.traverse_util.unflatten_dict(placed, sep="/")
+
+
 def rahf_predict(place):
-    config, params = inputs.rahf_config(place, dtype())
+    config, tensors = inputs.rahf_config(place, dtype())
     model = predictor.Predictor(config, types.SimpleNamespace(decode=lambda ids: ""), _mesh())
-    params = _placed(params, model.params)
-    given = inputs.read(place, "rahf")
+    params, given = _read(tensors, model.params), inputs.read(place, "rahf")
     rows = [{"image": image, "text_ids": ids} for image, ids in zip(given["image"], given["text_ids"], strict=True)]
 
     def call():
@@ -34,23 +45,15 @@ def rahf_predict(place):
 
 
 def rahf_step(place):
-    config, params = inputs.rahf_config(place, dtype())
-    rows = inputs.read(place, "rahf")
+    (config, tensors), rows = inputs.rahf_config(place, dtype()), inputs.read(place, "rahf")
     config.train.batch_size = len(rows["image"])
-    return _step(programs.assemble(train.program(config), config, _mesh()), params, rows)
-
-
-def _mesh():
-    return partitioning.make_mesh(devices=jax.devices()[:1])
-
-
-def _placed(params, like):
-    return jax.tree.map(lambda array, leaf: partitioning.place(array, leaf.sharding), params, like)
+    training = programs.assemble(train.program(config), config, _mesh())
+    return _step(training, _read(tensors, training.params), rows)
 
 
 def _step(training, params, rows):
-    """Repeated steps on one batch."""
-    state = training.init_state(_placed(params, training.params))
+    """Repeated steps on one batch. The parameters must not be used elsewhere."""
+    state = training.init_state(params)
     del params
 
     def call():
@@ -86,7 +89,9 @@ def sd_step(place, remat=False):
     program = finetuning.program(finetuning.model_config(config, model.config), config)
     rows = {"moments": given["moments"], "context": given["context"][:1]}
     rows |= {"weight": np.zeros(1, np.float32), "pretraining": np.ones(1, np.float32)}
-    return _step(programs.assemble(program, config, _mesh()), {"unet": model.params["unet"]}, rows)
+    training = programs.assemble(program, config, _mesh())
+    places = jax.tree.map(lambda leaf: leaf.sharding, training.params)
+    return _step(training, jax.device_put({"unet": model.params["unet"]}, places), rows)
 
 
 ROWS = {

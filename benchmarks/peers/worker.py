@@ -6,15 +6,14 @@
 SIDE is a module: ours, with_torch, our_metrics or with_scipy. The JSON holds
 
     load_s, first_s     of reading the model, and of the first call, with what is compiled in it
-    seconds             of each further call, until SECONDS are over
-    process_gib         the highest memory of the process (Linux: ru_maxrss); run_gib: of the further calls alone
+    seconds, core_s     of each further call, until SECONDS are over; of all cores together, whatever else runs
+    process_gib         the highest resident memory of the process (Linux); run_gib: of the further calls alone
     flops               of a call without what is recomputed; with_torch only
 """
 
 import importlib
 import json
 import pathlib
-import resource
 import sys
 import time
 
@@ -50,17 +49,18 @@ def measure(side: str, row: str, place: pathlib.Path, seconds: float, count: boo
     call = importlib.import_module(f"benchmarks.peers.{side}").ROWS[row](place)
     load, start = time.perf_counter() - start, time.perf_counter()
     outputs = [call()]
-    first = time.perf_counter() - start
+    first, before = time.perf_counter() - start, process_peak()
     reset_peak()
-    taken = []
+    taken, of_cores = [], []
     while not taken or sum(taken) < seconds:
-        start = time.perf_counter()
+        start, began = time.perf_counter(), time.process_time()
         found = call()
         taken.append(time.perf_counter() - start)
+        of_cores.append(time.process_time() - began)
         if len(outputs) < COMPARED:
             outputs.append(found)
-    result = {"load_s": load, "first_s": first, "seconds": taken, "run_gib": peak()}
-    result["process_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+    result = {"load_s": load, "first_s": first, "seconds": taken, "core_s": of_cores, "run_gib": peak()}
+    result["process_gib"] = max(before, process_peak())
     if count and hasattr(call, "flops"):
         result["flops"] = call.flops()
     return result, {name: np.stack([found[name] for found in outputs]) for name in outputs[0]}
@@ -85,6 +85,11 @@ def peak() -> float:
         torch = sys.modules.get("torch")
         most = torch.cuda.max_memory_allocated() if torch else 0
         return (most or sys.modules["jax"].devices()[0].memory_stats()["peak_bytes_in_use"]) / GIB
+    return process_peak()
+
+
+def process_peak() -> float:
+    """GiB: the process's highest resident memory since `reset_peak`."""
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / GIB
 
