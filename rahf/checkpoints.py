@@ -80,7 +80,7 @@ def manager(workdir, kind: str) -> Iterator[Manager]:
 
 
 def save(checkpoints: Manager, step: int, state, metadata: Mapping) -> None:
-    """Starts writing `state` (a tree of arrays) and `metadata` (JSON) as `step`; returns before it is on disk.
+    """Starts writing `state` (a tree of arrays) and `metadata` (JSON) as `step`; returns before it is on disk, but on a CPU.
 
     Raises:
       SaveError: this save cannot begin, or the one before did not reach the disk; names the folder and the last good step.
@@ -99,6 +99,8 @@ def save(checkpoints: Manager, step: int, state, metadata: Mapping) -> None:
         checkpoints.save(
             step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(metadata))
         )
+        if jax.default_backend() == "cpu":  # Orbax holds the state itself: the next step would need another one's memory
+            checkpoints.wait_until_finished()
 
 
 def _config(checkpoints: Manager) -> bytes | None:

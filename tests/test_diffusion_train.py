@@ -11,7 +11,7 @@ import safetensors.numpy
 import tiny_diffusion
 from flax import linen as nn
 
-from rahf import experiments, partitioning
+from rahf import checkpoints, experiments, partitioning
 from rahf import program as programs
 from rahf.diffusion import finetuning, folder, inputs, sample, train
 from rahf.reward.image_table import ImageTable
@@ -320,6 +320,15 @@ def test_pairs_alone_train_a_base_model(model_folder, tmp_path):
     config.train.num_steps = 2
     train.train(config, tmp_path / "run")
     assert (tmp_path / "run/model/model_index.json").is_file()
+
+
+def test_an_opened_model_reads_as_the_whole_one(model_folder):
+    held, opened = folder.read(model_folder), folder.opened(model_folder)
+    for part in ("unet", "vae", "text_encoder"):
+        read = jax.tree.map(lambda tensor: tensor.read(), opened.params[part])
+        jax.tree.map(np.testing.assert_array_equal, read, held.params[part])
+    text = "text_encoder"
+    assert inputs.digests(opened.params[text]) == sorted(checkpoints.digests(held.params[text]).items())
 
 
 @pytest.mark.parametrize(

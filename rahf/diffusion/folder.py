@@ -115,7 +115,7 @@ class StableDiffusion:
     """A Stable Diffusion in memory.
 
     Attributes:
-      params: {"unet", "vae", "text_encoder"} -> nested dictionaries of float32 arrays.
+      params: {"unet", "vae", "text_encoder"} -> nested dictionaries of float32 arrays, or of `Tensor`s (`opened`).
       vocabulary: the folder with the tokenizer's files.
     """
 
@@ -407,24 +407,35 @@ def _open_part(folder: pathlib.Path, part: str) -> Tensors:
     return {current(theirs): tensor for theirs, tensor in weights.open_hugging_face(found[0]).items()}
 
 
-def read(folder) -> StableDiffusion:
-    """Reads a diffusers folder. Parameters are float32, on the default device.
+def opened(folder) -> StableDiffusion:
+    """A diffusers folder whose `params` are `Tensor`s, which are not read yet.
 
     Raises:
       UserError: as `read_config`; missing, extra or wrongly shaped tensors, with the first of their names.
     """
     folder = pathlib.Path(folder)
     config = read_config(folder)
-    tensors, params = {}, {}
+    tensors = {}
     for part, ours in _shapes(config).items():
         unused = r".*\.position_ids" if part == "text_encoder" else ""
         theirs = _open_part(folder, part)
         found = matched(theirs, tensor_map(part, config, ours), ours, unused, f"{part} of {folder}")
         tensors |= {f"{part}/{name}": tensor for name, tensor in found.items()}
-    for name, array in tqdm(weights.read_all(tensors), desc="read", unit="tensor", total=len(tensors)):
-        params[name] = jax.device_put(array)
     vocabulary = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
-    return StableDiffusion(config, flax.traverse_util.unflatten_dict(params, sep="/"), vocabulary)
+    return StableDiffusion(config, flax.traverse_util.unflatten_dict(tensors, sep="/"), vocabulary)
+
+
+def read(folder) -> StableDiffusion:
+    """Reads a diffusers folder. Parameters are float32, on the default device.
+
+    Raises:
+      UserError: as `opened`; tensors that hold no finite numbers.
+    """
+    model, params = opened(folder), {}
+    tensors = flax.traverse_util.flatten_dict(model.params)
+    for path, array in tqdm(weights.read_all(tensors), desc="read", unit="tensor", total=len(tensors)):
+        params[path] = jax.device_put(array)
+    return dataclasses.replace(model, params=flax.traverse_util.unflatten_dict(params))
 
 
 def write(model: StableDiffusion, folder) -> None:

@@ -27,6 +27,7 @@ from rahf.diffusion import folder
 from rahf.fingerprint import fingerprint
 from rahf.reward import embed, specs
 from rahf.reward.image_table import ImageTable
+from rahf.weights import Tensor
 from richhf_data import checked, images, json_files, paths, schema
 from richhf_data.errors import UserError
 from richhf_data.ranges import Range
@@ -173,12 +174,22 @@ def frozen(model: folder.StableDiffusion, part: str, method: str, mesh) -> tuple
         return jnp.concatenate(jax.tree.leaves(outputs), axis=-1)
 
     on_mesh = partitioning.MeshFunction(apply, mesh, out_shardings=partitioning.replicated(mesh))
+    everywhere = functools.partial(partitioning.place, sharding=partitioning.replicated(mesh))
+    params = functools.cache(lambda: jax.tree.map(everywhere, model.params[part]))  # not placed for what is on disk
 
     def call(x):
         placed = partitioning.place(schema.pad_rows(x, rows), partitioning.batch_sharding(mesh))
-        return np.asarray(on_mesh(model.params[part], placed))[: len(x)]
+        return np.asarray(on_mesh(params(), placed))[: len(x)]
 
     return call, rows
+
+
+def digests(params) -> list[tuple[str, int]]:
+    """(name, digest) of each array or `Tensor`, sorted; reads one tensor at a time."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        found |= checkpoints.digests({checkpoints.keystr(path): leaf.read() if isinstance(leaf, Tensor) else leaf})
+    return sorted(found.items())
 
 
 def parts_of(items: Iterator, size: int, desc: str, total: int, done: int = 0) -> Iterator[list]:
@@ -228,7 +239,7 @@ class Inputs:
         identities = {name: fingerprint_of_table(table, f"{name}: digest") for name, table in tables.items()}
         vocabulary = [path for name in folder.VOCABULARY if (path := model.vocabulary / name).is_file()]
         sizes = dataclasses.replace(model.config, unet=dataclasses.replace(model.config.unet, remat=False))
-        identities["model"] = fingerprint(sorted(checkpoints.digests(model.params).items()), sizes, *vocabulary)
+        identities["model"] = fingerprint(digests(model.params), sizes, *vocabulary)
         return cls(config, model, tables, [*prompts, ""], identities)
 
     def contexts(self, cache: pathlib.Path, mesh) -> np.ndarray:
@@ -240,7 +251,7 @@ class Inputs:
         def parts(done):
             return map(encode, map(np.stack, parts_of(iter(ids[done:]), rows, "texts", len(ids), done)))
 
-        key = fingerprint(ids.tolist(), self.model.config.text, self._digests("text_encoder"))
+        key = fingerprint(ids.tolist(), self.model.config.text, digests(self.model.params["text_encoder"]))
         return kept(cache / f"texts-{key}.npy", (len(ids), tower.length, tower.width), parts)
 
     def moments(self, name: str, cache: pathlib.Path, mesh) -> np.ndarray:
@@ -254,7 +265,7 @@ class Inputs:
             return map(encode, map(np.stack, parts_of(resized, rows, f"{name}: latents", len(table), done)))
 
         shape = len(table), unet.sample_size, unet.sample_size, 2 * vae.latent_channels
-        key = fingerprint(self.identities[name], size, self.config.data.resize, vae, self._digests("vae"))
+        key = fingerprint(self.identities[name], size, self.config.data.resize, vae, digests(self.model.params["vae"]))
         return kept(cache / f"latents-{key}.npy", shape, parts)
 
     def rewards(self, reward: Callable, cache: pathlib.Path) -> np.ndarray:
@@ -284,6 +295,3 @@ class Inputs:
         """The rows of a table with their moments and weights."""
         numbers = {text: i for i, text in enumerate(self.texts)}
         return Rows(moments, np.array([numbers[prompt] for prompt in self.tables[name].prompts], np.int32), weight)
-
-    def _digests(self, part: str) -> list:
-        return sorted(checkpoints.digests(self.model.params[part]).items())

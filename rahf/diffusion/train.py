@@ -65,7 +65,7 @@ def train(config, workdir, reward: Callable | None = None, cache=None) -> None:
     mesh = partitioning.mesh_of(config.mesh)
     if not config.model.folder:
         raise UserError("model.folder: got '', expected a diffusers folder to start from: --config.model.folder=DIR")
-    base = on_host(folder.read(config.model.folder), mesh)
+    base = with_frozen(folder.opened(config.model.folder))
     base = dataclasses.replace(base, config=finetuning.model_config(config, base.config))
     sampler.plan(base.config.schedule, config.sample.sampler, config.sample.steps)
     training = programs.assemble(finetuning.program(base.config, config), config, mesh)
@@ -86,8 +86,11 @@ def train(config, workdir, reward: Callable | None = None, cache=None) -> None:
 
     # ---- Parameters of step 0 ---------------------------------------------------------------------------------------
     def initialise():
+        def placed(tensor, sharding):
+            return partitioning.place(tensor.read(), sharding)
+
         params, places = {}, jax.tree.map(lambda x: x.sharding, training.params)
-        params["unet"] = jax.tree.map(partitioning.place, base.params["unet"], places["unet"])
+        params["unet"] = jax.tree.map(placed, base.params["unet"], places["unet"])
         if config.lora.rank:
             fresh = functools.partial(finetuning.initial_params, base.config, config.lora.rank)
             init = jax.jit(lambda key: nn.unbox(fresh(key))["lora"], out_shardings=places["lora"])
@@ -95,24 +98,28 @@ def train(config, workdir, reward: Callable | None = None, cache=None) -> None:
         return params
 
     # ---- Steps; samples, the trained model --------------------------------------------------------------------------
-    merged = jax.jit(
-        functools.partial(finetuning.merged, alpha=config.lora.alpha), out_shardings=partitioning.replicated(mesh)
-    )
+    everywhere = partitioning.replicated(mesh)
+    merged = jax.jit(functools.partial(finetuning.merged, alpha=config.lora.alpha), out_shardings=everywhere)
     prompts = list(config.sample.prompts) or [text for text in data.texts if text][:8]
     settings = {name: config.sample[name] for name in SAMPLED} | {"attention": config.mesh.attention}
+
+    def show(run, step):  # what it places on the devices is gone with its end
+        frozen = {part: base.params[part] for part in FROZEN}
+        params = jax.tree.map(functools.partial(partitioning.place, sharding=everywhere), frozen)
+        model = dataclasses.replace(base, params=params | {"unet": merged(run.params)})
+        images = sample.generate(model, prompts, truncate=True, mesh=mesh, **settings)
+        grid = grid_of(sample.to_uint8(images))
+        run.writer.add_image("samples", grid, step, dataformats="HWC")
+        if jax.process_index() == 0:
+            write_png(grid, workdir / "samples" / f"step_{step:08d}.png")
+            if step == config.train.num_steps and not (workdir / "model" / folder.INDEX).exists():
+                write_model(model, workdir / "model")
+                run.print(f"{workdir / 'model'}: the trained model")
+
     with loop.start(config, workdir, training, initialise, batches_from) as run:
         for step in run.steps():
-            if not run.due(config.sample.every):
-                continue
-            model = dataclasses.replace(base, params=base.params | {"unet": merged(run.params)})
-            images = sample.generate(model, prompts, truncate=True, mesh=mesh, **settings)
-            grid = grid_of(sample.to_uint8(images))
-            run.writer.add_image("samples", grid, step, dataformats="HWC")
-            if jax.process_index() == 0:
-                write_png(grid, workdir / "samples" / f"step_{step:08d}.png")
-                if step == config.train.num_steps and not (workdir / "model" / folder.INDEX).exists():
-                    write_model(model, workdir / "model")
-                    run.print(f"{workdir / 'model'}: the trained model")
+            if run.due(config.sample.every):
+                show(run, step)
 
 
 def prepare_batches(config, workdir, data: inputs.Inputs, reward, cache, training: programs.Training) -> Callable:
@@ -151,11 +158,10 @@ def prepare_batches(config, workdir, data: inputs.Inputs, reward, cache, trainin
     return functools.partial(inputs.batches, own, pretraining, contexts, config, training.own_rows)
 
 
-def on_host(model: folder.StableDiffusion, mesh) -> folder.StableDiffusion:
-    """The model with its UNet in numpy, off the devices, and its frozen parts on all of the mesh."""
-    params = jax.tree.map(np.asarray, model.params)
-    everywhere = functools.partial(partitioning.place, sharding=partitioning.replicated(mesh))
-    return dataclasses.replace(model, params=params | {part: jax.tree.map(everywhere, params[part]) for part in FROZEN})
+def with_frozen(model: folder.StableDiffusion) -> folder.StableDiffusion:
+    """An opened model whose frozen parts are read, in numpy; its UNet stays in its file."""
+    read = {part: jax.tree.map(lambda tensor: tensor.read(), model.params[part]) for part in FROZEN}
+    return dataclasses.replace(model, params=model.params | read)
 
 
 def write_png(image: np.ndarray, path) -> None:
