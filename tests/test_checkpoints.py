@@ -230,6 +230,7 @@ FILLS_THE_DISK = """
 import resource, sys
 import numpy as np
 from rahf import checkpoints
+checkpoints.jax.default_backend = lambda: "tpu"  # where a save is not awaited
 with checkpoints.manager(sys.argv[1], "checkpoints") as manager:
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
     checkpoints.save(manager, 6, {"x": np.random.default_rng(0).normal(size=100_000)}, {})
