@@ -135,6 +135,7 @@ def test_the_choice_follows_device_and_size(monkeypatch):
     assert choice("TPU v3", 260, jnp.bfloat16) == "plain"
     assert choice("TPU v3", 4096, jnp.bfloat16) == "pallas"
     assert choice("TPU v2", 4096, jnp.bfloat16) == "blockwise"
+    assert choice("TPU v5 lite", 4096, jnp.bfloat16, with_bias=True) == "blockwise"
 
 
 def test_a_config_forces_a_form():

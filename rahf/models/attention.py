@@ -64,7 +64,8 @@ def attention(
 def choose(query: Array, key: Array, with_bias: bool = False) -> str:
     """The implementation for these shapes on the devices that compute: one of `IMPLEMENTATIONS`.
 
-    cuDNN takes masks as a bias [B, A, Q, N], which would be as large as the matrix: `with_bias` is for the other forms.
+    The kernels take a bias or a mask as [B, A, Q, N] or nearly so, which is as large as the matrix: `with_bias` is for the
+    other forms.
     """
     kind = partitioning.device_kind()
     known = query.dtype != jnp.float32 and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128  # by cuDNN
@@ -74,7 +75,7 @@ def choose(query: Array, key: Array, with_bias: bool = False) -> str:
     logits, keys = WORTH_ON_TPU if on_tpu else WORTH
     if query.shape[1] * key.shape[1] < logits or key.shape[1] < keys:
         return "plain"
-    return "pallas" if on_tpu and kind != "TPU v2" else "blockwise"
+    return "pallas" if on_tpu and kind != "TPU v2" and not with_bias else "blockwise"
 
 
 def _capability() -> float:
