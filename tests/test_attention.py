@@ -9,6 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 from rahf import partitioning
 from rahf.models import attention
 from rahf.models.attention import attention as attend
+from richhf_data.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
 SHAPES = {  # queries, keys: one block, several, and padded ones
@@ -136,6 +137,11 @@ def test_the_choice_follows_device_and_size(monkeypatch):
     assert choice("TPU v3", 4096, jnp.bfloat16) == "pallas"
     assert choice("TPU v2", 4096, jnp.bfloat16) == "blockwise"
     assert choice("TPU v5 lite", 4096, jnp.bfloat16, with_bias=True) == "blockwise"
+    assert choice("TPU v5 lite", 260, jnp.bfloat16, forced="pallas") == "pallas"
+    assert choice("NVIDIA H100 80GB HBM3", 4096, jnp.bfloat16, width=512, forced="cudnn") == "blockwise"
+    assert choice("cpu", 4096, jnp.float32, forced="plain") == "plain"
+    with pytest.raises(UserError, match="attention: got 'cudnn' on cpu"):
+        choice("cpu", 4096, jnp.float32, forced="cudnn")
 
 
 def test_a_config_forces_a_form():

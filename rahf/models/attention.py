@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from rahf import partitioning
+from richhf_data.errors import UserError
 
 Array = jax.Array
 IMPLEMENTATIONS = ("plain", "blockwise", "cudnn", "pallas")
@@ -43,14 +44,16 @@ def attention(
       bias: float32[1, A, Q, N], added to the logits.
       mask: bool[B or 1, N], True = keep. causal: each query reads the keys up to its own position. Both replace a masked
         logit, with its bias, by `MASKED`.
-      implementation: one of `IMPLEMENTATIONS`; by default what is forced or best.
+      implementation: one of `IMPLEMENTATIONS`; by default what `choose` says, with what is forced.
 
     Returns:
       dtype[B, Q, A, K].
+
+    Raises:
+      UserError: another device's kernel is forced.
     """
-    implementation = implementation or partitioning.forced_attention()
     if implementation is None:
-        implementation = choose(query, key, with_bias=bias is not None or mask is not None)
+        implementation = choose(query, key, bias is not None or mask is not None, partitioning.forced_attention())
     if implementation == "plain":
         return _plain(query, key, value, bias, mask, causal)
     function = {"blockwise": _blockwise, "cudnn": _cudnn, "pallas": _pallas}[implementation]
@@ -61,19 +64,29 @@ def attention(
     return local(query, key, value, bias, mask)
 
 
-def choose(query: Array, key: Array, with_bias: bool = False) -> str:
+def choose(query: Array, key: Array, with_bias: bool = False, forced: str | None = None) -> str:
     """The implementation for these shapes on the devices that compute: one of `IMPLEMENTATIONS`.
 
-    The kernels take a bias or a mask as [B, A, Q, N] or nearly so, which is as large as the matrix: `with_bias` is for the
-    other forms.
+    Args:
+      with_bias: or a mask. The kernels take either as [B, A, Q, N] or nearly so, which is as large as the matrix, so it is
+        for the other forms.
+      forced: taken wherever it can compute these shapes.
+
+    Raises:
+      UserError: `forced` is a kernel for other devices.
     """
-    kind = partitioning.device_kind()
-    known = query.dtype != jnp.float32 and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128  # by cuDNN
-    if kind.startswith("NVIDIA") and known and not with_bias and _capability() >= 8:
+    kind, width = partitioning.device_kind(), query.shape[-1]
+    device = {"cudnn": "NVIDIA", "pallas": "TPU"}.get(forced, "")
+    if not kind.startswith(device):
+        raise UserError(f"attention: got {forced!r} on {kind}, expected auto, plain or blockwise there")
+    known = query.dtype != jnp.float32 and width % 8 == 0 and width <= 128 and not with_bias  # to cuDNN
+    if forced in ("plain", "blockwise"):
+        return forced
+    if kind.startswith("NVIDIA") and known and _capability() >= 8:
         return "cudnn"
     on_tpu = kind.startswith("TPU")
     logits, keys = WORTH_ON_TPU if on_tpu else WORTH
-    if query.shape[1] * key.shape[1] < logits or key.shape[1] < keys:
+    if forced != "pallas" and (query.shape[1] * key.shape[1] < logits or key.shape[1] < keys):
         return "plain"
     return "pallas" if on_tpu and kind != "TPU v2" and not with_bias else "blockwise"
 
