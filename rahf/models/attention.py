@@ -112,7 +112,7 @@ def _plain(query, key, value, bias, mask, causal):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def softmax(logits: Array, dtype: DTypeLike) -> Array:
-    """float32[..., N] -> dtype[..., N]. The backward pass masks the output, which is smaller than the float32 logits."""
+    """float32[..., N] -> dtype[..., N]. The backward pass keeps the output, which is smaller than the float32 logits."""
     return jax.nn.softmax(logits).astype(dtype)
 
 
