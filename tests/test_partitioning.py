@@ -142,7 +142,7 @@ def gradient_config(sharding, data, model, shard_group, variant, scan):
     for part in (config.model.vit, config.model.t5):
         part.scan = part.remat = scan
     config.train.batch_size, config.data.text_length, config.data.keyword_length = 8, 6, 5
-    config.mesh = dict(data=data, model=model, sharding=sharding, shard_group=shard_group)
+    config.mesh.update(data=data, model=model, sharding=sharding, shard_group=shard_group)
     return config
 
 

@@ -77,7 +77,7 @@ class Failed(Exception):
 def gpu() -> str:
     """The name of the GPU that JAX and PyTorch both see, or ''."""
     seen = [
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+        subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8").stdout.strip()
         for code in (PROBE, PROBE_TORCH)
     ]
     return seen[1] if all(seen) else ""
@@ -92,7 +92,7 @@ def start(arguments: list, place: pathlib.Path, device: str) -> None:
         env=os.environ | ours,
         stderr=subprocess.PIPE,
         stdout=sys.stderr,
-        text=True,
+        encoding="utf-8",
         errors="replace",
     )
     if done.returncode:

@@ -76,7 +76,7 @@ def reset_peak() -> None:
     """Begins `peak` anew; JAX on a GPU has no such function."""
     if "torch" in sys.modules and on_gpu():
         sys.modules["torch"].cuda.reset_peak_memory_stats()
-    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def peak() -> float:
@@ -90,7 +90,7 @@ def peak() -> float:
 
 def process_peak() -> float:
     """GiB: the process's highest resident memory since `reset_peak`."""
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    lines = pathlib.Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / GIB
 
 
