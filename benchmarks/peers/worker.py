@@ -11,6 +11,7 @@ SIDE is a module: ours, with_torch, our_metrics or with_scipy. The JSON holds
     flops               of a call without what is recomputed; with_torch only
 """
 
+import ctypes
 import importlib
 import json
 import pathlib
@@ -73,9 +74,11 @@ def on_gpu() -> bool:
 
 
 def reset_peak() -> None:
-    """Begins `peak` anew; JAX on a GPU has no such function."""
+    """Begins `peak` anew, without memory that the C library keeps unused; JAX on a GPU has no such function."""
     if "torch" in sys.modules and on_gpu():
         sys.modules["torch"].cuda.reset_peak_memory_stats()
+    if hasattr(library := ctypes.CDLL(None), "malloc_trim"):  # of glibc
+        library.malloc_trim(0)
     pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
