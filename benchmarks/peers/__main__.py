@@ -15,8 +15,8 @@ what is given is the least time of a call after the first. The rows:
     sd_step_remat    the same, blocks recomputed in the backward pass (diffusers: gradient checkpointing)
     metrics          scores and heatmaps of 50 examples, 224 px, beside numpy, scipy and scikit-learn, a map at a time
 
-The largest difference is relative to the largest value. Of a training step it is that of loss and gradient's norm in two
-steps. Prints a table, and on the last line a JSON object with more; exits with 1 where a side failed.
+The largest difference is relative to the largest value; of decoded ids it is the share that differ. Of a training step
+it is that of loss and gradient's norm in two steps. Prints a table, and on the last line a JSON object with more; exits with 1 where a side failed.
 """
 
 import dataclasses
@@ -146,13 +146,15 @@ def result(ours: dict, theirs: dict, difference: float, device: str) -> dict:
 
 
 def difference(ours: pathlib.Path, theirs: pathlib.Path) -> float:
-    """The largest difference between two files' arrays, each relative to its largest value."""
+    """The largest difference between two files' arrays, relative to an array's largest value; the share of ids that differ."""
     with np.load(ours) as one, np.load(theirs) as other:
         if set(one) != set(other):
             raise AssertionError(f"outputs: ours are {sorted(one)}, theirs {sorted(other)}")
         calls = {name: min(len(one[name]), len(other[name])) for name in one}
-        pairs = [(one[name][: calls[name]].astype(float), other[name][: calls[name]].astype(float)) for name in calls]
-    return float(max(np.abs(a - b).max() / max(np.abs(b).max(), 1e-12) for a, b in pairs))
+        pairs = [(one[name][: calls[name]], other[name][: calls[name]]) for name in calls]
+    ids = [np.mean(a != b) for a, b in pairs if a.dtype.kind == "i"]
+    numbers = [np.abs(a - b).max() / max(np.abs(b).max(), 1e-12) for a, b in pairs if a.dtype.kind != "i"]
+    return float(max(ids + numbers))
 
 
 def table(rows: dict[str, dict]) -> str:
