@@ -16,7 +16,8 @@ what is given is the least time of a call after the first. The rows:
     metrics          scores and heatmaps of 50 examples, 224 px, beside numpy, scipy and scikit-learn, a map at a time
 
 The largest difference is relative to the largest value; of decoded ids it is the share that differ. Of a training step
-it is that of loss and gradient's norm in two steps. Prints a table, and on the last line a JSON object with more; exits with 1 where a side failed.
+it is that of loss and gradient's norm in two steps. Prints a table, and on the last line a JSON object with more; exits
+with 1 where a side failed.
 """
 
 import dataclasses
@@ -146,7 +147,7 @@ def result(ours: dict, theirs: dict, difference: float, device: str) -> dict:
 
 
 def difference(ours: pathlib.Path, theirs: pathlib.Path) -> float:
-    """The largest difference between two files' arrays, relative to an array's largest value; the share of ids that differ."""
+    """The largest difference between two files' arrays, relative to the largest value; of ids, the share that differ."""
     with np.load(ours) as one, np.load(theirs) as other:
         if set(one) != set(other):
             raise AssertionError(f"outputs: ours are {sorted(one)}, theirs {sorted(other)}")
