@@ -1,7 +1,7 @@
 """What XLA computes slowly on CPUs, written otherwise: the same results, up to rounding (figures in benchmarks/README.md).
 
-XLA's 3x3 convolution of few pixels reaches a quarter of the speed of a product of matrices. Here it becomes products: of
-patches for few pixels, of Winograd's tiles for many. XLA also computes a norm again within each product that reads it.
+XLA's 3x3 convolution of few pixels takes twice as long as a product of matrices. Here it becomes products: of patches for
+few pixels, of Winograd's tiles for many. XLA also computes a norm again within each product that reads it.
 """
 
 from collections.abc import Callable

@@ -241,22 +241,22 @@ class Conv(nn.Module):
         bias = self.param("bias", partitioned(nn.initializers.zeros, (self.out_axis,)), shape[-1:], jnp.float32)
         bias = bias.astype(self.dtype).reshape(1, 1, 1, -1)
 
-        def convolve(x, padding):
-            x = x.astype(self.dtype)
+        def convolve(x):
             if self.kernel_size == 1:
-                x = jnp.matmul(x, kernel[0, 0])
-            elif self.stride == 1 and padding == (1, 1) and (quick := cpu.convolution_of(x, kernel)):
-                x = quick(x, kernel)
-            else:
-                x = convolution(x, kernel, self.stride, (padding, self.padding))
-            return x + bias
+                return jnp.matmul(x, kernel[0, 0])
+            if self.stride == 1 and self.padding == (1, 1) and (quick := cpu.convolution_of(x, kernel)):
+                return quick(x, kernel)
+            return convolution(x, kernel, self.stride, (self.padding,) * 2)
+
+        def convolve_strip(x):
+            return convolution(x.astype(self.dtype), kernel, 1, ((0, 0), (1, 1))) + bias
 
         if rows is not None and rows < x.shape[1]:
-            x = in_strips(before, lambda strip: convolve(strip, (0, 0)), x, rows)
+            x = in_strips(before, convolve_strip, x, rows)
         elif before is upsample:
             x = upsampled_convolution(x.astype(self.dtype), kernel) + bias
         else:
-            x = convolve(before(x), self.padding)
+            x = convolve(before(x).astype(self.dtype)) + bias
         return nn.with_logical_constraint(x, ("batch", "height", "width", self.out_axis))
 
 

@@ -151,9 +151,10 @@ class T5Attention(nn.Module):
     ) -> Array:
         """x [B, Q, D], mask bool[B or 1, N] (True = keep), bias [1, A, Q, N] -> [B, Q, D]."""
         keys, values = keys_values
-        # T5 drops the weights of a key for all queries, which is to drop its value.
-        kept = jnp.ones((*keys.shape[:1], keys.shape[2], 1, keys.shape[1]), values.dtype)  # [B, A, 1, N]
-        values = values * self.drop(kept, deterministic=not train).transpose(0, 3, 1, 2)
+        if train:  # T5 drops the weights of a key for all queries, which is to drop its value
+            batch, length, heads, _ = keys.shape
+            kept = self.drop(jnp.ones((batch, heads, 1, length), values.dtype), deterministic=False)
+            values = values * kept.transpose(0, 3, 1, 2)
         x = attention(self._split(self.query(x)), keys, values, bias=bias, mask=mask, causal=causal)  # [B, Q, A, K]
         return self.out(x.reshape(*x.shape[:-2], -1))  # [B, Q, D]
 
