@@ -81,6 +81,23 @@ def test_the_kernel_for_tpus_equals_the_whole_matrix(everything):
         np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("everything", [False, True], ids=["", "bias, mask, causal"])
+def test_the_form_for_gpus_equals_the_whole_matrix(monkeypatch, shape, everything):
+    dtype, own = jnp.bfloat16, jax.nn.dot_product_attention
+    if jax.default_backend() != "gpu":  # JAX's other form takes the same arguments
+        dtype = jnp.float32
+        monkeypatch.setattr(
+            jax.nn, "dot_product_attention", lambda *args, implementation, **options: own(*args, **options)
+        )
+    query, key, value, bias, mask, cotangent = inputs(*SHAPES[shape], dtype)
+    mask[:, 0] = True
+    arguments = query, key, value, bias if everything else None, mask if everything else None, cotangent, everything
+    limit = 1e-5 if dtype == jnp.float32 else 2**-6
+    for ours, plain in zip(outputs("cudnn", *arguments), outputs("plain", *arguments), strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=limit, atol=limit * np.abs(plain).max())
+
+
 def test_the_plain_form_is_jax_own_attention():
     query, key, value, bias, _, _ = inputs(9, 13)
     mask = jnp.array([[True] * 13, [True] * 5 + [False] * 8])

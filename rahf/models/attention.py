@@ -281,11 +281,20 @@ def _joined(blocks, like):
 
 
 def _cudnn(query, key, value, bias, mask, causal):
-    mask = None if mask is None else mask[:, None, None]  # [B or 1, 1, 1, N]
-    bias = None if bias is None else bias.astype(query.dtype)
-    return jax.nn.dot_product_attention(
-        query, key, value, bias, mask, scale=1.0, is_causal=causal, implementation="cudnn"
-    )
+    """JAX refuses the gradient of odd lengths, which are padded here."""
+    queries, keys = query.shape[1], key.shape[1]
+    more_queries, more_keys = queries % 2, keys % 2
+    if mask is not None:
+        mask = jnp.pad(mask, ((0, 0), (0, more_keys)))[:, None, None]  # [B or 1, 1, 1, N]
+    if bias is not None:
+        bias = jnp.pad(bias.astype(query.dtype), ((0, 0), (0, 0), (0, more_queries), (0, more_keys)))
+    key, value = (jnp.pad(x, ((0, 0), (0, more_keys), (0, 0), (0, 0))) for x in (key, value))
+    out = jax.nn.dot_product_attention(
+        jnp.pad(query, ((0, 0), (0, more_queries), (0, 0), (0, 0))), key, value, bias, mask,
+        scale=1.0, is_causal=causal, implementation="cudnn",
+        key_value_seq_lengths=jnp.full(query.shape[:1], keys) if more_keys else None,
+    )  # fmt: skip
+    return out[:, :queries]
 
 
 # ---- Pallas on TPUs -------------------------------------------------------------------------------------------------
