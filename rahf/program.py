@@ -144,6 +144,7 @@ def assemble(
     _check_batch_size(config, mesh)
     schedule = optimizers.make_schedule(config.optimizer, config.train.num_steps)
     optimizer = optimizer or optimizers.make_optimizer(config.optimizer, config.train.num_steps)
+    optimizer = optax.with_extra_args_support(optimizer)
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
 
     boxed = jax.eval_shape(program.init, init_key)
@@ -231,15 +232,22 @@ def _make_update(program: Program, optimizer, schedule, config, mesh) -> Callabl
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, metrics))
             (grads, metrics), _ = jax.lax.scan(accumulate, zeros, (rows, jnp.arange(microbatches)))
 
-        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
-        metrics |= {"gradient_norm": optax.global_norm(grads), "learning_rate": schedule(state["step"])}
-        new = {"params": params, "opt_state": opt_state}
-        if "ema" in state:
-            decay = config.optimizer.ema_decay
-            new["ema"] = jax.tree.map(lambda old, now: old - (1 - decay) * (old - now), state["ema"], params)
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
-        new = jax.tree.map(lambda now, old: jnp.where(finite, now, old), new, {name: state[name] for name in new})
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+
+        def updated(old, grads):
+            updates, opt_state = optimizer.update(grads, old["opt_state"], old["params"], norm=norm)
+            params = optax.apply_updates(old["params"], updates)
+            new = {"params": params, "opt_state": opt_state}
+            if "ema" in old:
+                decay = config.optimizer.ema_decay
+                new["ema"] = jax.tree.map(lambda old, now: old - (1 - decay) * (old - now), old["ema"], params)
+            return new
+
+        # A branch: with a `where` for each array, XLA for CPUs copies both moments.
+        old = {name: state[name] for name in state if name != "step"}
+        new = jax.lax.cond(finite, updated, lambda old, grads: old, old, grads)
+        metrics |= {"gradient_norm": norm, "learning_rate": schedule(state["step"])}
         return {"step": state["step"] + 1} | new, metrics | {"skipped": 1 - finite.astype(jnp.int32)}
 
     return update

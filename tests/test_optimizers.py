@@ -7,7 +7,8 @@ import numpy as np
 import optax
 import pytest
 
-from rahf import optimizers
+from rahf import experiments, optimizers, partitioning
+from rahf import program as programs
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -61,6 +62,41 @@ def test_weight_decay_spares_biases_and_scales():
     np.testing.assert_allclose(updates["dense"]["kernel"], -0.015 * 0.1, rtol=1e-6)
     assert not updates["dense"]["bias"].any()
     assert not updates["norm"]["scale"].any()
+
+
+@pytest.mark.parametrize("size", [0.0, 0.1, 100.0])
+def test_gradients_are_clipped_as_optax_clips_them(size):
+    params = grads = {"a": size * jnp.arange(6.0), "b": size * jnp.ones((2, 2))}
+    clip, optax_clip = optimizers._clipped(1.0), optax.clip_by_global_norm(1.0)
+    wanted, state = optax_clip.update(grads, optax_clip.init(params))
+    assert clip.init(params) == state
+    for norm in (None, optax.global_norm(grads)):
+        ours, _ = clip.update(grads, clip.init(params), norm=norm)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), ours, wanted)
+
+
+def test_an_update_holds_no_copy_of_parameters_or_moments():
+    sizes = [(256, 256)] * 20
+
+    def loss(params, rows, normalisers, key):
+        x = rows["x"]
+        for i in range(len(sizes)):
+            x = jnp.tanh(x @ params["heads"][str(i)])
+        return x.sum(), {"loss": x.sum()}
+
+    program = programs.Program(
+        init=lambda key: {"heads": {str(i): jnp.zeros(size) for i, size in enumerate(sizes)}},
+        loss=loss,
+        normalisers=lambda batch: {},
+        batch_shapes=lambda rows: {"x": ((rows, 256), "float32")},
+        remat=(),
+    )
+    config = experiments.load("rahf_ci")
+    training = programs.assemble(program, config, partitioning.make_mesh(devices=jax.devices()[:1]))
+    memory = training.lower().compile().memory_analysis()
+    params = sum(4 * leaf.size for leaf in jax.tree.leaves(training.params))
+    assert memory.alias_size_in_bytes > 3 * params
+    assert memory.temp_size_in_bytes < 1.3 * params  # the gradients, and what the loss holds
 
 
 @pytest.mark.parametrize(
