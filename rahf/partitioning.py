@@ -100,6 +100,24 @@ def forced_attention() -> str | None:
     return _attention.get()
 
 
+@functools.cache
+def compiler_options(kind: str) -> dict[str, str]:
+    """Of `jax.jit`, for devices of a kind (`device_kind`).
+
+    XLA's default order of operations on CPUs computes early whatever depends on parameters alone, and holds it. The other
+    one halves the temporaries or better, and is quicker (benchmarks/README.md). {} where this jaxlib does not know it.
+    """
+    if kind != "cpu":
+        return {}
+    options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    try:
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            jax.jit(lambda: 0, compiler_options=options).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return options
+
+
 class MeshFunction:
     """A jitted function that is always called, and lowered, under its own mesh and sharding.
 
@@ -112,8 +130,10 @@ class MeshFunction:
     def __init__(
         self, function: Callable, mesh: Mesh, sharding: str = "data_parallel", attention: str = "auto", **options
     ):
-        self._jitted, self._mesh, self._sharding = jax.jit(function, **options), mesh, sharding
-        self._attention = attention
+        device = mesh.abstract_mesh.abstract_device  # None of a mesh without devices
+        options["compiler_options"] = compiler_options(device.device_kind) if device else None
+        self._jitted = jax.jit(function, **options)
+        self._mesh, self._sharding, self._attention = mesh, sharding, attention
 
     def __call__(self, *args, **kwargs):
         with _activate(self._mesh, self._sharding), forcing_attention(self._attention):

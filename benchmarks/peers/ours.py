@@ -74,7 +74,7 @@ def _diffusion(place) -> folder.StableDiffusion:
 def _part(place, name, names, method="__call__"):
     """A network of the folder on some of the inputs."""
     model, given = _diffusion(place), inputs.read(place, "sd")
-    apply = jax.jit(functools.partial(model.config.modules[name].apply, method=method))
+    apply = partitioning.MeshFunction(functools.partial(model.config.modules[name].apply, method=method), _mesh())
     params, args = {"params": model.params[name]}, [jax.device_put(given[key]) for key in names]
     return lambda: {"output": np.asarray(apply(params, *args), np.float32)}
 

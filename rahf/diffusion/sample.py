@@ -183,7 +183,10 @@ def _generate(*inputs, attention, **options):
 def _compiled(mesh: jax.sharding.Mesh | None) -> Callable:
     """`_generate`, compiled for a mesh or for one device."""
     static = {"static_argnums": 0, "static_argnames": ("grid", "vae_tile", "partial", "on_step", "attention")}
-    return jax.jit(_generate, **static) if mesh is None else partitioning.MeshFunction(_generate, mesh, **static)
+    if mesh is not None:
+        return partitioning.MeshFunction(_generate, mesh, **static)
+    options = partitioning.compiler_options(jax.devices()[0].device_kind)
+    return jax.jit(_generate, compiler_options=options, **static)
 
 
 def generate(
