@@ -166,7 +166,7 @@ def measure(config, topology: str, step: str, devices, batch_size: int, picture:
         "fits": chip is None or hbm <= chip.hbm,
         "flops_per_core": flops,
         "bytes_per_core": cost.get("bytes accessed"),
-        "estimated_step_s": _seconds(cost["optimal_seconds"], hlo, unseen, chip) if chip else None,
+        "estimated_step_s": _seconds(cost, hlo, unseen, chip) if chip else None,
         "kernels": unseen,
         "peak_step_s": flops / (chip.tflops * 1e12) if chip and flops else None,
         "scheduler_cycles": scheduler_cycles(hlo),
@@ -202,12 +202,15 @@ def kernels(hlo: str) -> dict[str, dict]:
     return found
 
 
-def _seconds(optimal: float, hlo: str, unseen: dict[str, dict], chip: Chip) -> float:
+def _seconds(cost: dict, hlo: str, unseen: dict[str, dict], chip: Chip) -> float:
     """XLA's estimate, with the time of kernels it does not see: the longer of FLOPs at peak and bytes at full bandwidth."""
-    optimal += hlo.count('custom_call_target="ConcatBitcast"')  # XLA takes 1 s off for each; it moves nothing
+    seconds = cost["optimal_seconds"]
+    if seconds < cost["flops"] / (chip.tflops * 1e12):
+        # On some chips, XLA takes 1 s off for each of these, which move nothing. On others it does not.
+        seconds += hlo.count('custom_call_target="ConcatBitcast"')
     for kernel in unseen.values():
-        optimal += max(0, (kernel["flops"] or 0) / (chip.tflops * 1e12) - kernel["bytes"] / (chip.bandwidth * 1e9))
-    return optimal
+        seconds += max(0, (kernel["flops"] or 0) / (chip.tflops * 1e12) - kernel["bytes"] / (chip.bandwidth * 1e9))
+    return seconds
 
 
 def scheduler_cycles(hlo: str) -> int | None:

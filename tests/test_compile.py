@@ -89,7 +89,7 @@ def test_collectives_are_counted_with_the_bytes_of_their_results():
 
 
 def test_scheduler_cycles_are_those_of_the_entry_computation():
-    hlo = '''
+    hlo = """
 %body (p: f32[]) -> f32[] {
   ROOT %a = f32[] add(%p, %p), backend_config={"estimated_cycles":"100"}
 }
@@ -98,7 +98,7 @@ ENTRY %main (p: f32[]) -> f32[] {
   %b = f32[] add(%p, %p), backend_config={"estimated_cycles":"7"}
   ROOT %c = f32[] add(%b, %p), backend_config={"estimated_cycles":"5"}
 }
-'''
+"""
     assert compiling.scheduler_cycles(hlo) == 12
     assert compiling.scheduler_cycles(hlo.replace("estimated_cycles", "other")) is None
 
@@ -122,7 +122,9 @@ backend_config={{"cost_estimate":{{"flops":"7"}}}}
         "other": {"count": 1, "flops": None, "bytes": 4 * (query + 2 * key + 9)},
     }
     chip = compiling.Chip(16, 1e-3, 1e9)  # slow at FLOPs, quick at bytes
-    assert compiling._seconds(1.5 - 1, hlo, found, chip) == pytest.approx(1.5 + flops / 1e9, rel=1e-6)
+    for optimal in (1.5 - 1, 1.5):
+        cost = {"optimal_seconds": optimal, "flops": 1e9}
+        assert compiling._seconds(cost, hlo, found, chip) == pytest.approx(1.5 + flops / 1e9, rel=1e-6)
 
 
 def test_batch_shapes_are_those_of_a_batch(tmp_path):
