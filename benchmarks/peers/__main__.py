@@ -35,6 +35,7 @@ import psutil
 import tabulate
 from absl import flags
 
+from benchmarks import peaks
 from richhf_data import command, ranges
 from richhf_data.errors import UserError
 
@@ -60,8 +61,6 @@ ROWS = {
     "metrics": Row("metrics", 2, "our_metrics", "with_scipy"),
 }
 SECONDS = 10  # that calls are repeated in one process
-# Dense bfloat16 TFLOP/s by what the name of a GPU contains. Source: the data sheets of NVIDIA (SXM where there are two).
-PEAKS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165}
 PROBE = "import jax; print(jax.devices()[0].device_kind if jax.default_backend() == 'gpu' else '')"
 PROBE_TORCH = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
 
@@ -138,7 +137,7 @@ def merged(turns: list[dict]) -> dict:
 def result(ours: dict, theirs: dict, difference: float, device: str) -> dict:
     """The ratios of two sides; above 1 in speed, ours is the faster; above 1 in memory, ours takes more."""
     flops = theirs["flops"]
-    peak = next((tflops * 1e12 for name, tflops in PEAKS.items() if name in device), None)
+    peak = peaks.flops(device)
     for side in (ours, theirs):
         side["tflops"] = flops and flops / side["seconds"] / 1e12
         side["mfu"] = flops and peak and flops / side["seconds"] / peak
