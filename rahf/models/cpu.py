@@ -1,9 +1,11 @@
 """What XLA computes slowly on CPUs, written otherwise: the same results, up to rounding (figures in benchmarks/README.md).
 
 XLA's 3x3 convolution of few pixels takes twice as long as a product of matrices. Here it becomes products: of patches for
-few pixels, of Winograd's tiles for many. XLA also computes a norm again within each product that reads it.
+few pixels, of Winograd's tiles for many. XLA's gradient of a kernel over many pixels takes seven times as long as products
+do. XLA also computes a norm again within each product that reads it.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -12,6 +14,7 @@ import jax.numpy as jnp
 from rahf import partitioning
 
 Array = jax.Array
+MANY_PIXELS = 2**14  # of a batch, from which on `kernel_gradient` is the quicker
 
 
 def computed_once(x: Array) -> Array:
@@ -58,6 +61,34 @@ def winograd(x: Array, kernel: Array) -> Array:
     pixels = _both_axes(lambda a, b, c, d: (a + b + c, b - c - d), products)
     x = jnp.stack([jnp.stack(row, axis=3) for row in pixels], axis=2)  # [B, h / 2, 2, w / 2, 2, O]
     return x.reshape(batch, h, w, -1)
+
+
+def kernel_gradient(x: Array, cotangent: Array, padding) -> Array | None:
+    """The gradient of the kernel of a convolution with stride 1, if that is quick: for some rows at a time, a product.
+
+    Args:
+      x: [B, h, w, C]. cotangent: [B, h', w', F]. padding: (before, after) of h and of w.
+
+    Returns:
+      [kh, kw, C, F]; None: XLA's own is as quick.
+    """
+    batch, h, w, features = cotangent.shape
+    if partitioning.device_kind() != "cpu" or x.dtype != jnp.float32 or batch * h * w < MANY_PIXELS:
+        return None
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    size = x.shape[1] - h + 1, x.shape[2] - w + 1  # of the kernel
+    rows = math.gcd(h, 8)
+
+    def add(total, first):
+        block = jax.lax.dynamic_slice_in_dim(x, first, rows + size[0] - 1, axis=1)
+        taps = [block[:, i : i + rows, j : j + w] for i in range(size[0]) for j in range(size[1])]
+        of_block = jax.lax.dynamic_slice_in_dim(cotangent, first, rows, axis=1)
+        patches = jnp.concatenate(taps, axis=-1).reshape(-1, total.shape[0])
+        return total + patches.T @ of_block.reshape(-1, features), None
+
+    total = jnp.zeros((math.prod(size) * x.shape[-1], features))
+    total, _ = jax.lax.scan(add, total, jnp.arange(0, h, rows))
+    return total.reshape(*size, -1, features)
 
 
 def _both_axes(transform, grid):

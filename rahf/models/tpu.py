@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from rahf.models import cpu
 from rahf.models.layers import CONV_DIMENSIONS
 
 Array = jax.Array
@@ -87,11 +88,14 @@ def _convolve_forward(x, kernel, *settings):
 def _convolve_backward(strips, rows, columns, saved, cotangent):
     """The gradient of x is a convolution with a halo too. JAX's own would add the halo's gradient to the neighbours."""
     x, kernel = saved
-    of_kernel = jax.linear_transpose(lambda kernel: _convolve(x, kernel, strips, rows, columns), kernel)
+    of_kernel = cpu.kernel_gradient(x, cotangent, (rows, columns)) if strips == 1 else None
+    if of_kernel is None:
+        transpose = jax.linear_transpose(lambda kernel: _convolve(x, kernel, strips, rows, columns), kernel)
+        (of_kernel,) = transpose(cotangent)
     rows, columns = (
         tuple(taps - 1 - pad for pad in padding) for taps, padding in zip(kernel.shape, (rows, columns), strict=False)
     )
-    return _convolve(cotangent, _transposed(kernel), strips, rows, columns), *of_kernel(cotangent)
+    return _convolve(cotangent, _transposed(kernel), strips, rows, columns), of_kernel
 
 
 def _transposed(kernel: Array) -> Array:
