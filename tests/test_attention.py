@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from benchmarks import attention as benchmark
 from rahf import partitioning
 from rahf.models import attention
 from rahf.models.attention import attention as attend
@@ -169,3 +170,9 @@ def test_a_config_forces_a_form():
 
     assert "while" in text("blockwise")
     assert "while" not in text("plain") and text("plain") == text("auto")
+
+
+def test_the_benchmark_compares_each_form():
+    rows = benchmark.of_size((1, 9, 13, 2, 8, True), None, 1)
+    assert [row["form"] for row in rows][:2] == ["plain", "blockwise"]
+    assert float(rows[1]["output"]) < 1e-5 and float(rows[1]["gradients"]) < 1e-5

@@ -64,13 +64,13 @@ def winograd(x: Array, kernel: Array) -> Array:
 
 
 def kernel_gradient(x: Array, cotangent: Array, padding) -> Array | None:
-    """The gradient of the kernel of a convolution with stride 1, if that is quick: for some rows at a time, a product.
+    """The gradient of a kernel of stride 1 over many pixels: a sum of products, one for each block of rows.
 
     Args:
       x: [B, h, w, C]. cotangent: [B, h', w', F]. padding: (before, after) of h and of w.
 
     Returns:
-      [kh, kw, C, F]; None: XLA's own is as quick.
+      [kh, kw, C, F]; None where XLA's own gradient is as quick.
     """
     batch, h, w, features = cotangent.shape
     if partitioning.device_kind() != "cpu" or x.dtype != jnp.float32 or batch * h * w < MANY_PIXELS:
