@@ -244,9 +244,11 @@ def _make_update(program: Program, optimizer, schedule, config, mesh) -> Callabl
                 new["ema"] = jax.tree.map(lambda old, now: old - (1 - decay) * (old - now), old["ema"], params)
             return new
 
-        # A branch: with a `where` for each array, XLA for CPUs copies both moments.
         old = {name: state[name] for name in state if name != "step"}
-        new = jax.lax.cond(finite, updated, lambda old, grads: old, old, grads)
+        if partitioning.device_kind() == "cpu":  # with a `where` for each array, XLA copies both moments there
+            new = jax.lax.cond(finite, updated, lambda old, grads: old, old, grads)
+        else:  # a branch holds all gradients at once
+            new = jax.tree.map(lambda now, old: jnp.where(finite, now, old), updated(old, grads), old)
         metrics |= {"gradient_norm": norm, "learning_rate": schedule(state["step"])}
         return {"step": state["step"] + 1} | new, metrics | {"skipped": 1 - finite.astype(jnp.int32)}
 
