@@ -206,6 +206,30 @@ def fingerprint_of_table(table: ImageTable, desc: str) -> str:
     return fingerprint(table.prompts, [hashlib.sha256(encoded).hexdigest() for part in parts for _, encoded in part])
 
 
+def rewards_of(table: ImageTable, digest: str, reward: Callable, cache: pathlib.Path) -> np.ndarray:
+    """The rewards of a table, float32[n]. Cached only if the reward has an identity (reward/specs.py).
+
+    Args:
+      digest: `fingerprint_of_table`.
+
+    Raises:
+      UserError: the reward does not return one finite number per image.
+    """
+    identity = specs.identity_of(reward)
+
+    def parts(done):
+        rows = itertools.islice(table.images(), done, None)
+        decoded_rows = (images.decode(encoded, where) for where, encoded in rows)
+        for part in parts_of(decoded_rows, REWARDED_AT_ONCE, "rewards", len(table), done):
+            batch = np.stack(part) if len({image.shape for image in part}) == 1 else part
+            yield specs.checked(reward, batch, table.prompts[done : done + len(part)])
+            done += len(part)
+
+    if identity is None:
+        return np.concatenate(list(parts(0)))
+    return np.asarray(kept(cache / f"rewards-{fingerprint(digest, identity)}.npy", (len(table),), parts))
+
+
 @dataclasses.dataclass(frozen=True)
 class Inputs:
     """The tables of a config, and the outputs of the frozen parts for them.
@@ -269,26 +293,8 @@ class Inputs:
         return kept(cache / f"latents-{key}.npy", shape, parts)
 
     def rewards(self, reward: Callable, cache: pathlib.Path) -> np.ndarray:
-        """The rewards of the model's own images, float32[n]. Cached only if the reward has an identity (reward/specs.py).
-
-        Raises:
-          UserError: the reward does not return one finite number per image.
-        """
-        table, identity = self.tables["images"], specs.identity_of(reward)
-
-        def parts(done):
-            rows = itertools.islice(table.images(), done, None)
-            decoded_rows = (images.decode(encoded, where) for where, encoded in rows)
-            for part in parts_of(decoded_rows, REWARDED_AT_ONCE, "rewards", len(table), done):
-                batch = np.stack(part) if len({image.shape for image in part}) == 1 else part
-                yield specs.checked(reward, batch, table.prompts[done : done + len(part)])
-                done += len(part)
-
-        if identity is None:
-            rewards = np.concatenate(list(parts(0)))
-        else:
-            key = fingerprint(self.identities["images"], identity)
-            rewards = np.asarray(kept(cache / f"rewards-{key}.npy", (len(table),), parts))
+        """The rewards of the model's own images, float32[n]. As `rewards_of`."""
+        rewards = rewards_of(self.tables["images"], self.identities["images"], reward, cache)
         return multihost_utils.broadcast_one_to_all(rewards) if jax.process_count() > 1 else rewards
 
     def rows(self, name: str, moments: np.ndarray, weight: np.ndarray) -> Rows:

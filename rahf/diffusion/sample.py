@@ -374,10 +374,10 @@ def _settings(args, prompts: Sequence[str]) -> dict:
     return settings
 
 
-def _open_output(output: pathlib.Path, settings: dict) -> None:
-    """Makes the folder. Raises UserError if it holds images of other settings."""
+def open_output(output: pathlib.Path, settings: dict, files: str = "*.png") -> None:
+    """Notes the settings in a folder. Raises UserError if it holds such files of other settings."""
     file = output / "settings.json"
-    if any(output.glob("*.png")):
+    if any(output.glob(files)):
         old = json_files.read(file) if file.is_file() else None
         different = [name for name in settings if settings[name] != old.get(name)] if old else ["origin"]
         if different:
@@ -404,7 +404,7 @@ def run(args) -> None:
     if args.dtype:
         parts = {part: dataclasses.replace(getattr(model.config, part), dtype=args.dtype) for part in ("unet", "vae")}
         model = dataclasses.replace(model, config=dataclasses.replace(model.config, **parts))
-    _open_output(output, _settings(args, prompts))
+    open_output(output, _settings(args, prompts))
     jobs = [prompt for prompt in prompts for _ in range(args.num_images)]
     files = [f"{number:05d}.png" for number in range(len(jobs))]
     batch = -(-len(jobs) // -(-len(jobs) // args.batch_size))  # the smallest that gives as few batches
