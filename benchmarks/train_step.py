@@ -79,7 +79,7 @@ def main():
     best, size, device = min(seconds[1:]), config.train.batch_size, jax.devices()[0]
     peak, memory = peaks.flops(device.device_kind), device.memory_stats()
     table = [
-        ("config", config.get("variant") or config.model.get("variant", "Stable Diffusion")),
+        ("config", config.model.get("variant", "Stable Diffusion")),
         ("devices", f"{jax.device_count()} x {device.device_kind}"),
         ("parameters", f"{sum(leaf.size for leaf in jax.tree.leaves(training.params)):,}"),
         ("batch", size),

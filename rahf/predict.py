@@ -259,7 +259,7 @@ class _Writer:
             for result in _RESULTS:
                 (self._output / result).unlink(missing_ok=True)
         rows = [self._failed(item) if "failed" in item else self._row(number, item) for number, item in items.items()]
-        paths.replace(self._unfinished / name, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        jsonl.write(self._unfinished / name, rows)
 
     def _failed(self, item: dict) -> dict:
         return {"failed": {"image": item["name"], "prompt": item["prompt"], "reason": item["failed"]}}
@@ -294,8 +294,7 @@ class _Writer:
                 views += [row["view"]] if row["view"] else []
                 too_long += [line["image"]] if model.is_too_long(line["prompt"]) else []
             if failed:
-                text = "".join(json.dumps(row) + "\n" for row in failed)
-                paths.replace(self._output / "failed.jsonl", text.encode())
+                jsonl.write(self._output / "failed.jsonl", failed)
             if not count:
                 raise UserError(f"none of the {len(failed)} images was predicted; the first: {failed[0]['reason']}")
         self._remove_all(self._heatmaps, _HEATMAP, heatmaps)

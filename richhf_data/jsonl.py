@@ -1,4 +1,4 @@
-"""Reads JSONL and text files, all by the same rules.
+"""Reads and writes JSONL, and reads text files, all by the same rules.
 
 A file is UTF-8, with or without a byte order mark. A line ends at "\\n" or "\\r\\n" and nowhere else: not at U+2028, U+0085
 or a form feed. Blank lines are skipped.
@@ -10,9 +10,10 @@ import codecs
 import json
 import math
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
+from richhf_data import paths
 from richhf_data.errors import UserError
 
 _SHOWN = 80  # characters of a faulty line in an error
@@ -117,6 +118,11 @@ def read(path, what: str, expected: str, texts: tuple[str, ...], blank: bool = T
         for name in texts:
             text_of(row, name, expected, where, blank)
         yield row
+
+
+def write(path, rows: Iterable[dict]) -> None:
+    """Writes an object per line, the file whole or not at all."""
+    paths.replace(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def read_texts(path, what: str) -> Iterator[str]:

@@ -17,7 +17,6 @@ image's number, not on its batch.
 import dataclasses
 import functools
 import hashlib
-import json
 import pathlib
 from collections.abc import Callable, Sequence
 
@@ -443,7 +442,7 @@ def run(args) -> None:
         {"image": file, "prompt": prompt, "seed": args.seed, "number": number}
         for number, (file, prompt) in enumerate(zip(files, jobs, strict=True))
     ]
-    paths.replace(output / "images.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    jsonl.write(output / "images.jsonl", rows)
     print(f"{len(rows)} images: {output}/*.png, images.jsonl")
 
 

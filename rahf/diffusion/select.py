@@ -14,7 +14,6 @@ Source: section 5 of paper A, with 8 pictures of a prompt, plausibility and 0.8.
 
 import dataclasses
 import io
-import json
 import pathlib
 from collections.abc import Callable, Sequence
 
@@ -26,7 +25,7 @@ from tabulate import tabulate
 from rahf.diffusion import inputs, sample
 from rahf.reward import specs
 from rahf.reward.image_table import ImageTable
-from richhf_data import command, paths, ranges
+from richhf_data import command, jsonl, paths, ranges
 from richhf_data.errors import UserError
 
 
@@ -71,7 +70,7 @@ def select(table: ImageTable, reward: Callable, output, threshold: float) -> Sel
     digest = inputs.fingerprint_of_table(table, "images: digest")
     settings = {"images": digest, "reward": specs.identity_of(reward), "threshold": threshold}
     sample.open_output(output, settings, "images.jsonl")
-    rewards = np.asarray(inputs.rewards_of(table, digest, reward, output))
+    rewards = inputs.rewards_of(table, digest, reward, output)
     rows = best(table.prompts, rewards, threshold)
     if not rows:
         raise UserError(f"threshold: got {threshold:g}, but the highest reward is {rewards.max():.4g}; choose a lower one")
@@ -86,13 +85,9 @@ def select(table: ImageTable, reward: Callable, output, threshold: float) -> Sel
         {"number": row, "prompt": prompt, "reward": float(value), "selected": row in chosen}
         for row, (prompt, value) in enumerate(zip(table.prompts, rewards, strict=True))
     ]
-    _write_lines(output / "rewards.jsonl", every)
-    _write_lines(output / "images.jsonl", [lines[row] for row in rows])
+    jsonl.write(output / "rewards.jsonl", every)
+    jsonl.write(output / "images.jsonl", [lines[row] for row in rows])
     return Selection(rewards, rows)
-
-
-def _write_lines(file: pathlib.Path, rows: Sequence[dict]) -> None:
-    paths.replace(file, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def main():
