@@ -53,7 +53,7 @@ def sampled(config, grid, params, ids, negative_ids, steps):
     keys = sample.image_keys(sample.seed_data(0), np.arange(len(ids)))
     initial = sample.noise(keys, sample.INITIAL, (*grid, config.vae.latent_channels))
     predict_noise = sample.guided(config, params, ids, negative_ids, np.float32(GUIDANCE))
-    latents = sample.denoise(predict_noise, config.schedule, steps, initial, keys, keep=True)
+    latents, _ = sample.denoise(predict_noise, config.schedule, steps, initial, keys, keep=True)
     images = config.modules["vae"].apply({"params": params["vae"]}, latents[-1], method="decode_latents")
     return latents, (jnp.clip(images, -1, 1) + 1) * 127.5
 

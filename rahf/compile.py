@@ -2,7 +2,7 @@
 
     python -m rahf.compile --config=rahf_base --topology=v3:8x8 [--step=train] [--config.key=value ...]
     python -m rahf.compile --config=rahf_base --topology=v3:8x8 --sweep
-    python -m rahf.compile --config=sd_reward --topology=v3:2x2 --step=sample [--height=1024 --width=1024]
+    python -m rahf.compile --config=sd_reward --topology=v3:2x2 --step=sample [--height=1024 --guide=rahf_base]
 
 For a TPU the real compiler does it (`pip install -e '.[tpu]'`); nothing is allocated, shapes are all it needs. `cpu` and
 `gpu` are the devices of this machine. Prints a table, and on the last line a JSON object; exits with 1 where a step does
@@ -19,19 +19,24 @@ import sys
 import time
 
 import jax
+import numpy as np
 import tabulate
 from absl import flags
+from flax import linen as nn
 
 from rahf import experiments, partitioning, train
 from rahf import program as programs
 from rahf.diffusion import finetuning, folder, sample
+from rahf.diffusion.guide import Guidance
 from rahf.diffusion.schedule import plan
+from rahf.models.rahf import RAHF, RAHFConfig, dummy_inputs
 from rahf.predictor import Predictor
+from rahf.reward.differentiable import Differentiable, rahf_score
 from richhf_data import command, ranges
 from richhf_data.errors import UserError
 
 GIB = 2**30
-PICTURE = ("height", "width", "vae_tile")  # flags of the step "sample"
+PICTURE = ("height", "width", "vae_tile", "guide")  # flags of the step "sample"
 # predict and evaluate are one program, at 32 rows and at eval.batch_size. Of rahf.diffusion.train: train and sample.
 STEPS = ("train", "predict", "evaluate", "sample")
 # Pallas kernels that tell XLA no costs -> matrix products of the size of the logits in each.
@@ -116,15 +121,30 @@ def lowered(config, step: str, mesh, batch_size: int, picture: dict):
         size = model.unet.sample_size * model.vae.factor
         picture = {"height": size, "width": size, "attention": config.mesh.attention} | picture
         steps = plan(model.schedule, config.sample.sampler, config.sample.steps)
+        if guide := picture.pop("guide", None):
+            picture["guide"] = guidance_of(experiments.load(guide))
         return sample.lower(model, mesh, batch_size, steps=steps, guidance=config.sample.guidance_scale > 1, **picture)
     predictor = Predictor(config, None, mesh)
     return predictor.lower(batch_size), predictor.params
 
 
+def guidance_of(config) -> Guidance:
+    """Guidance by the aesthetics of a config's RAHF, from shapes alone."""
+    model_config = RAHFConfig.from_dict(config.model.to_dict())
+    inputs = dummy_inputs(model_config, config.data.text_length)
+    params = nn.unbox(jax.eval_shape(RAHF(model_config).init, jax.random.key(0), *inputs))["params"]
+
+    def rows(prompts):
+        return np.zeros((len(prompts), model_config.num_texts, config.data.text_length), np.int32)
+
+    return Guidance(Differentiable(rahf_score(model_config, {"aesthetics": 1.0}), params, rows))
+
+
 def measure(config, topology: str, step: str, devices, batch_size: int, picture: dict | None = None) -> dict:
     """Compiles a step, and what the compiler says of it: the JSON object of this command.
 
-    picture: of the step "sample", `PICTURE`; height and width by default of the model's training images.
+    picture: of the step "sample", `PICTURE`; height and width by default of the model's training images. guide: the name of
+    a RAHF's config.
     """
     mesh = partitioning.mesh_of(config.mesh, devices)
     if step != "train":  # predictions add rows up to a multiple of the devices
@@ -367,5 +387,6 @@ if __name__ == "__main__":
     ranges.flag("height", None, "Of the pictures of --step=sample, in pixels; by default the model's.", ranges.PIXELS)
     ranges.flag("width", None, "In pixels; default as for --height.", ranges.PIXELS)
     ranges.flag("vae_tile", None, "As of rahf.diffusion.sample, for --step=sample.", ranges.PIXELS)
+    flags.DEFINE_string("guide", None, "For --step=sample: the config of a RAHF whose aesthetics guide it: rahf_base.")
     flags.DEFINE_bool("sweep", False, "Compare meshes and remat policies, and recommend one.")
     command.run(main, experiments.reader(kinds=("rahf", "diffusion")))

@@ -194,6 +194,10 @@ class Model:
         image = np.asarray(image)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
             raise UserError(f"image: got {image.dtype}{list(image.shape)}, expected uint8[H, W, 3], RGB")
+        return {"image": resize(image, self.model_config.image_size), "text_ids": self.text_ids(prompt)}
+
+    def text_ids(self, prompt: str) -> np.ndarray:
+        """The texts that the model reads of a prompt, int32[R, L]. Raises UserError as `prepare`."""
         if not jsonl.is_text(prompt):
             raise UserError(f"prompt: got {prompt!r}, expected text")
         if self.is_too_long(prompt) and not self.truncates:
@@ -202,8 +206,7 @@ class Model:
                 f"data.text_length={self.config.data.text_length}; shorten it"
             )
         texts = schema.task_prompts(prompt, self.model_config.variant)
-        text_ids = np.stack([self.vocabulary.encode(text, self.config.data.text_length) for text in texts])
-        return {"image": resize(image, self.model_config.image_size), "text_ids": text_ids}
+        return np.stack([self.vocabulary.encode(text, self.config.data.text_length) for text in texts])
 
     @property
     def truncates(self) -> bool:

@@ -181,7 +181,7 @@ def test_foundation_folders_are_read_and_hold_what_was_trained(tmp_path, standar
     assert model.config.text.text == clip.config.text
     assert model.config.unet == tiny_unet(vae[0], clip.config, 16)
     jax.tree.map(np.testing.assert_array_equal, model.params["vae"], vae[1])
-    jax.tree.map(np.testing.assert_array_equal, model.params["text_encoder"]["text"], clip._params["text"])
+    jax.tree.map(np.testing.assert_array_equal, model.params["text_encoder"]["text"], clip.params["text"])
     np.testing.assert_array_equal(model.text_ids(texts[:4]), clip.tokenizer(texts[:4], foundation.TEXT_LENGTH))
     encode = jax.jit(functools.partial(diffusers.VAE(model.config.vae).apply, method="encode_latents"))
     latents = encode({"params": model.params["vae"]}, images)

@@ -86,7 +86,7 @@ def trajectory_of(config):
         keys = sample.image_keys(sample.seed_data(SEED), np.arange(2))
         initial = sample.noise(keys, sample.INITIAL, (size, size, 4))
         predict_noise = sample.guided(config, params, ids, negative_ids, np.float32(GUIDANCE))
-        return sample.denoise(predict_noise, config.schedule, steps, initial, keys, keep=True)
+        return sample.denoise(predict_noise, config.schedule, steps, initial, keys, keep=True)[0]
 
     return run
 
@@ -295,7 +295,7 @@ def test_samplers_end_at_the_image_that_is_always_predicted(sampler, strength):
         return (x - jax.numpy.sqrt(alpha) * x0) / jax.numpy.sqrt(1 - alpha)
 
     start = schedule.add_noise(x0, noise, steps.timesteps[:1])
-    image = sample.denoise(perfect, schedule, steps, start, sample.image_keys(sample.seed_data(0), np.arange(2)))
+    image, _ = sample.denoise(perfect, schedule, steps, start, sample.image_keys(sample.seed_data(0), np.arange(2)))
     np.testing.assert_allclose(image, x0, atol=2e-4)
 
 
@@ -375,7 +375,7 @@ def test_a_step_computes_nothing_twice(tiny):
     def run(params, ids, negative_ids, latents):
         predict_noise = sample.guided(model.config, params, ids, negative_ids, np.float32(GUIDANCE))
         keys, steps = sample.image_keys(sample.seed_data(SEED), np.arange(2)), plan(model.config.schedule, "ddim", 2)
-        return sample.denoise(predict_noise, model.config.schedule, steps, latents, keys)
+        return sample.denoise(predict_noise, model.config.schedule, steps, latents, keys)[0]
 
     ids, latents = model.text_ids([*PROMPTS, NEGATIVE]), np.zeros((2, 8, 8, 4), np.float32)
     jaxpr = jax.make_jaxpr(run)(model.params, ids[:2], ids[2:], latents).jaxpr
@@ -462,7 +462,8 @@ def test_a_killed_run_goes_on_and_draws_nothing_twice(tiny, tmp_path, monkeypatc
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a red cat"}\n{"prompt": "red", "kind": 1}\n')
     options = {name: None for name in ("prompt", "image", "mask", "height", "width", "strength", "dtype", "vae_tile")}
     options |= {"num_images": 2, "batch_size": 3, "steps": 2, "sampler": "ddim", "guidance_scale": 3.0, "attention": "auto"}
-    options |= {"seed": 1, "negative_prompt": "", "truncate": False, "model": tiny("first")}
+    options |= {"seed": 1, "negative_prompt": "", "truncate": False, "model": tiny("first"), "guide": None}
+    options |= {f"guide_{name}": None for name in sample.GUIDE}
 
     def run(output, **changes):
         sample.run(argparse.Namespace(**options | {"output": tmp_path / output} | changes))

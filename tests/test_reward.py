@@ -231,7 +231,7 @@ def test_clip_embeddings_are_the_modules_of_unit_length_whatever_the_batch(clip)
         (clip.texts(texts), clip.tokenizer(texts, 40), "encode_text"),
     ):
         apply = jax.jit(CLIP(clip.config).apply, static_argnames="method")
-        expected = apply({"params": clip._params}, inputs, method=method)
+        expected = apply({"params": clip.params}, inputs, method=method)
         expected = np.asarray(expected) / np.linalg.norm(expected, axis=1, keepdims=True)
         np.testing.assert_allclose(ours, expected, atol=2e-6)
         assert ours.shape == (embed.BATCH + 2, 12)
@@ -270,7 +270,7 @@ def test_a_text_too_long_for_clip_is_named(clip):
 
 
 def test_an_embedding_that_is_not_finite_names_its_picture_or_prompt(clip, tmp_path, monkeypatch):
-    params = jax.tree.map(lambda leaf: leaf, clip._params)
+    params = jax.tree.map(lambda leaf: leaf, clip.params)
     params["image_projection"]["kernel"] *= np.nan
     monkeypatch.setattr(clip, "_params", params)
     image = np.zeros((16, 16, 3), np.uint8)

@@ -26,15 +26,13 @@ import time
 
 import jax
 import numpy as np
-import PIL.Image
-import pyarrow
 import tabulate
 from absl import flags
 
-from benchmarks.alignment import drawings, foundation, judge
+from benchmarks.alignment import drawings, foundation, judge, stages
 from rahf import experiments, workdirs
 from rahf import reward as rahf_reward
-from rahf.diffusion import evaluate, finetuning, folder, inputs, sample
+from rahf.diffusion import evaluate, finetuning, folder
 from rahf.diffusion import train as diffusion_train
 from rahf.diffusion.comparison_page import Evaluated
 from rahf.reward import embed, predict, prompts
@@ -58,7 +56,6 @@ RANGES = {
     "eval.candidates": ranges.COUNT,
     "eval.strong_guidance": ranges.GUIDANCE,
 }
-AT_ONCE = 100  # pictures drawn in one batch
 SHOWN = ("beta_1", "beta_03", "beta_0")  # the fine-tuned models in the figure
 ACCURATE = 0.98  # the accuracy that the judge must reach
 BASE = "base"
@@ -80,65 +77,13 @@ def check(config) -> None:
         experiments.check_ranges(config[section], allowed, f"{section}.")
 
 
-def seed_of(config, number: int) -> int:
-    """The seed number `number`, derived from `config.seed`."""
-    return 1000 * config.seed + number
-
-
 # ---- Stages ---------------------------------------------------------------------------------------------------------
 def make_pictures(config, place: pathlib.Path) -> None:
     """Writes train.parquet and clean.parquet."""
     for name, number, rate in (("clean", 1, 0.0), ("train", 0, config.pictures.wrong_rate)):
         if not (place / f"{name}.parquet").is_file():
-            table = drawings.captioned(config.pictures[name], seed_of(config, number), rate)
+            table = drawings.captioned(config.pictures[name], stages.seed_of(config, number), rate)
             drawings.write(table, place / f"{name}.parquet")
-
-
-def make_start(config, root: pathlib.Path) -> None:
-    """Trains the CLIP and the VAE, and writes the untrained diffusion model."""
-    table = drawings.read(root / "pictures/train.parquet")
-    if not (root / "clip/config.json").is_file():
-        foundation.fit_clip(root / "clip", drawings.images(table), table["prompt"].to_pylist(), seed=seed_of(config, 20))
-    if not (root / "start" / folder.INDEX).is_file():
-        vae = foundation.fit_vae(drawings.images(table), seed=seed_of(config, 30))
-        foundation.start(root / "start", root / "clip", vae, seed=seed_of(config, 40))
-
-
-def fit_base(config, root: pathlib.Path) -> None:
-    """Trains the diffusion model on the wrongly captioned pictures."""
-    settings = config.base.copy_and_resolve_references()
-    settings.seed = seed_of(config, 0)
-    settings.model.folder, settings.data.pretraining = str(root / "start"), str(root / "pictures/train.parquet")
-    diffusion_train.train(settings, root / "base", cache=root / "cache")
-
-
-def drawn(model_folder, texts: list[str], seed: int, sampling, place: pathlib.Path) -> np.ndarray:
-    """uint8[n, S, S, 3]: a picture of each prompt, kept in a file; resumes where a killed run ended."""
-    size = drawings.SIZE
-
-    def parts(done):
-        model = folder.read(model_folder)
-
-        def images():
-            for first in range(done, len(texts), AT_ONCE):
-                part = texts[first : first + AT_ONCE]
-                padded = part + part[-1:] * (AT_ONCE - len(part))  # one compiled shape
-                yield from sample.to_uint8(sample.generate(model, padded, seed=seed, first=first, **sampling))[: len(part)]
-
-        return inputs.parts_of(images(), AT_ONCE, f"draw {place.stem}", len(texts), done)
-
-    return np.asarray(inputs.kept(place, (len(texts), size, size, 3), parts, np.uint8))
-
-
-def write_table(file: pathlib.Path, images, texts, **columns) -> None:
-    """Writes a .parquet table of pictures."""
-
-    def png(image):
-        encoded = io.BytesIO()
-        PIL.Image.fromarray(image).save(encoded, "PNG")
-        return encoded.getvalue()
-
-    drawings.write(pyarrow.table({"prompt": texts, "image": [png(image) for image in images], **columns}), file)
 
 
 def make_samples(config, root: pathlib.Path, raters) -> None:
@@ -147,12 +92,12 @@ def make_samples(config, root: pathlib.Path, raters) -> None:
     if (place / "own.parquet").is_file():
         return
     training = [prompts.text(prompt) for prompt in drawings.split_prompts()[0]]
-    training = np.random.default_rng(seed_of(config, 60)).permutation(training).tolist()
+    training = np.random.default_rng(stages.seed_of(config, 60)).permutation(training).tolist()
     texts = list(itertools.islice(itertools.cycle(training), settings.labelled + settings.unlabelled))
-    images = drawn(root / "base/model", texts, seed_of(config, 61), config.sampling, place / "own.npy")
+    images = stages.drawn(root / "base/model", texts, stages.seed_of(config, 61), config.sampling, place / "own.npy")
     labels = raters(images[: settings.labelled], texts[: settings.labelled])["all"].astype(np.int64)
-    write_table(place / "feedback.parquet", images[: settings.labelled], texts[: settings.labelled], label=labels)
-    write_table(place / "own.parquet", images, texts)
+    stages.write_table(place / "feedback.parquet", images[: settings.labelled], texts[: settings.labelled], label=labels)
+    stages.write_table(place / "own.parquet", images, texts)
 
 
 def fit_rewards(config, root: pathlib.Path) -> dict[str, list[dict]]:
@@ -161,7 +106,7 @@ def fit_rewards(config, root: pathlib.Path) -> dict[str, list[dict]]:
     for name, weight in (("reward", config.reward.loss.classification_weight), ("reward_plain", 0.0)):
         settings = config.reward.copy_and_resolve_references()
         settings.prompts = {name: tuple(getattr(drawings.WORDS, name)) for name in prompts.CATEGORIES}
-        settings.loss.classification_weight, settings.seed = weight, seed_of(config, 70)
+        settings.loss.classification_weight, settings.seed = weight, stages.seed_of(config, 70)
         feedback = root / "samples/feedback.parquet"
         found[name] = reward_train.train(settings, feedback, root / "clip", root / name, root / "clip/cache")
     return found
@@ -172,7 +117,7 @@ def tune(config, root: pathlib.Path, name: str) -> None:
     _, reward, beta = TUNED[name]
     settings = config.tuning.copy_and_resolve_references()
     settings.model.folder, settings.data.images = str(root / "base/model"), str(root / "samples/own.parquet")
-    settings.reward.source, settings.train.beta, settings.seed = f"reward:{root / reward}", beta, seed_of(config, 80)
+    settings.reward.source, settings.train.beta, settings.seed = f"reward:{root / reward}", beta, stages.seed_of(config, 80)
     if name == "unweighted":
         settings.reward.update(weighting="top", fraction=1.0)
     if beta:
@@ -187,12 +132,12 @@ def judged(config, root: pathlib.Path, raters) -> list[Evaluated]:
     """Compares all generators on held-out prompts, from the same noise; writes results.json and report.html."""
     place, strong = root / "verdicts", config.sampling.to_dict() | {"guidance_scale": config.eval.strong_guidance}
     held_out = [prompts.text(prompt) for prompt in drawings.split_prompts()[1]]
-    chosen = np.random.default_rng(seed_of(config, 90)).permutation(held_out)[: config.eval.prompts].tolist()
+    chosen = np.random.default_rng(stages.seed_of(config, 90)).permutation(held_out)[: config.eval.prompts].tolist()
     texts = [text for text in chosen for _ in range(config.eval.images)]
     reward, count = rahf_reward.load(root / "reward"), config.eval.candidates
 
     def draw(model, name, texts=texts, sampling=config.sampling):
-        return drawn(root / model / "model", texts, seed_of(config, 91), sampling, place / f"{name}.npy")
+        return stages.drawn(root / model / "model", texts, stages.seed_of(config, 91), sampling, place / f"{name}.npy")
 
     candidates = draw("base", "candidates", texts * count)
     candidates = candidates.reshape(count, len(texts), *candidates.shape[1:]).swapaxes(0, 1)
@@ -205,13 +150,15 @@ def judged(config, root: pathlib.Path, raters) -> list[Evaluated]:
     sets[f"base, {guidance}"] = draw("base", "base_strong", sampling=strong)
     sets[f"{TUNED['beta_1'][0]}, {guidance}"] = draw("tuned/beta_1", "beta_1_strong", sampling=strong)
     start = folder.read(root / "start")
-    flawless = [drawings.draw(drawings.WORDS.parse(text), (seed_of(config, 92), i))[0] for i, text in enumerate(texts)]
+    flawless = [
+        drawings.draw(drawings.WORDS.parse(text), (stages.seed_of(config, 92), i))[0] for i, text in enumerate(texts)
+    ]
     through = foundation.reconstruct(start.config.vae, start.params["vae"], np.stack(flawless))
     sets["flawless pictures, through the VAE"] = through
     tables = {}
     for number, (label, images) in enumerate(sets.items()):
         file = place / f"{number}.parquet"
-        write_table(file, images, texts)
+        stages.write_table(file, images, texts)
         tables[label] = ImageTable(file)
     return evaluate.compare(
         tables,
@@ -304,14 +251,14 @@ def run(config, workdir) -> None:
             json_files.write(seconds_file, seconds)
 
     stage("pictures", make_pictures, config, root / "pictures")
-    fit_judge = functools.partial(judge.fit, root / "judge", seed=seed_of(config, 10))
+    fit_judge = functools.partial(judge.fit, root / "judge", seed=stages.seed_of(config, 10))
     stage("judge", fit_judge, unless=root / "judge/config.json")
     raters = judge.load(root / "judge")
     accuracies = json_files.read(root / "judge/config.json")["accuracy"]
     if min(accuracies.values()) < ACCURATE:
         raise UserError(f"judge: got accuracies {accuracies} on held-out pictures, expected at least {ACCURATE} of each")
-    stage("clip, start", make_start, config, root)
-    stage("base", fit_base, config, root, unless=root / "base/model" / folder.INDEX)
+    stage("clip, start", stages.make_start, config, root)
+    stage("base", stages.fit_base, config, root, unless=root / "base/model" / folder.INDEX)
     stage("samples", make_samples, config, root, raters)
     rewards = stage("rewards", fit_rewards, config, root)
     for name in TUNED:

@@ -112,9 +112,14 @@ def captioned(
 def _row(i, *, seed, wrong_rate, words, size):
     image, shown = draw(prompts.ParsedPrompt(None, None, None, None), (seed, i), words, size)
     given = caption(shown, KINDS[i % len(KINDS)], wrong_rate, (seed, i, 1), words)
+    return {"prompt": prompts.text(given), "image": png(image), "shown": prompts.text(shown)}
+
+
+def png(image: np.ndarray) -> bytes:
+    """A picture, uint8[H, W, 3], encoded."""
     file = io.BytesIO()
     PIL.Image.fromarray(image).save(file, "PNG")
-    return {"prompt": prompts.text(given), "image": file.getvalue(), "shown": prompts.text(shown)}
+    return file.getvalue()
 
 
 def write(table: pyarrow.Table, file) -> None:

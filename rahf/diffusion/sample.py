@@ -2,6 +2,7 @@
 
     python -m rahf.diffusion.sample --model=DIR --prompt='a yellow cat' --output=DIR [--num_images=4 --sampler=dpm++]
     python -m rahf.diffusion.sample --model=DIR --prompt='a yellow cat' --output=DIR --image=photo.png [--mask=mask.png]
+    python -m rahf.diffusion.sample --model=DIR --prompt='a cat' --output=DIR --guide=rahf:DIR:aesthetics --guide_scale=50
     python -m rahf.diffusion.sample --model=DIR --prompts=FILE --output=DIR   one prompt per line; .jsonl: {"prompt": text}
 
 writes 00000.png, ..., then images.jsonl, which `rahf.predict` and `rahf.diffusion.evaluate` read as --images. Give the same
@@ -31,15 +32,18 @@ from tqdm.auto import tqdm
 
 from rahf import partitioning
 from rahf.diffusion import folder
+from rahf.diffusion import guide as guides
 from rahf.diffusion.blocks import repeated
 from rahf.diffusion.schedule import SAMPLERS, Plan, Schedule, plan
 from rahf.models.attention import IMPLEMENTATIONS
 from rahf.models.layers import normalize_image
+from rahf.reward import specs
 from richhf_data import command, images, json_files, jsonl, paths, ranges, schema
 from richhf_data.errors import UserError
 
 Array = jax.Array
-INITIAL, IMAGE, MASKED, STEPS = range(4)  # uses of noise
+INITIAL, IMAGE, MASKED, STEPS, AGAIN = range(5)  # uses of noise
+GUIDE = ("scale", "backward_steps", "backward_rate", "recurrence", "start", "end")  # flags --guide_*
 
 
 def noise(keys: Array, purpose: int, shape: tuple[int, ...]) -> Array:
@@ -47,11 +51,18 @@ def noise(keys: Array, purpose: int, shape: tuple[int, ...]) -> Array:
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, purpose), shape))(keys)
 
 
-def step_noise(keys: Array, step: int | Array, shape: tuple[int, ...]) -> Array:
-    """The noise of a sampler's step number `step`, float32[B, *shape]; the first step taken has number 0."""
+def step_noise(
+    keys: Array, step: int | Array, shape: tuple[int, ...], again: int | Array | None = None, purpose: int = STEPS
+) -> Array:
+    """The noise of a sampler's step number `step`, float32[B, *shape]; the first step taken has number 0.
+
+    again: the number of a try of a guided step that is taken again; None for the last one and for every other step.
+    purpose: STEPS, or AGAIN: for the noise after such a try.
+    """
 
     def draw(key):
-        return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, STEPS), step), shape)
+        key = jax.random.fold_in(jax.random.fold_in(key, purpose), step)
+        return jax.random.normal(key if again is None else jax.random.fold_in(key, again), shape)
 
     return jax.vmap(draw)(keys)
 
@@ -76,7 +87,8 @@ def denoise(
     blend: Callable[[Array, Array], Array] | None = None,
     on_step: Callable[[], None] | None = None,
     keep: bool = False,
-) -> Array:
+    guide: guides.Guide | None = None,
+) -> tuple[Array, Array]:
     """Runs a sampler's steps as one loop.
 
     Args:
@@ -85,26 +97,50 @@ def denoise(
       blend: (latents, alpha float32[]) -> latents, applied after each step; alpha is the latents' noise level.
       on_step: called on the host after each step.
       keep: return the latents after every step.
+      guide: raises a score (guide.py).
 
     Returns:
-      float32[B, h, w, Z], or float32[n, B, h, w, Z].
+      float32[B, h, w, Z], or float32[n, B, h, w, Z]; and the largest gradient of each step, float32[n], 0 without a guide.
     """
+
+    def taken(x, before, i, now, guided, again=None):
+        """One step from x: the next x, x_0 and the largest gradient. again: as of `step_noise`."""
+
+        def clean(x):
+            return schedule.x0(x, predict_noise(x, now.timesteps), now.alpha)
+
+        x0, largest = guide.clean(clean, x, now.alpha) if guided else (clean(x), jnp.zeros(()))
+        added = step_noise(keys, i, x.shape[1:], again)
+        x = now.x * x + now.x0 * x0 + now.x0_before * before + now.noise * added
+        return blend(x, now.alpha_next) if blend is not None else x, x0, largest
+
+    def guided_step(x, before, i, now):
+        def repeat(x, again):
+            after, _, _ = taken(x, before, i, now, True, again)
+            return guides.noised_again(after, now, step_noise(keys, i, x.shape[1:], again, AGAIN)), None
+
+        if guide.form.recurrence > 1:
+            x, _ = jax.lax.scan(repeat, x, jnp.arange(guide.form.recurrence - 1))
+        return taken(x, before, i, now, True)
 
     def step(carry, now):
         x, before = carry
         i, now = now
-        x0 = schedule.x0(x, predict_noise(x, now.timesteps), now.alpha)
-        x = now.x * x + now.x0 * x0 + now.x0_before * before + now.noise * step_noise(keys, i, x.shape[1:])
-        if blend is not None:
-            x = blend(x, now.alpha_next)
+        if guide is None:
+            x, x0, largest = taken(x, before, i, now, False)
+        elif guide.form.always:
+            x, x0, largest = guided_step(x, before, i, now)
+        else:
+            plain = functools.partial(taken, guided=False)
+            x, x0, largest = jax.lax.cond(guide.active[i], guided_step, plain, x, before, i, now)
         if on_step is not None:
             jax.debug.callback(on_step)
-        return (x, x0), x if keep else None
+        return (x, x0), (x if keep else None, largest)
 
     numbers = jnp.arange(len(steps.timesteps))
     steps = numbers, jax.tree.map(jnp.asarray, steps)
-    (latents, _), kept = jax.lax.scan(step, (latents, jnp.zeros_like(latents)), steps)
-    return kept if keep else latents
+    (latents, _), (kept, largest) = jax.lax.scan(step, (latents, jnp.zeros_like(latents)), steps)
+    return kept if keep else latents, largest
 
 
 def guided(config, params, ids: Array, negative_ids: Array | None, scale: Array, read: Sequence[Array] = ()) -> Callable:
@@ -138,8 +174,14 @@ def guided(config, params, ids: Array, negative_ids: Array | None, scale: Array,
     return predict_noise
 
 
-def _sampled(config, params, rows, negative_ids, seed, steps, scale, *, grid, vae_tile, partial, on_step):
-    """The compiled program of `generate`. Absent rows are None. partial: start from the noised image."""
+def _sampled(config, params, rows, negative_ids, seed, steps, scale, guide, *, grid, vae_tile, partial, on_step, form):
+    """The compiled program of `generate`. Absent rows are None. partial: start from the noised image.
+
+    guide: None, or (parameters of the score, its scale, the backward rate, bool[steps]). form: of `Guidance`, or None.
+    """
+    if form is not None:  # bounds the memory of the gradients
+        parts = {name: dataclasses.replace(getattr(config, name), remat=True) for name in ("unet", "vae")}
+        config = dataclasses.replace(config, **parts)
     image, mask, keys = rows["image"], rows["mask"], image_keys(seed, rows["number"])
     vae = functools.partial(config.modules["vae"].apply, {"params": params["vae"]}, tile=vae_tile)
     shape = *grid, config.vae.latent_channels
@@ -167,10 +209,17 @@ def _sampled(config, params, rows, negative_ids, seed, steps, scale, *, grid, va
                 return coarse * x + (1 - coarse) * noised(alpha)
 
     predict_noise = guided(config, params, rows["ids"], negative_ids, scale, read)
-    latents = denoise(predict_noise, schedule, steps, latents, keys, blend, on_step)
+    if form is not None:
+        params_of_score, guide_scale, rate, active = guide
+
+        def score(latents):
+            return form.score(params_of_score, vae(latents, method="decode_latents"), rows["scored"])
+
+        guide = guides.Guide(form, score, guide_scale, rate, active)
+    latents, largest = denoise(predict_noise, schedule, steps, latents, keys, blend, on_step, guide=guide)
     images = vae(latents, method="decode_latents")
     images = jnp.where(jnp.isfinite(images), jnp.clip(images, -1, 1), jnp.nan)
-    return nn.with_logical_constraint(images, (None,) * 4)  # replicated over the mesh
+    return nn.with_logical_constraint(images, (None,) * 4), largest  # replicated over the mesh
 
 
 def _generate(*inputs, attention, **options):
@@ -181,7 +230,7 @@ def _generate(*inputs, attention, **options):
 @functools.cache
 def _compiled(mesh: jax.sharding.Mesh | None) -> Callable:
     """`_generate`, compiled for a mesh or for one device."""
-    static = {"static_argnums": 0, "static_argnames": ("grid", "vae_tile", "partial", "on_step", "attention")}
+    static = {"static_argnums": 0, "static_argnames": ("grid", "vae_tile", "partial", "on_step", "attention", "form")}
     if mesh is not None:
         return partitioning.MeshFunction(_generate, mesh, **static)
     options = partitioning.compiler_options(jax.devices()[0].device_kind)
@@ -208,6 +257,7 @@ def generate(
     attention: str = "auto",
     on_step: Callable[[], None] | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    guide: guides.Guidance | None = None,
 ) -> np.ndarray:
     """Generates one image for each of B prompts.
 
@@ -227,13 +277,15 @@ def generate(
       on_step: called after each step.
       mesh: of `rahf.partitioning`; the images are sharded over it, and the parameters must be on it. On several hosts, each
         passes the same arguments and gets all images.
+      guide: a score that the images shall raise (guide.py). With a scale of 0, no backward steps and no recurrence, the
+        program is that without a guide.
 
     Returns:
       float32[B, H, W, 3] in [-1, 1].
 
     Raises:
       UserError: a size that the VAE's factor does not divide, a prompt that is too long, inputs that contradict each other,
-        an image that is not finite.
+        an image that is not finite, a guide without a gradient or without a step.
     """
     for name, value, allowed in (
         ("seed", seed, ranges.SEED),
@@ -272,14 +324,18 @@ def generate(
     strength = usual_strength(image, mask) if strength is None else strength
     steps = plan(config.schedule, sampler, steps, strength)
     negative_ids = model.text_ids([negative_prompt], truncate) if guidance_scale > 1 else None
+    guide = guide if guide is not None and guide.acts else None
+    active = guide.active(len(steps.timesteps)) if guide else None
     rows = {
         "ids": model.text_ids(prompts, truncate),
         "image": image,
         "mask": mask,
         "number": np.arange(first, first + count, dtype=np.int32),
+        "scored": guide.score.rows(prompts) if guide else None,
     }
     partial = image is not None and (mask is None or strength < 1)
     options = {"grid": grid, "vae_tile": vae_tile, "partial": partial, "on_step": on_step, "attention": attention}
+    options["form"] = None
     if mesh is not None:
         devices = partitioning.sizes(mesh)["data"]
 
@@ -288,8 +344,15 @@ def generate(
 
         rows = jax.tree.map(lambda array: place(array, count + -count % devices), rows)
         negative_ids = None if negative_ids is None else place(negative_ids, devices)
-    inputs = rows, negative_ids, seed_data(seed), steps, np.float32(guidance_scale)
-    drawn = np.asarray(_compiled(mesh)(config, model.params, *inputs, **options))[:count]
+    guided = None
+    if guide:
+        options["form"] = guide.form
+        guided = guide.score.placed(mesh), np.float32(guide.scale), np.float32(guide.backward_rate), active
+    inputs = rows, negative_ids, seed_data(seed), steps, np.float32(guidance_scale), guided
+    drawn, largest = jax.device_get(_compiled(mesh)(config, model.params, *inputs, **options))
+    drawn = drawn[:count]
+    if guide:
+        guides.check_gradient(largest, active, guide.scale)
     for number, (prompt, pixels) in enumerate(zip(prompts, drawn, strict=True), first):
         if not np.isfinite(pixels).all():
             raise UserError(
@@ -300,12 +363,14 @@ def generate(
 
 
 def lower(
-    config: folder.Config, mesh, count: int, steps: Plan, guidance: bool, height, width, vae_tile=None, attention="auto"
-):
+    config: folder.Config, mesh, count: int, steps: Plan, guidance: bool, height, width, vae_tile=None, attention="auto",
+    guide: guides.Guidance | None = None,
+):  # fmt: skip
     """The program of `generate` for text to image, lowered from shapes alone, and its parameters as shapes.
 
     Args:
-      count: images, a multiple of the devices that share a batch. guidance: with it, or without. The rest: of `generate`.
+      count: images, a multiple of the devices that share a batch. guidance: with classifier-free guidance, or without.
+      guide: with shapes as its parameters and as the rows of `count` prompts. The rest: of `generate`.
 
     Returns:
       jax.stages.Lowered, and {"unet", "vae", "text_encoder"}, whole on every device of the mesh.
@@ -319,9 +384,14 @@ def lower(
 
     rows = {"ids": integers(count, length), "number": integers(count), "image": None, "mask": None}
     negative_ids = integers(partitioning.sizes(mesh)["data"], length) if guidance else None
-    inputs = rows, negative_ids, seed_data(0), steps, np.float32(1)
+    guided, rows["scored"] = None, None
+    if guide:
+        of_score = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), guide.score.params)
+        guided = of_score, np.float32(1), np.float32(1), guide.active(len(steps.timesteps))
+        rows["scored"] = jax.tree.map(lambda x: integers(*x.shape), guide.score.rows([""] * count))
+    inputs = rows, negative_ids, seed_data(0), steps, np.float32(1), guided
     options = {"grid": config.vae.grid(height, width), "vae_tile": vae_tile, "partial": False, "on_step": None}
-    options["attention"] = attention
+    options |= {"attention": attention, "form": guide and guide.form}
     return _compiled(mesh).lower(config, params, *inputs, **options), params
 
 
@@ -360,13 +430,31 @@ def read_prompts(path) -> list[str]:
     return prompts
 
 
-def _settings(args, prompts: Sequence[str]) -> dict:
+def guidance_of(args) -> guides.Guidance | None:
+    """What the flags --guide* say. Raises UserError: a scale and such without a guide, or a guide without a strength."""
+    given = {name: getattr(args, f"guide_{name}") for name in GUIDE}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not args.guide:
+        if given:
+            raise UserError(f"guide: got --guide_{next(iter(given))} without --guide; add --guide=rahf:DIR:aesthetics")
+        return None
+    if not {"scale", "backward_steps"} & given.keys():
+        raise UserError("guide: got no --guide_scale, expected one: try powers of ten, and look at the pictures")
+    return guides.Guidance(specs.differentiable_of(args.guide), **{"scale": 0.0} | given)
+
+
+def _settings(args, prompts: Sequence[str], guide: guides.Guidance | None) -> dict:
     """All that the images depend on: input files by content, the model's files by size and modification time."""
     names = ("seed", "num_images", "sampler", "steps", "guidance_scale", "negative_prompt", "height", "width", "strength")
     settings = {name: getattr(args, name) for name in (*names, "truncate", "dtype")} | {"prompts": list(prompts)}
     for name in ("image", "mask"):
         file = getattr(args, name)
         settings[name] = hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest() if file else None
+    if guide:
+        of_guide = {field.name: getattr(guide, field.name) for field in dataclasses.fields(guide)}
+        settings["guide"] = of_guide | {"score": guide.score.identity or args.guide}
+    else:
+        settings["guide"] = None
     root = pathlib.Path(args.model)
     files = sorted(path for path in root.rglob("*") if path.is_file())
     settings["model"] = [[str(path.relative_to(root)), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
@@ -403,7 +491,8 @@ def run(args) -> None:
     if args.dtype:
         parts = {part: dataclasses.replace(getattr(model.config, part), dtype=args.dtype) for part in ("unet", "vae")}
         model = dataclasses.replace(model, config=dataclasses.replace(model.config, **parts))
-    open_output(output, _settings(args, prompts))
+    guide = guidance_of(args)
+    open_output(output, _settings(args, prompts, guide))
     jobs = [prompt for prompt in prompts for _ in range(args.num_images)]
     files = [f"{number:05d}.png" for number in range(len(jobs))]
     batch = -(-len(jobs) // -(-len(jobs) // args.batch_size))  # the smallest that gives as few batches
@@ -433,6 +522,7 @@ def run(args) -> None:
                 vae_tile=args.vae_tile,
                 attention=args.attention,
                 on_step=bar.update,
+                guide=guide,
             )
             for number, pixels in zip(numbers, to_uint8(drawn), strict=False):
                 paths.replace(output / files[number], cv2.imencode(".png", pixels[..., ::-1])[1].tobytes())
@@ -469,6 +559,13 @@ if __name__ == "__main__":
     flags.DEFINE_string("image", None, "An image to start from, or to inpaint.")
     flags.DEFINE_string("mask", None, "An image of the size of --image, white where to inpaint.")
     ranges.flag("strength", None, "Change of the image; by default 0.8, or 1 with a mask.", ranges.SOME_SHARE)
+    flags.DEFINE_string("guide", None, "A reward that the pictures shall raise (rahf.reward.specs): rahf:DIR:aesthetics.")
+    ranges.flag("guide_scale", None, "Weight of its gradient, which passes through the UNet.", guides.SCALE)
+    ranges.flag("guide_backward_steps", None, "Steps uphill from each predicted clean picture; default 0.", ranges.NUMBER)
+    ranges.flag("guide_backward_rate", None, "Length of such a step, times the gradient; default 1.", ranges.POSITIVE)
+    ranges.flag("guide_recurrence", None, "Times that a guided step is taken; default 1.", guides.TIMES)
+    ranges.flag("guide_start", None, "The share of the steps before the first guided one; default 0.", ranges.SHARE)
+    ranges.flag("guide_end", None, "The share of the steps after which none is guided; default 1.", ranges.SHARE)
     flags.DEFINE_bool("truncate", False, "Drop the end of prompts that are too long.")
     ranges.flag("vae_tile", None, "Rows of pixels that a layer of the VAE computes at a time: less memory.", ranges.PIXELS)
     flags.DEFINE_enum("attention", "auto", ("auto", *IMPLEMENTATIONS), "The form of attention; by device and size if auto.")

@@ -35,7 +35,8 @@ class Clip:
     """A frozen CLIP, from a folder that `rahf.convert --source=clip-hf` wrote.
 
     Attributes:
-      config: CLIPConfig. digest: SHA-256 of the folder's files; the embeddings depend on nothing else.
+      config: CLIPConfig. params: its parameters.
+      digest: SHA-256 of the folder's files; the embeddings depend on nothing else.
 
     Raises:
       UserError: no such folder, tensors of other shapes, or no tokenizer files.
@@ -49,7 +50,7 @@ class Clip:
         module, size = CLIP(self.config), self.config.vision.image_size
         image, ids = np.zeros((1, size, size, 3), np.float32), np.zeros((1, self.config.text.length), np.int32)
         shapes = param_shapes(module.init, image, ids)
-        self._params = jax.device_put(weights.read_params(folder / "weights.safetensors", shapes))
+        self.params = jax.device_put(weights.read_params(folder / "weights.safetensors", shapes))
         self._encode = {
             method: jax.jit(functools.partial(_unit, module, method)) for method in ("encode_image", "encode_text")
         }
@@ -85,7 +86,7 @@ class Clip:
         out = [np.zeros((0, self.config.projection_dim), np.float32)]
         for i in range(0, len(rows), BATCH):
             batch = np.stack(rows[i : i + BATCH])
-            out.append(np.asarray(self._encode[method](self._params, schema.pad_rows(batch, BATCH)))[: len(batch)])
+            out.append(np.asarray(self._encode[method](self.params, schema.pad_rows(batch, BATCH)))[: len(batch)])
         out = np.concatenate(out)
         if len(wrong := np.flatnonzero(~np.isfinite(out).all(axis=1))):
             raise UserError(f"{names[wrong[0]]}: CLIP's embedding is not finite; its weights are damaged, convert it again")

@@ -11,7 +11,8 @@ import numpy as np
 from rahf import weights, workdirs
 from rahf.fingerprint import fingerprint
 from rahf.models.parameters import param_shapes
-from rahf.reward import embed, model, specs
+from rahf.reward import differentiable, embed, model, specs
+from rahf.reward.differentiable import Differentiable
 from richhf_data import checked, json_files, paths
 from richhf_data.checked import Size
 from richhf_data.errors import UserError
@@ -57,6 +58,15 @@ class Reward:
         params = flax.traverse_util.flatten_dict(self.params, sep="/")
         digests = {name: embed.key(np.asarray(leaf).tobytes()) for name, leaf in params.items()}
         return fingerprint("reward", self.clip.digest, self.model.hidden, digests)
+
+    @functools.cached_property
+    def differentiable(self) -> Differentiable:
+        """The same reward as a JAX function of the pixels."""
+
+        def score(params, images, texts):
+            return self.model.apply({"params": params}, images, texts)
+
+        return differentiable.of_clip(self.clip, score, self.params, self.identity)
 
     def __call__(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
         """uint8[B, H, W, 3], or B images of any sizes, and B prompts -> float32[B] in [0, 1].

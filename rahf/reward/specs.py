@@ -4,7 +4,12 @@
     rahf:DIR                          the overall score of a RAHF workdir
     rahf:DIR:plausibility             another score
     rahf:DIR:alignment=0.7,overall=2  a weighted sum of scores
+    rahf:DIR:implausibility=-1        a heatmap's mean over the picture, in such a sum as well
+    clip:DIR                          CLIP score: the cosine of the embeddings of image and prompt
     python:package.module:name        your own: (images, prompts) -> float[B]
+
+To guide sampling, a reward must be differentiable: any of these, where python: names a function or an object that
+differentiable.py describes.
 
 Features are clip:DIR, the image embeddings of a folder of `rahf.convert --source=clip-hf`, or python:package.module:name,
 (images) -> float[B, D]. Images are B arrays uint8[H, W, 3] of any sizes.
@@ -33,7 +38,8 @@ import numpy as np
 import rahf
 from rahf import reward as rahf_reward
 from rahf.fingerprint import fingerprint
-from richhf_data import schema
+from rahf.reward import differentiable
+from rahf.reward.differentiable import Differentiable
 from richhf_data.errors import UserError, in_code_of_the_user
 
 _STANDARD, _INSTALLED = sysconfig.get_paths()["stdlib"], {"site-packages", "dist-packages"}
@@ -46,7 +52,17 @@ def reward_of(spec: str) -> Callable:
       UserError: a spec of another form, a folder without such a model, an unknown score, a missing module or name.
     """
     kinds = {"reward": lambda rest: rahf_reward.load(*re.split(":(?!//)", rest, maxsplit=1)), "rahf": _rahf}
-    return _parsed("reward", spec, kinds | {"python": functools.partial(Own, "reward")})
+    return _parsed("reward", spec, kinds | {"clip": ClipScore, "python": functools.partial(Own, "reward")})
+
+
+def differentiable_of(spec: str) -> Differentiable:
+    """The reward that a spec names, differentiable with respect to the pixels. Raises as `reward_of`."""
+    if not spec.startswith("python:"):
+        return reward_of(spec).differentiable
+    own = Own("guide", spec.removeprefix("python:"))
+    if isinstance(own.function, Differentiable):
+        return own.function
+    return differentiable.of_function(own, own.identity)
 
 
 def features_of(spec: str) -> Callable:
@@ -114,8 +130,9 @@ def _rahf(rest: str) -> Callable:
     weights = {}
     for term in sum_of.split(","):
         name, equals, weight = term.partition("=")
-        if name not in schema.SCORES or name in weights:
-            raise UserError(f"reward: rahf:{rest}: got the score {name!r}, expected some of {schema.SCORES}, each once")
+        if name not in differentiable.TERMS or name in weights:
+            expected = f"some of {', '.join(differentiable.TERMS)}, each once"
+            raise UserError(f"reward: rahf:{rest}: got the score {name!r}, expected {expected}")
         try:
             weights[name] = float(weight) if equals else 1.0
         except ValueError:
@@ -126,33 +143,66 @@ def _rahf(rest: str) -> Callable:
 
 
 class ScoreReward:
-    """A weighted sum of the scores of a RAHF.
+    """A weighted sum of the scores of a RAHF, and of its heatmaps' means.
 
-    Args:
-      model: rahf.predictor.Model. weights: name of a score -> its weight.
+    Attributes:
+      model: rahf.predictor.Model. weights: name of `differentiable.TERMS` -> its weight.
     """
 
     def __init__(self, model, weights: Mapping[str, float]):
-        self._model, self._weights = model, weights
+        self.model, self.weights = model, weights
 
     def __call__(self, images, prompts) -> np.ndarray:
-        scores = self._model.predict(images, prompts).scores
-        return sum(np.float32(weight) * scores[name] for name, weight in self._weights.items())
+        return self.of_feedback(self.model.predict(images, prompts))
+
+    def of_feedback(self, feedback) -> np.ndarray:
+        """The reward of what the model predicted, `rahf.predictor.Feedback`: float32[B]."""
+        terms = feedback.scores | {name: maps.mean((1, 2)) for name, maps in feedback.heatmaps.items()}
+        return sum(np.float32(weight) * terms[name] for name, weight in self.weights.items())
+
+    @functools.cached_property
+    def differentiable(self) -> Differentiable:
+        """The same reward as a JAX function of the pixels."""
+        return differentiable.of_rahf(self.model, self.weights, self.identity)
 
     @functools.cached_property
     def identity(self) -> str:
         """Depends on the model's parameters, configuration and vocabulary, and on the weights."""
-        return fingerprint("rahf", *self._model.identity_parts(), list(self._weights.items()))
+        return fingerprint("rahf", *self.model.identity_parts(), list(self.weights.items()))
+
+
+class ClipScore:
+    """The cosine of CLIP's embeddings of image and prompt, -1 to 1.
+
+    Args:
+      folder: of `rahf.convert --source=clip-hf`.
+    """
+
+    def __init__(self, folder):
+        from rahf.reward import embed
+
+        self._clip = embed.Clip(folder)
+        self.identity = fingerprint("clip", self._clip.digest)
+
+    def __call__(self, images, prompts) -> np.ndarray:
+        if len(images) != len(prompts):
+            raise UserError(f"reward: got {len(images)} images and {len(prompts)} prompts, expected as many")
+        return np.sum(self._clip.images(images) * self._clip.texts(prompts), axis=1)
+
+    @functools.cached_property
+    def differentiable(self) -> Differentiable:
+        """The same reward as a JAX function of the pixels."""
+        return differentiable.of_clip(self._clip, differentiable.cosine, (), self.identity)
 
 
 class Own:
     """A user's function, whose errors are the user's.
 
     Args:
-      what: reward or features. rest: package.module:name.
+      what: reward, features or guide. rest: package.module:name.
 
     Attributes:
-      spec: python:package.module:name.
+      spec: python:package.module:name. function: the user's.
 
     Raises:
       UserError: there is no such module or name, or the module raises an error.
@@ -178,21 +228,21 @@ class Own:
             if inner is self:
                 raise UserError(f"{self._name}: {found!r} has no attribute {part!r}")
             found = inner
-        if not callable(found):
+        if not callable(found) and not isinstance(found, Differentiable):
             raise UserError(f"{self._name} is a {type(found).__name__}, expected a function")
-        self._function, self._module = found, module
+        self.function, self._module = found, module
 
     def __call__(self, *arguments):
         with in_code_of_the_user(self._name):
-            return self._function(*arguments)
+            return self.function(*arguments)
 
     @functools.cached_property
     def identity(self) -> str | None:
         """The function's own; or of the source files that its module imports; None if the module has none."""
         with in_code_of_the_user(self._name):
-            if hasattr(self._function, "identity"):
-                return self._function.identity
-        modules = filter(None, (self._module, getattr(self._function, "__module__", None)))
+            if hasattr(self.function, "identity"):
+                return self.function.identity
+        modules = filter(None, (self._module, getattr(self.function, "__module__", None)))
         if (files := _own_files(modules)) is None:
             return None
         return fingerprint("python", self.spec.removeprefix("python:"), *files)
