@@ -455,10 +455,14 @@ def _settings(args, prompts: Sequence[str], guide: guides.Guidance | None) -> di
         settings["guide"] = of_guide | {"score": guide.score.identity or args.guide}
     else:
         settings["guide"] = None
-    root = pathlib.Path(args.model)
+    return settings | {"model": files_of(args.model)}
+
+
+def files_of(root) -> list[list]:
+    """The state of a folder: name, size and modification time of each file."""
+    root = pathlib.Path(root)
     files = sorted(path for path in root.rglob("*") if path.is_file())
-    settings["model"] = [[str(path.relative_to(root)), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    return settings
+    return [[str(path.relative_to(root)), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
 def open_output(output: pathlib.Path, settings: dict, files: str = "*.png") -> None:
