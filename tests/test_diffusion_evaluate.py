@@ -282,11 +282,14 @@ def test_the_command_prints_its_error(tmp_path):
     assert err.startswith(f"error: pictures: {before / 'images.jsonl'}:\n  row 2: image: no file")
 
 
+OPTIONS = ("reference", "features", "reward", "clip", "config", "side_by_side", "margins", "responses")
+
+
 class Args:
     """The command's flags."""
 
     def __init__(self, **values):
-        vars(self).update(dict.fromkeys(("reference", "features", "reward", "clip", "config")) | {"name": []} | values)
+        vars(self).update(dict.fromkeys(OPTIONS) | {"name": []} | values)
 
 
 def test_run_names_what_is_wrong(tmp_path):

@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 import cv2
 import numpy as np
 
+from rahf.diffusion import side_by_side
 from rahf.diffusion.generator_metrics import Mean
 from richhf_data import drawing, paths
 from richhf_data.errors import UserError
 
 SHOWN, OF_EACH = 40, 4  # prompts on the page, images of each prompt
 INLINED_SIDE = 256  # pixels: longer sides are shrunk before they go into the page
+SOURCES = {"side_by_side": "by score", "responses": "by people"}  # of verdicts
 _TEMPLATES = drawing.templates(pathlib.Path(__file__).parent.parent)
 
 
@@ -24,6 +26,7 @@ class Evaluated:
     Attributes:
       values: name of a measure -> one number per image. means: key -> Mean. results: what `evaluate` returns.
       shown: row -> its image as a data URI, for the rows on the page.
+      verdicts: of a later set against the first, one of each of `SOURCES`.
     """
 
     name: str
@@ -32,6 +35,7 @@ class Evaluated:
     means: Mapping[str, Mean]
     results: Mapping[str, float]
     shown: Mapping[int, str]
+    verdicts: Mapping[str, side_by_side.Verdict] = dataclasses.field(default_factory=dict)
 
 
 def table(sets: Sequence[Evaluated]) -> list[list[str]]:
@@ -55,6 +59,16 @@ def table(sets: Sequence[Evaluated]) -> list[list[str]]:
     return lines
 
 
+def verdicts_of(sets: Sequence[Evaluated]) -> list[list[str]]:
+    """Lines of cells, header first: the verdicts on the later sets. No lines if there are none."""
+    found = {
+        f"{one.name} against {sets[0].name}, {SOURCES[source]}": verdict
+        for one in sets
+        for source, verdict in one.verdicts.items()
+    }
+    return side_by_side.table(found) if found else []
+
+
 def _plus_minus(mean: Mean, text: str) -> str:
     error = "" if math.isnan(mean.error) else f" ± {mean.error:.3f}"
     return "-" if math.isnan(mean.value) else text.format(mean.value) + error
@@ -73,9 +87,7 @@ def shown_rows(prompts: Sequence[Sequence[str]]) -> tuple[list[str], list[list[i
     shared = [text for text in dict.fromkeys(prompts[0]) if text in common]
     if not shared:
         got = " and ".join(repr(texts[0][:80]) for texts in prompts)
-        raise UserError(
-            f"images: the sets have no prompt in common, they begin with {got}; use the same prompts for each"
-        )
+        raise UserError(f"images: the sets have no prompt in common, they begin with {got}; use the same prompts for each")
     count = min(SHOWN, len(shared))
     chosen = [shared[i * len(shared) // count] for i in range(count)]
     rows = []
@@ -89,7 +101,7 @@ def shown_rows(prompts: Sequence[Sequence[str]]) -> tuple[list[str], list[list[i
 
 
 def write_page(path, sets: Sequence[Evaluated], chosen: Sequence[str], words=None) -> None:
-    """Writes one self-contained HTML page: the table, and the images of the chosen prompts side by side."""
+    """Writes one self-contained HTML page: the tables, and the images of the chosen prompts side by side."""
     kinds = words.kinds(chosen) if words else [""] * len(chosen)
     items = []
     for prompt, kind in zip(chosen, kinds, strict=True):
@@ -101,6 +113,7 @@ def write_page(path, sets: Sequence[Evaluated], chosen: Sequence[str], words=Non
     page = _TEMPLATES.get_template("generators.html.jinja").render(
         title="Generated pictures: " + ", ".join(one.name for one in sets),
         lines=table(sets),
+        verdicts=verdicts_of(sets),
         names=[one.name for one in sets],
         items=items,
         across=max(len(column) for item in items for column in item["columns"]),
@@ -110,7 +123,7 @@ def write_page(path, sets: Sequence[Evaluated], chosen: Sequence[str], words=Non
 
 
 def _caption(values, row) -> list[str]:
-    names = {"reward": "reward", "clip_score": "CLIP"}
+    names = {"reward": "reward", "side_by_side": "score", "clip_score": "CLIP"}
     lines = [f"{label} {values[name][row]:.2f}" for name, label in names.items() if name in values]
     if (verdict := values.get("alignment/all")) is not None and not np.isnan(verdict[row]):
         lines.append("right" if verdict[row] else "wrong")

@@ -7,6 +7,12 @@ prints a table and writes results.json and report.html, a page that shows the im
 reward/image_table.py describes the formats of images, reward/specs.py those of rewards and features. In Python, `compare`
 does the same and also takes a judge; `evaluate` takes images in memory. The metrics are in generator_metrics.py.
 
+    python -m rahf.diffusion.evaluate --images=before --images=after --output=report \\
+        --side_by_side=rahf:DIR:plausibility --margins=0.02,0.1 --responses=people.jsonl
+
+tells how often the later set's picture is better than the first's (side_by_side.py): by the differences of a reward, and by
+people who saw both.
+
 Standard errors are over prompts, because images of one prompt are not independent. Differences are paired by prompt.
 """
 
@@ -20,7 +26,8 @@ from tabulate import tabulate
 from tqdm.auto import tqdm
 
 from rahf import experiments
-from rahf.diffusion.comparison_page import Evaluated, inlined, shown_rows, table, write_page
+from rahf.diffusion import side_by_side as pairs
+from rahf.diffusion.comparison_page import Evaluated, inlined, shown_rows, table, verdicts_of, write_page
 from rahf.diffusion.generator_metrics import Mean, checked_features, diversities, frechet_distance, mean_of
 from rahf.reward import embed, specs
 from rahf.reward import prompts as rahf_prompts
@@ -54,13 +61,14 @@ def measure(
     reward: Callable | None = None,
     clip: embed.Clip | None = None,
     judge: Callable | None = None,
+    side_by_side: Callable | None = None,
     desc: str = "evaluate",
 ) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
-    """Measures each image, in one pass. Arguments as `evaluate`.
+    """Measures each image, in one pass. Arguments as `evaluate`; side_by_side: as reward.
 
     Returns:
-      "reward", "clip_score", "alignment/all", "alignment/count", ... -> float[n], nan where a category does not apply; and
-      the features, float32[n, D]: CLIP's embeddings if only CLIP is given, None if neither is.
+      "reward", "side_by_side", "clip_score", "alignment/all", "alignment/count", ... -> float[n], nan where a category does
+      not apply; and the features, float32[n, D]: CLIP's embeddings if only CLIP is given, None if neither is.
 
     Raises:
       UserError: different numbers of images and prompts, an image that is not uint8[H, W, 3], a reward, features or a judge
@@ -80,6 +88,10 @@ def measure(
                 measured |= {f"alignment/{category}": verdict for category, verdict in _verdicts(judge, batch, part).items()}
             if reward:
                 measured["reward"] = specs.checked(reward, batch, part)
+            if side_by_side:
+                with json_files.named("side_by_side"):
+                    same = side_by_side is reward
+                    measured["side_by_side"] = measured["reward"] if same else specs.checked(side_by_side, batch, part)
             if clip:
                 embedded = clip.images(batch, [f"image {i}" for i in range(done - len(batch), done)])
                 measured["clip_score"] = np.sum(embedded * texts[[numbers[prompt] for prompt in part]], axis=1)
@@ -101,6 +113,8 @@ def means(values: Mapping[str, np.ndarray], features, prompts, words=None) -> di
     """The means of the results of `measure`: "reward/all", "reward/<kind>", ..., "diversity"."""
     found, kinds = {}, words.kinds(prompts) if words else []
     for name, of_images in values.items():
+        if name == "side_by_side":
+            continue  # of pairs, not of a set
         key = name if name.startswith("alignment/") else f"{name}/all"
         found[key] = mean_of(of_images, prompts)
         if not name.startswith("alignment/") or name == "alignment/all":
@@ -229,18 +243,31 @@ def compare(
     clip: embed.Clip | None = None,
     judge: Callable | None = None,
     words: rahf_prompts.Words | None = None,
+    side_by_side: Callable | None = None,
+    margins: Sequence[float] = pairs.MARGINS,
+    responses=None,
 ) -> list[Evaluated]:
     """Evaluates sets of images and writes results.json and report.html into `output`.
 
     Args:
       tables: name -> images. Each later set is compared with the first. reference: real images, for FID.
       features, reward, clip, judge, words: as `evaluate`.
+      side_by_side: (images, prompts) -> float[B], whose differences of at least `margins` tell which picture of a pair is
+        better (`from_scores`). responses: a file of people's responses (`read_responses`). The verdicts are in
+        `Evaluated.verdicts`, and in the later sets' results as side_by_side/<key> and responses/<key> (`Verdict.flat`).
 
     Raises:
-      UserError: as `measure`; sets without a prompt in common; nothing to compute. Nothing is written in these cases.
+      UserError: as `measure`, `from_scores` and `read_responses`; sets without a prompt in common; one set and nothing to
+        compare it with; nothing to compute. Nothing is written in these cases.
     """
-    if not (features or reward or clip or judge):
-        raise UserError("got no reward, CLIP or features, expected one or more: --reward, --clip, --features")
+    if not (features or reward or clip or judge or side_by_side or responses):
+        flags_of = "--reward, --clip, --features, --side_by_side, --responses"
+        raise UserError(f"got no reward, CLIP or features, expected one or more: {flags_of}")
+    if (side_by_side or responses) and len(tables) < 2:
+        given = "side_by_side" if side_by_side else "responses"
+        raise UserError(f"{given}: got {len(tables)} set of images, expected two or more to compare; repeat --images")
+    margins = pairs.checked_margins(margins)
+    answered = pairs.read_responses(responses, list(tables)) if responses else {}
     if reference and not features:
         raise UserError("reference: got a table without --features, the network that FID needs; pass it as well")
     chosen, rows = shown_rows([one.prompts for one in tables.values()])
@@ -250,15 +277,24 @@ def compare(
     sets = []
     for (name, one), wanted in zip(tables.items(), rows, strict=True):
         shown = {}
-        options = {"features": features, "reward": reward, "clip": clip, "judge": judge, "desc": name}
-        values, found = measure(_decoded(one, wanted, shown), one.prompts, **options)
+        options = {"features": features, "reward": reward, "clip": clip, "judge": judge, "side_by_side": side_by_side}
+        values, found = measure(_decoded(one, wanted, shown), one.prompts, desc=name, **options)
         of_set = means(values, found, one.prompts, words)
-        results = summary(of_set, found, len(one), real)
+        results, verdicts = summary(of_set, found, len(one), real), {}
         if sets:
+            if side_by_side:
+                before, after = pairs.paired(sets[0].prompts, one.prompts)
+                scores = sets[0].values["side_by_side"][before], values["side_by_side"][after]
+                by_score = pairs.from_scores(*scores, margins)
+                verdicts["side_by_side"] = pairs.verdict(by_score, [one.prompts[row] for row in after])
+            if name in answered:
+                verdicts["responses"] = pairs.verdict(*answered[name])
+            for source, verdict in verdicts.items():
+                results |= verdict.flat(source)
             for key in of_set.keys() & sets[0].means.keys():
                 difference = of_set[key] - sets[0].means[key]
                 results |= {f"{key}/difference": difference.value, f"{key}/difference/se": difference.error}
-        sets.append(Evaluated(name, one.prompts, values, of_set, results, shown))
+        sets.append(Evaluated(name, one.prompts, values, of_set, results, shown, verdicts))
     json_files.write(output / "results.json", {one.name: one.results for one in sets})
     write_page(output / "report.html", sets, chosen, words)
     return sets
@@ -286,8 +322,19 @@ def run(args) -> list[Evaluated]:
     reward = specs.reward_of(args.reward) if args.reward else None
     same = clip is not None and args.features == f"clip:{args.clip}"
     features = clip.images if same else specs.features_of(args.features) if args.features else None
+    if args.margins is not None and not args.side_by_side:
+        raise UserError("margins: got some without --side_by_side, whose differences they are of; pass it as well")
+    side_by_side = reward if args.side_by_side == args.reward else None
+    if args.side_by_side and not side_by_side:
+        with json_files.named("side_by_side"):
+            side_by_side = specs.reward_of(args.side_by_side)
     options = {"features": features, "reference": reference, "reward": reward, "clip": clip, "words": words}
-    return compare(tables, args.output, **options)
+    options |= {"side_by_side": side_by_side, "responses": args.responses}
+    return compare(tables, args.output, margins=pairs.MARGINS if args.margins is None else args.margins, **options)
+
+
+def _printed(header, *lines) -> str:
+    return tabulate(lines, header, disable_numparse=True, colalign=("left", *["right"] * (len(header) - 1)))
 
 
 def main():
@@ -295,8 +342,8 @@ def main():
     args = flags.FLAGS
     with paths.locked(args.output):
         sets = run(args)
-    header, *lines = table(sets)
-    print(tabulate(lines, header, disable_numparse=True, colalign=("left", *["right"] * (len(header) - 1))))
+    tables = filter(None, (table(sets), verdicts_of(sets)))
+    print("\n\n".join(_printed(*lines) for lines in tables))
     print(f"{args.output}: results.json, report.html")
 
 
@@ -308,5 +355,8 @@ if __name__ == "__main__":
     flags.DEFINE_string("features", None, "The network of FID and diversity: clip:DIR or python:package.module:name.")
     flags.DEFINE_string("reward", None, "reward:DIR, rahf:DIR:plausibility or python:package.module:name.")
     flags.DEFINE_string("clip", None, "The CLIP for CLIP score, a folder that rahf.convert --source=clip-hf wrote.")
+    flags.DEFINE_string("side_by_side", None, "A reward that tells the better picture of a pair, in a form of --reward.")
+    flags.DEFINE_list("margins", None, "Its least differences of slightly and significantly better; 0.02,0.1 by default.")
+    flags.DEFINE_string("responses", None, "A .jsonl of people's responses to pairs (rahf/diffusion/side_by_side.py).")
     flags.mark_flags_as_required(["images", "output"])
     command.run(main, experiments.reader(required=False))
