@@ -35,6 +35,11 @@ def get_config():
         fraction=0.5,  # of "top": the share of the images with the highest rewards, all of weight 1
         threshold=0.5,  # of "threshold": rewards from there on have weight 1
     )
+    config.region = dict(
+        source="",  # rahf:DIR, a critic whose heatmaps weight the error of each latent pixel, beside or without a reward
+        heatmaps=("implausibility",),  # or "misalignment"; both are multiplied
+        power=1.0,  # of (1 - heatmap), what a pixel weighs
+    )
     config.lora = dict(rank=0, alpha=8.0)  # 0 = the whole UNet is trained; else adapters of its attention
     config.optimizer = dict(
         kind="adamw",

@@ -2,7 +2,7 @@
 
     workdir/config.json          the config that the run was started with
     workdir/data.json            which data it reads: datasets and vocabulary (rahf.train)
-    workdir/rewards.json         which rewards weight its images (rahf.diffusion.train)
+    workdir/rewards.json         what weights its images and their pixels (rahf.diffusion.train)
     workdir/vocabulary.model     the SentencePiece model that maps its text to ids
     workdir/digests.json         SHA-256 of config.json and of vocabulary.model
     workdir/checkpoints/, best/  see checkpoints.py

@@ -14,7 +14,9 @@ from flax import linen as nn
 from rahf import checkpoints, experiments, partitioning
 from rahf import program as programs
 from rahf.diffusion import finetuning, folder, inputs, sample, train
+from rahf.predictor import Feedback
 from rahf.reward.image_table import ImageTable
+from richhf_data import schema
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax promotes freely
 PROMPTS = ["red cat", "a cat", "a red cat"]
@@ -37,6 +39,24 @@ def table(place: pathlib.Path, count: int, seed: int, prompts=PROMPTS, size=16) 
 
 def brightness(images, prompts):
     return np.asarray(images, np.float32).mean((1, 2, 3)) / 255
+
+
+class Critic:
+    """Dark pixels are implausible, all equally misaligned. A pixel of its heatmaps is the mean of `by` x `by`."""
+
+    def __init__(self, identity="critic", by=1, misaligned=0.5):
+        self.identity, self.by, self.misaligned, self.calls = identity, by, misaligned, 0
+
+    def predict(self, images, prompts):
+        self.calls += 1
+        dark = blocks(1 - np.asarray(images, np.float32).mean(-1) / 255, self.by)
+        return Feedback({}, {"implausibility": dark, "misalignment": np.full_like(dark, self.misaligned)}, [], [])
+
+
+def blocks(maps, by):
+    """float32[B, h, w] -> the means of `by` x `by` pixels."""
+    rows, height, width = maps.shape
+    return maps.reshape(rows, height // by, by, width // by, by).mean((2, 4))
 
 
 def config_of(model_folder, tmp_path, **changes):
@@ -85,20 +105,24 @@ def test_rewards_that_weight_nothing_are_refused(rewards, changes, message):
 
 
 def batch_of(config, size, seed=0):
-    """Rows whose weights differ from device to device, the last quarter of them pre-training pairs."""
-    rng, shapes = np.random.default_rng(seed), inputs.batch_shapes(config, size)
+    """Rows whose weights differ from device to device and from pixel to pixel, the last quarter pre-training pairs."""
+    rng, shapes = np.random.default_rng(seed), inputs.batch_shapes(config, size, regions=True)
     batch = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    batch["region"] = rng.random(batch["region"].shape, np.float32) ** 4
     batch["pretraining"] = (np.arange(size) >= 3 * size // 4).astype(np.float32)
     batch["weight"] = (np.arange(size) ** 2 * (1 - batch["pretraining"])).astype(np.float32)
     return batch
 
 
 def test_loss_is_the_weighted_denoising_error(model_folder):
-    """Row by row, as the formula says, from the same random numbers; the parts of a batch add up to the whole's."""
+    """Row by row and pixel by pixel, as the formula says, from the same random numbers."""
     held = folder.read(model_folder)
     batch, key, params = batch_of(held.config, 8), jax.random.key(1), {"unet": held.params["unet"]}
-    loss_fn = finetuning.make_loss(held.config, beta=0.5, lora_alpha=1.0)
-    loss, metrics = jax.jit(loss_fn)(params, batch, finetuning.normalisers_of(batch), key)
+    region = batch.pop("region")
+    loss_fn = jax.jit(finetuning.make_loss(held.config, beta=0.5, lora_alpha=1.0))
+
+    def loss_of(batch):
+        return loss_fn(params, batch, finetuning.normalisers_of(batch), key)[1]
 
     latent_key, time_key, noise_key = jax.random.split(key, 3)
     mean, logvar = batch["moments"][..., :4], batch["moments"][..., 4:]
@@ -107,15 +131,23 @@ def test_loss_is_the_weighted_denoising_error(model_folder):
     alpha = held.config.schedule.alphas_cumprod[np.asarray(times)].reshape(8, 1, 1, 1)
     noised = (np.sqrt(alpha) * x0 + np.sqrt(1 - alpha) * noise).astype(np.float32)
     unet = jax.jit(lambda params, *args: held.config.modules["unet"].apply({"params": params}, *args))
-    errors = np.square(np.asarray(unet(params["unet"], noised, times, batch["context"])) - noise).mean((1, 2, 3))
-    weight = batch["weight"]
-    expected = np.sum(weight * errors) / weight.sum() + 0.5 * errors[6:].mean()
-    np.testing.assert_allclose(loss, expected, rtol=1e-5)
-    np.testing.assert_allclose(metrics["pretraining"], errors[6:].mean(), rtol=1e-5)
+    pixels = np.square(np.asarray(unet(params["unet"], noised, times, batch["context"])) - noise).mean(3)
+    errors, weight, found = pixels.mean((1, 2)), batch["weight"], loss_of(batch)
+    np.testing.assert_allclose(found["reward_weighted"], np.sum(weight * errors) / weight.sum(), rtol=1e-5)
+    np.testing.assert_allclose(found["pretraining"], errors[6:].mean(), rtol=1e-5)
+    np.testing.assert_allclose(found["loss"], found["reward_weighted"] + 0.5 * errors[6:].mean(), rtol=1e-5)
+
+    regional, both = loss_of(batch | {"region": region}), weight[:, None, None] * region
+    np.testing.assert_allclose(regional["reward_weighted"], np.sum(both * pixels) / both.sum(), rtol=1e-5)
+    assert abs(regional["reward_weighted"] / found["reward_weighted"] - 1) > 1e-3
+    np.testing.assert_allclose(regional["pretraining"], found["pretraining"], rtol=1e-6)
+    same = loss_of(batch | {"region": np.ones_like(region)})
+    np.testing.assert_allclose(same["reward_weighted"], found["reward_weighted"], rtol=1e-6)
+    assert loss_of(batch | {"region": np.zeros_like(region)})["reward_weighted"] == 0
 
 
 def test_a_step_is_the_same_on_one_and_on_eight_devices(model_folder, tmp_path):
-    """Each device has other weights: an average of averages would differ. So must the moments after a step."""
+    """Each device has other weights of rows and pixels: an average of averages would differ. So must a step's moments."""
     config, held, results = config_of(model_folder, tmp_path, **{"train.beta": 0.5}), folder.read(model_folder), []
     batch = batch_of(held.config, 16)
     per_device = [np.sum(part["weight"]) for part in (jax.tree.map(lambda x, i=i: x[2 * i :][:2], batch) for i in range(8))]
@@ -123,7 +155,7 @@ def test_a_step_is_the_same_on_one_and_on_eight_devices(model_folder, tmp_path):
     for devices, model_axis in ((1, 1), (8, 2)):
         config.mesh.model = model_axis
         mesh = partitioning.mesh_of(config.mesh, jax.devices()[:devices])
-        training = programs.assemble(finetuning.program(held.config, config), config, mesh)
+        training = programs.assemble(finetuning.program(held.config, config, regions=True), config, mesh)
         params = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), {"unet": held.params["unet"]}, training.params)
         step = jax.device_put(np.int32(2), training.state["step"].sharding)
         state, metrics = training.step(training.init_state(params) | {"step": step}, training.place(batch))
@@ -152,9 +184,10 @@ def test_lora_begins_as_nothing_and_adds_a_product(model_folder):
 
 
 # ---- Data -----------------------------------------------------------------------------------------------------------
-def rows_of(weight, moments=0.0):
+def rows_of(weight, moments=0.0, region=None):
     weight = np.array(weight, np.float32)
-    return inputs.Rows(np.full((len(weight), 2, 2, 8), moments, np.float32), np.zeros(len(weight), np.int32), weight)
+    moments = np.full((len(weight), 2, 2, 8), moments, np.float32)
+    return inputs.Rows(moments, np.zeros(len(weight), np.int32), weight, region)
 
 
 def test_each_row_comes_once_an_epoch_and_weightless_ones_never():
@@ -167,7 +200,8 @@ def test_each_row_comes_once_an_epoch_and_weightless_ones_never():
 
 def test_batches_are_a_function_of_the_step_and_divide_among_processes(model_folder, tmp_path):
     config = config_of(model_folder, tmp_path, **{"train.pretraining_share": 0.25, "train.text_dropout": 0.5})
-    own, pretraining = rows_of([1, 2, 3], 1.0), rows_of([1] * 5, 2.0)
+    region = np.repeat(np.array([1, 2, 3], np.float32) / 4, 4).reshape(3, 2, 2)
+    own, pretraining = rows_of([1, 2, 3], 1.0, region), rows_of([1] * 5, 2.0)
     contexts = np.arange(2, dtype=np.float32).reshape(2, 1, 1)
 
     def take(rows, start):
@@ -182,6 +216,8 @@ def test_batches_are_a_function_of_the_step_and_divide_among_processes(model_fol
     np.testing.assert_array_equal(whole["pretraining"], [0] * 6 + [1] * 2)
     np.testing.assert_array_equal(whole["moments"][:, 0, 0, 0], [1] * 6 + [2] * 2)
     assert (whole["weight"][:6] > 0).all() and not whole["weight"][6:].any()
+    np.testing.assert_array_equal(whole["region"][:, 1, 1], [*whole["weight"][:6] / 4, 1, 1])
+    assert "region" not in next(inputs.batches(rows_of([1, 2, 3]), pretraining, contexts, config, np.arange(8), 3))
     dropped = np.mean([next(stream)["context"].mean() for _ in range(100)])  # the last text, 1, is the empty prompt
     assert abs(dropped - 0.5) < 0.1
 
@@ -275,22 +311,73 @@ def test_rewards_are_cached_by_their_identity(model_folder, tmp_path, capfd):
     assert sorted(cache.iterdir()) == files and "rewards: 100%" in capfd.readouterr().err
 
 
+def test_heatmaps_are_of_what_the_unet_sees_and_cached_by_the_critics_identity(model_folder, tmp_path, capsys):
+    """Pictures of other sizes are cut first; heatmaps are averaged over the grid's cells, or interpolated."""
+    cache, large = tmp_path / "cache", table(tmp_path / "large", 10, 0, size=20)
+    config = config_of(model_folder, tmp_path, **{"data.images": large, "data.resize": True})
+    data = inputs.Inputs.of(config, folder.read(model_folder))
+    one, other, again, nameless = Critic("one"), Critic("other", by=4), Critic("one"), Critic(None)
+    found = [data.heatmaps(critic, cache) for critic in (one, other, again)]
+    files = sorted(cache.iterdir())
+    np.testing.assert_array_equal(data.heatmaps(nameless, cache), found[0])
+    assert [critic.calls for critic in (one, other, again, nameless)] == [1, 1, 0, 1] and sorted(cache.iterdir()) == files
+    seen = np.stack(list(inputs.decoded(data.tables["images"], 16, resize=True)))
+    dark = 1 - seen.astype(np.float32).mean(-1) / 255
+    np.testing.assert_allclose(found[0][..., 0], blocks(dark, 2), atol=1e-6)
+    np.testing.assert_array_equal(found[2], found[0])
+    np.testing.assert_allclose(found[1][:, ::7, ::7, 0], blocks(dark, 4)[:, ::3, ::3], atol=1e-6)  # the corners stay
+    assert all((maps[..., 1] == 0.5).all() for maps in found)
+
+    config.region.update(heatmaps=schema.HEATMAPS, power=2.0)
+    weight, region, record = train.weights_of(config, data, None, one, cache)
+    np.testing.assert_allclose(region, (1 - found[0][..., 0]) ** 2 / 4, rtol=1e-5)
+    assert (weight == 1).all() and set(record) == {"images", "regions"}
+    printed = capsys.readouterr().out
+    assert "weights of 10 images: 1 each, without a reward\nregions of 10 images: mean weight 0.0" in printed
+    assert ", 100.0% of the pixels below one half" in printed
+    with pytest.raises(ValueError, match="region: got weights of 0 for all pixels of 10 images"):
+        train.weights_of(config, data, None, Critic("hopeless", misaligned=1.0), cache)
+
+
+@pytest.mark.parametrize(
+    ("maps", "message"),
+    [
+        (np.zeros((1, 8, 8)), r"critic: misalignment: got shape \(1, 8, 8\), expected float\[2, h, w\] in \[0, 1\]"),
+        (np.full((2, 8, 8), np.nan), "critic: misalignment: got values from nan to nan"),
+        (np.full((2, 8, 8), 1.5), "critic: misalignment: got values from 1.5 to 1.5"),
+        (None, "critic: misalignment: got NoneType"),
+    ],
+)
+def test_a_critic_that_gives_no_heatmaps_is_refused(maps, message):
+    class Faulty:
+        def predict(self, images, prompts):
+            return Feedback({}, {"implausibility": np.zeros((2, 8, 8)), "misalignment": maps}, [], [])
+
+    with pytest.raises(ValueError, match=message):
+        inputs.heatmaps_of(Faulty(), np.zeros((2, 16, 16, 3), np.uint8), PROMPTS[:2], 8)
+
+
 # ---- Runs -----------------------------------------------------------------------------------------------------------
 def test_a_killed_run_ends_with_the_same_bits(model_folder, tmp_path, monkeypatch, capsys):
     config = config_of(model_folder, tmp_path)
-    train.train(config, tmp_path / "whole", brightness)
-    assert "rewards of 10 images: mean 0.4966, 0.4821 to 0.505; raw weights" in capsys.readouterr().out
+    train.train(config, tmp_path / "whole", brightness, critic=Critic())
+    printed = capsys.readouterr().out
+    assert "rewards of 10 images: mean 0.4966, 0.4821 to 0.505; raw weights" in printed
+    assert "regions of 10 images: mean weight 0.4966, " in printed
 
     def killed(*args, **kwargs):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(sample, "generate", killed)  # what follows the checkpoint of step 3
-        train.train(config, tmp_path / "killed", brightness)
-    train.train(config, tmp_path / "killed", brightness)
+        train.train(config, tmp_path / "killed", brightness, critic=Critic())
+    train.train(config, tmp_path / "killed", brightness, critic=Critic())
     assert "resumed from step 3" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"(?s)holds a run with other rewards:.*mean: it began with 0.4966.*this is 0.9932"):
-        train.train(config, tmp_path / "killed", lambda images, prompts: 2 * brightness(images, prompts))
+    with pytest.raises(ValueError, match=r"(?s)other rewards or regions:.*mean: it began with 0.4966.*this is 0.9932"):
+        train.train(config, tmp_path / "killed", lambda images, prompts: 2 * brightness(images, prompts), critic=Critic())
+    for critic in (Critic("other", by=4), None):
+        with pytest.raises(ValueError, match=r"(?s)a run with other rewards.*regions: it began with '[0-9a-f]{16}', this"):
+            train.train(config, tmp_path / "killed", brightness, critic=critic)
     unets = [tmp_path / name / "model/unet/diffusion_pytorch_model.safetensors" for name in ("whole", "killed")]
     assert unets[0].read_bytes() == unets[1].read_bytes()
 
@@ -343,7 +430,13 @@ def test_an_opened_model_reads_as_the_whole_one(model_folder):
         ({"model.dtype": "float16"}, brightness, "model.dtype: got 'float16'"),
         ({"sample.steps": 2000}, brightness, "steps: got 2000 for dpm"),
         ({"optimizer.freeze": ("unett",)}, brightness, "optimizer.freeze: nothing lies under 'unett'"),
-        ({}, None, "reward.source: got '' for data.images"),
+        ({}, None, "reward.source: got '' for data.images, expected .* or a critic: --config.region.source=rahf:DIR"),
+        ({"region.source": "reward:run"}, None, "critic: got 'reward:run', expected rahf:DIR, a RAHF with heatmaps"),
+        ({"region.source": "rahf:nowhere"}, None, "nowhere has no config.json"),
+        ({"region.source": "rahf:run", "data.images": ""}, None, "region: got a critic, but no data.images"),
+        ({"region.heatmaps": ("implausible",)}, brightness, r"region.heatmaps: got \('implausible',\), expected one"),
+        ({"region.heatmaps": ("misalignment",) * 2}, brightness, r"region.heatmaps: got .*, each once"),
+        ({"region.heatmaps": ()}, brightness, r"region.heatmaps: got \(\), expected one or more"),
         ({"reward.source": "reward:nowhere"}, None, "nowhere"),
         ({}, lambda images, prompts: np.ones((len(images), 2)), r"shape .*\(10, 2\)|\[10, 2\]"),
         ({}, lambda images, prompts: np.full(len(images), np.nan), "finite"),

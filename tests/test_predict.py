@@ -17,6 +17,7 @@ import tiny_model
 
 import rahf
 from rahf import checkpoints, convert, experiments, partitioning, predict, predictor, sources, train, workdirs
+from rahf.diffusion import inputs, select
 from rahf.models import rahf as rahf_model
 from rahf.reward import specs
 from richhf_data import images as image_files
@@ -80,6 +81,34 @@ def test_a_score_and_a_weighted_sum_of_scores_are_rewards(workdir, images):
     model.params["vit"]["pos_embedding"] += 1e-6
     identities.add(specs.ScoreReward(model, {"overall": 1.0}).identity)
     assert len(identities) == 4
+
+
+def test_a_reward_guides_by_the_same_numbers(workdir, images):
+    spec, floats = f"rahf:{workdir}:plausibility,implausibility=-2", images[0][None] / np.float32(127.5) - 1
+    reward, of = specs.reward_of(spec), specs.differentiable_of(spec)
+    expected = specs.checked(reward, [images[0]], PROMPTS[:1])
+    found = jax.jit(of.score)(of.placed(None), floats, of.rows(PROMPTS[:1]))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert of.identity == reward.identity
+
+
+def test_one_device_selects_as_eight_do(workdir, images):
+    model, prompts = rahf.load(workdir), ["a cat", "a dog", "a cat"]
+    alone = predictor.Predictor(model.config, model.vocabulary, partitioning.make_mesh(devices=jax.devices()[:1]))
+    places = jax.tree.map(lambda leaf: leaf.sharding, alone.params)
+    other = predictor.Model(alone, jax.device_put(jax.device_get(model.params), places))
+    eight, one = (specs.ScoreReward(each, {"plausibility": 1.0})(images, prompts) for each in (model, other))
+    np.testing.assert_allclose(one, eight, atol=1e-6)
+    assert select.best(prompts, one, 0.0) == select.best(prompts, eight, 0.0)
+
+
+def test_a_rahf_is_a_critic_of_regions(workdir, images):
+    assert specs.critic_of(f"rahf:{workdir}", "plausibility,alignment").weights == {"plausibility": 1, "alignment": 1}
+    assert specs.critic_of(f"rahf:{workdir}:aesthetics", "plausibility").weights == {"aesthetics": 1}
+    critic, images = specs.critic_of(f"rahf:{workdir}").model, np.stack([images[0]] * 3)
+    maps = rahf.load(workdir).predict(images, PROMPTS).heatmaps
+    expected = np.stack([maps[name].reshape(3, 4, 4, 4, 4).mean((2, 4)) for name in schema.HEATMAPS], axis=-1)
+    np.testing.assert_allclose(inputs.heatmaps_of(critic, images, PROMPTS, 4), expected, atol=1e-6)
 
 
 def test_a_converted_workdir_is_read_anywhere(workdir, tmp_path):

@@ -97,6 +97,7 @@ def test_every_number_of_every_config_has_its_range():
         ("sd_reward", "train.pretraining_share", 1.0),
         ("sd_reward", "reward.temperature", 0.0),
         ("sd_reward", "reward.fraction", 1.5),
+        ("sd_reward", "region.power", -1.0),
         ("sd_reward", "lora.rank", -1),
         ("sd_reward", "lora.alpha", 0.0),
         ("sd_reward", "sample.guidance_scale", 1e38),

@@ -1,7 +1,10 @@
 """What reward-weighted fine-tuning (paper B) trains: the loss, its weights, the parameters, LoRA.
 
-    loss = sum(w L) / sum(w)  over the model's own images, w a function of their rewards
-         + beta mean(L)       over pre-training pairs;         L: the denoising error, the usual bound of -log p(x | z)
+    loss = sum(w mean(r e)) / sum(w mean(r))  over the model's own images, w a function of their rewards
+         + beta mean(mean(e))                 over pre-training pairs
+
+    e: the denoising error of each latent pixel; mean(e), over an image, is the usual bound of -log p(x | z)
+    r: what the pixel weighs, a function of a critic's heatmaps; 1 without a critic, so that only w counts
 
 Only the UNet is trained, or with LoRA the products that are added to its attention.
 """
@@ -18,7 +21,7 @@ from flax import linen as nn
 from rahf import experiments
 from rahf import program as programs
 from rahf.diffusion import folder, inputs
-from richhf_data import ranges
+from richhf_data import ranges, schema
 from richhf_data.errors import UserError
 
 # Of a config, for `experiments.check_ranges`.
@@ -26,6 +29,7 @@ RANGES = programs.RANGES | {
     "reward.temperature": ranges.POSITIVE,
     "reward.fraction": ranges.SOME_SHARE,
     "reward.threshold": ranges.Range(-1e6, 1e6),
+    "region.power": ranges.Range(0, 100),
     "lora.rank": ranges.Range(0, 2**16, whole=True),  # 0: the whole UNet is trained
     "lora.alpha": ranges.POSITIVE,
     "train.pretraining_share": ranges.Range(0, 1, without=(0, 1)),
@@ -80,10 +84,31 @@ def weights_of(rewards: np.ndarray, config) -> np.ndarray:
     return weights.astype(np.float32)
 
 
+def regions_of(heatmaps: np.ndarray, config) -> np.ndarray:
+    """Heatmaps float32[n, h, w, 2] -> what the errors of their pixels weigh, float32[n, h, w] in [0, 1].
+
+    Args:
+      config: the section `region`, as `check` takes it.
+
+    Raises:
+      UserError: weights that are all 0.
+    """
+    regions = np.ones(heatmaps.shape[:-1], np.float32)
+    for name in config.heatmaps:
+        regions *= (1 - heatmaps[..., schema.HEATMAPS.index(name)]) ** np.float32(config.power)
+    if not regions.any():
+        raise UserError(
+            f"region: got weights of 0 for all pixels of {len(regions)} images, expected some above 0; lower "
+            f"--config.region.power={config.power} or take another critic"
+        )
+    return regions
+
+
 def normalisers_of(batch) -> dict[str, jax.Array]:
     """What the sums of both terms are divided by, of the global batch."""
+    weight = batch["weight"] * batch["region"].mean((1, 2)) if "region" in batch else batch["weight"]
     return {
-        "weight": jnp.maximum(jnp.sum(batch["weight"]), 1e-12),
+        "weight": jnp.maximum(jnp.sum(weight), 1e-12),
         "pretraining": jnp.maximum(jnp.sum(batch["pretraining"]), 1.0),
     }
 
@@ -92,7 +117,7 @@ def make_loss(model: folder.Config, beta: float, lora_alpha: float) -> Callable:
     """(params, rows, normalisers, key) -> (loss, metrics), which add up over the parts of a batch.
 
     rows: moments float32[B, h, w, 2Z] (mean and log variance of the VAE), context float32[B, L, D], weight float32[B] (0
-    in pre-training rows), pretraining float32[B] (1 in these).
+    in pre-training rows), pretraining float32[B] (1 in these); and region float32[B, h, w] where there is a critic.
     """
     unet, schedule = model.modules["unet"], model.schedule
 
@@ -105,9 +130,11 @@ def make_loss(model: folder.Config, beta: float, lora_alpha: float) -> Callable:
         timesteps = jax.random.randint(time_key, x0.shape[:1], 0, schedule.num_train_timesteps)
         noised = schedule.add_noise(x0, noise, timesteps)
         prediction = unet.apply({"params": merged(params, lora_alpha)}, noised, timesteps, rows["context"])
-        errors = jnp.square(prediction - schedule.target(x0, noise, timesteps)).mean((1, 2, 3))  # [B]
+        squares = jnp.square(prediction - schedule.target(x0, noise, timesteps))
+        errors = squares.mean((1, 2, 3))  # [B]
+        own = (rows["region"] * squares.mean(3)).mean((1, 2)) if "region" in rows else errors
         metrics = {
-            "reward_weighted": jnp.sum(rows["weight"] * errors) / normalisers["weight"],
+            "reward_weighted": jnp.sum(rows["weight"] * own) / normalisers["weight"],
             "pretraining": jnp.sum(rows["pretraining"] * errors) / normalisers["pretraining"],
         }
         metrics["loss"] = metrics["reward_weighted"] + beta * metrics["pretraining"]
@@ -177,6 +204,9 @@ def check(config) -> None:
             f"train.beta: got {config.train.beta} with data.pretraining={config.data.pretraining!r}; expected pre-training "
             "pairs with a beta above 0, or none with --config.train.beta=0"
         )
+    names = config.region.heatmaps
+    if not names or any(name not in schema.HEATMAPS for name in names) or len(set(names)) < len(names):
+        raise UserError(f"region.heatmaps: got {names}, expected one or more of {schema.HEATMAPS}, each once")
     rows = inputs.pretraining_rows(config)
     if config.data.images and config.data.pretraining and not 0 < rows < config.train.batch_size:
         raise UserError(
@@ -185,14 +215,22 @@ def check(config) -> None:
         )
 
 
-def program(model: folder.Config, config) -> programs.Program:
-    """The fine-tuning of a model (of `model_config`), to be assembled (program.py)."""
+def program(model: folder.Config, config, regions: bool | None = None) -> programs.Program:
+    """The fine-tuning of a model (of `model_config`), to be assembled (program.py).
+
+    regions: whether pixels have weights; by default, whether the config names a critic.
+    """
     loss = make_loss(model, config.train.beta if config.data.images else 1.0, config.lora.alpha)
+    regions = bool(config.region.source) if regions is None else regions
+
+    def batch_shapes(rows):
+        return {name: (shape, "float32") for name, shape in inputs.batch_shapes(model, rows, regions).items()}
+
     return programs.Program(
         init=lambda key: initial_params(model, config.lora.rank, key),
         loss=loss,
         normalisers=normalisers_of,
-        batch_shapes=lambda rows: {name: (shape, "float32") for name, shape in inputs.batch_shapes(model, rows).items()},
+        batch_shapes=batch_shapes,
         remat=("model.remat",),
         frozen=("unet",) if config.lora.rank else (),
     )

@@ -3,6 +3,7 @@
     cache/latents-*.npy    the VAE's posterior of each image, float32: 128 KiB for an image of 512 pixels
     cache/texts-*.npy      the text encoder's output for each different prompt, float32: 231 KiB in Stable Diffusion
     cache/rewards-*.npy    the reward of each of the model's own images
+    cache/regions-*.npy    a critic's heatmaps of these on the latents' grid, float32: 32 KiB for an image of 512 pixels
 
 The name of a file is a digest of everything that its content depends on.
 """
@@ -13,9 +14,10 @@ import hashlib
 import itertools
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated
 
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +35,7 @@ from richhf_data.errors import UserError
 from richhf_data.ranges import Range
 
 AT_ONCE = 16  # images or texts per device in a batch for a frozen part
-REWARDED_AT_ONCE = 64  # images in a batch for a reward
+REWARDED_AT_ONCE = 64  # images in a batch for a reward or a critic
 SAVE_EVERY = 8  # batches between two saves of the cache
 
 
@@ -45,11 +47,13 @@ class Rows:
       moments: float32[n, h, w, 2Z], mean and log variance of the VAE, on disk.
       text: int32[n], rows of the texts' embeddings.
       weight: float32[n], 0 or more; rows with 0 are never drawn.
+      region: float32[n, h, w] in [0, 1], what a latent pixel weighs; None: 1.
     """
 
     moments: np.ndarray
     text: np.ndarray
     weight: np.ndarray
+    region: np.ndarray | None = None
 
     def drawn(self, seed: int, purpose: int, first: int, count: int) -> np.ndarray:
         """Places `first` to `first + count` of an endless order of rows, int64[count]. Each epoch has every row once."""
@@ -78,8 +82,9 @@ def batches(
     size = config.train.batch_size
     of_pretraining = size if own is None else 0 if pretraining is None else pretraining_rows(config)
     parts = [(own, size - of_pretraining), (pretraining, of_pretraining)]
+    region = None if own is None else own.region
     for step in itertools.count(start):
-        batch = {name: [] for name in ("moments", "text", "weight", "pretraining")}
+        batch = {name: [] for name in ("moments", "text", "weight", "pretraining", *(() if region is None else ("region",)))}
         for purpose, (table, count) in enumerate(parts):
             if count:
                 first = purpose * (size - of_pretraining)  # place of its first row in the batch
@@ -89,20 +94,23 @@ def batches(
                 batch["text"].append(table.text[drawn])
                 batch["weight"].append(table.weight[drawn] * (1 - purpose))
                 batch["pretraining"].append(np.full(len(drawn), purpose, np.float32))
+                if region is not None:
+                    batch["region"].append(np.ones((len(drawn), *region.shape[1:])) if purpose else region[drawn])
         batch = {name: np.concatenate(arrays) for name, arrays in batch.items()}
         dropped = np.random.default_rng((config.seed, 2, step)).random(size)[rows] < config.train.text_dropout
         batch["context"] = contexts[np.where(dropped, len(contexts) - 1, batch.pop("text"))]
         yield {name: array.astype(np.float32, copy=False) for name, array in batch.items()}
 
 
-def batch_shapes(model: folder.Config, size: int) -> dict[str, tuple[int, ...]]:
-    """name -> shape of each array of a batch; all are float32."""
+def batch_shapes(model: folder.Config, size: int, regions: bool = False) -> dict[str, tuple[int, ...]]:
+    """name -> shape of each array of a batch, with weights of pixels or without; all are float32."""
     grid, text = model.unet.sample_size, model.text.text
     return {
         "moments": (size, grid, grid, 2 * model.vae.latent_channels),
         "weight": (size,),
         "pretraining": (size,),
         "context": (size, text.length, text.width),
+        **({"region": (size, grid, grid)} if regions else {}),
     }
 
 
@@ -230,6 +238,27 @@ def rewards_of(table: ImageTable, digest: str, reward: Callable, cache: pathlib.
     return np.asarray(kept(cache / f"rewards-{fingerprint(digest, identity)}.npy", (len(table),), parts))
 
 
+def heatmaps_of(critic, images: np.ndarray, prompts: Sequence[str], grid: int) -> np.ndarray:
+    """A critic's heatmaps of B images, float32[B, grid, grid, 2] as in `schema.HEATMAPS`: their means over a grid's cells.
+
+    Heatmaps of fewer pixels are interpolated.
+
+    Raises:
+      UserError: the critic does not give such heatmaps.
+    """
+    predicted, found = critic.predict(images, prompts).heatmaps, []
+    for name in schema.HEATMAPS:
+        expected = f"expected float[{len(prompts)}, h, w] in [0, 1]"
+        maps = specs.as_floats(f"critic: {name}", predicted.get(name), expected)
+        if maps.ndim != 3 or len(maps) != len(prompts) or not maps.size:
+            raise UserError(f"critic: {name}: got shape {maps.shape}, {expected}")
+        if not (maps.min() >= 0 and maps.max() <= 1):  # false for nan too
+            raise UserError(f"critic: {name}: got values from {maps.min()} to {maps.max()}, {expected}")
+        interpolation = cv2.INTER_AREA if min(maps.shape[1:]) > grid else cv2.INTER_LINEAR
+        found.append([cv2.resize(heatmap, (grid, grid), interpolation=interpolation) for heatmap in maps])
+    return np.clip(np.stack(found, axis=-1), 0, 1)  # area averages round to just above 1
+
+
 @dataclasses.dataclass(frozen=True)
 class Inputs:
     """The tables of a config, and the outputs of the frozen parts for them.
@@ -297,7 +326,30 @@ class Inputs:
         rewards = rewards_of(self.tables["images"], self.identities["images"], reward, cache)
         return multihost_utils.broadcast_one_to_all(rewards) if jax.process_count() > 1 else rewards
 
-    def rows(self, name: str, moments: np.ndarray, weight: np.ndarray) -> Rows:
+    def heatmaps(self, critic, cache: pathlib.Path) -> np.ndarray:
+        """A critic's heatmaps of the model's own images as the UNet sees them, float32[n, h, w, 2], as `heatmaps_of`.
+
+        Cached only if the critic has an identity. Every host has those of process 0.
+
+        Args:
+          critic: with `predict(images uint8[B, H, W, 3], prompts) -> rahf.predictor.Feedback`.
+        """
+        identity, table = specs.identity_of(critic, "critic"), self.tables["images"]
+        grid, resize = self.model.config.unet.sample_size, self.config.data.resize
+        size = grid * self.model.config.vae.factor
+
+        def parts(done):
+            for part in parts_of(decoded(table, size, resize, done), REWARDED_AT_ONCE, "heatmaps", len(table), done):
+                found = heatmaps_of(critic, np.stack(part), table.prompts[done : done + len(part)], grid)
+                yield multihost_utils.broadcast_one_to_all(found) if jax.process_count() > 1 else found
+                done += len(part)
+
+        if identity is None:
+            return np.concatenate(list(parts(0)))
+        key = fingerprint(self.identities["images"], size, grid, resize, identity)
+        return kept(cache / f"regions-{key}.npy", (len(table), grid, grid, len(schema.HEATMAPS)), parts)
+
+    def rows(self, name: str, moments: np.ndarray, weight: np.ndarray, region: np.ndarray | None = None) -> Rows:
         """The rows of a table with their moments and weights."""
         numbers = {text: i for i, text in enumerate(self.texts)}
-        return Rows(moments, np.array([numbers[prompt] for prompt in self.tables[name].prompts], np.int32), weight)
+        return Rows(moments, np.array([numbers[prompt] for prompt in self.tables[name].prompts], np.int32), weight, region)

@@ -5,14 +5,15 @@
 
 What is trained is in finetuning.py. The outputs of the frozen parts are computed once and kept:
 
-    workdir/cache/          the VAE's posteriors, the texts' embeddings, the rewards; --cache puts them elsewhere
-    workdir/rewards.json    which rewards the run began with
+    workdir/cache/          the VAE's posteriors, the texts' embeddings, rewards and heatmaps; --cache puts them elsewhere
+    workdir/rewards.json    which rewards and weights of pixels the run began with
     workdir/samples/        grids of the same prompts and seeds at several steps of the training; in TensorBoard too
     workdir/model/          at the end, the folder that diffusers and `rahf.diffusion.sample` read
 """
 
 import dataclasses
 import functools
+import hashlib
 import io
 import pathlib
 import tempfile
@@ -42,21 +43,23 @@ RESUME_MAY_DIFFER = (
     "model.folder",  # the section `identity` records the contents of these three
     "data.images",
     "data.pretraining",
-    "reward.source",  # rewards.json says what it gives
+    "reward.source",  # rewards.json says what these two give
+    "region",
     "model.remat",
     "sample",
 )
 
 
-def train(config, workdir, reward: Callable | None = None, cache=None) -> None:
+def train(config, workdir, reward: Callable | None = None, cache=None, critic=None) -> None:
     """Runs `config` to its end in `workdir`.
 
     Args:
       reward: `(images uint8[B, H, W, 3], prompts) -> float32[B]`, in place of `config.reward.source`.
       cache: the folder of latents and embeddings, for several runs on the same tables; `workdir/cache` by default.
+      critic: with `predict(images, prompts) -> rahf.predictor.Feedback`, in place of `config.region.source`.
 
     Raises:
-      UserError: a folder, table or setting that cannot be used, or rewards that weight nothing.
+      UserError: a folder, table or setting that cannot be used, or rewards or a critic that weight nothing.
       SystemExit: as `loop.start`.
     """
     # ---- Model, mesh, training step ---------------------------------------------------------------------------------
@@ -68,20 +71,25 @@ def train(config, workdir, reward: Callable | None = None, cache=None) -> None:
     base = with_frozen(folder.opened(config.model.folder))
     base = dataclasses.replace(base, config=finetuning.model_config(config, base.config))
     sampler.plan(base.config.schedule, config.sample.sampler, config.sample.steps)
-    training = programs.assemble(finetuning.program(base.config, config), config, mesh)
+    regions = critic is not None or bool(config.region.source)
+    if regions and not config.data.images:
+        raise UserError("region: got a critic, but no data.images that it weights; add --config.data.images=FILE")
+    training = programs.assemble(finetuning.program(base.config, config, regions), config, mesh)
     config = training.config
 
-    # ---- Data: what the frozen parts and the reward make of it ------------------------------------------------------
+    # ---- Data: what the frozen parts, the reward and the critic make of it ------------------------------------------
     data = inputs.Inputs.of(config, base)
     if "images" in data.tables and reward is None:
-        if not config.reward.source:
-            expected = "reward:DIR, rahf:DIR:SCORE or python:MODULE:NAME"
+        if not config.reward.source and not regions:
+            expected = "reward:DIR, rahf:DIR:SCORE or python:MODULE:NAME, or a critic: --config.region.source=rahf:DIR"
             raise UserError(f"reward.source: got '' for data.images, expected {expected}")
-        reward = specs.reward_of(config.reward.source)
+        reward = specs.reward_of(config.reward.source) if config.reward.source else None
+    if regions and critic is None:
+        critic = specs.critic_of(config.region.source).model
     workdir = paths.absolute(workdir)
     with config.unlocked():
         config.identity = data.identities
-    batches_from = prepare_batches(config, workdir, data, reward, cache, training)
+    batches_from = prepare_batches(config, workdir, data, reward, critic, cache, training)
     print_run(workdir, training)
 
     # ---- Parameters of step 0 ---------------------------------------------------------------------------------------
@@ -122,13 +130,13 @@ def train(config, workdir, reward: Callable | None = None, cache=None) -> None:
                 show(run, step)
 
 
-def prepare_batches(config, workdir, data: inputs.Inputs, reward, cache, training: programs.Training) -> Callable:
-    """step -> batches; computes what the frozen parts and the reward make of the tables, and opens the workdir.
+def prepare_batches(config, workdir, data: inputs.Inputs, reward, critic, cache, training: programs.Training) -> Callable:
+    """step -> batches; computes what the frozen parts, the reward and the critic make of the tables, and opens the workdir.
 
-    The workdir's config is written once its rewards are found to weight something.
+    The workdir's config is written once its rewards and its critic are found to weight something.
 
     Raises:
-      UserError: rewards that weight nothing, or others than the run began with; a workdir of another run.
+      UserError: rewards or a critic that weight nothing, or others than the run began with; a workdir of another run.
     """
     mesh = training.mesh
     if not workdirs.is_new(workdir):
@@ -138,24 +146,43 @@ def prepare_batches(config, workdir, data: inputs.Inputs, reward, cache, trainin
     cache = pathlib.Path(cache or workdir / "cache") / (f"host_{jax.process_index()}" if jax.process_count() > 1 else "")
     contexts, own, pretraining = data.contexts(cache, mesh), None, None
     if "images" in data.tables:
-        moments, rewards = data.moments("images", cache, mesh), data.rewards(reward, cache)
-        weights = finetuning.weights_of(rewards, config.reward)
-        effective = weights.sum(dtype=np.float64) ** 2 / np.sum(np.square(weights, dtype=np.float64))
-        if jax.process_index() == 0:
-            print(
-                f"rewards of {len(rewards):,} images: mean {rewards.mean():.4g}, {rewards.min():.4g} to "
-                f"{rewards.max():.4g}; {config.reward.weighting} weights, worth {effective:,.0f} equal ones",
-                flush=True,
-            )
-        own = data.rows("images", moments, weights)
+        moments = data.moments("images", cache, mesh)
+        weight, region, found = weights_of(config, data, reward, critic, cache)
+        own = data.rows("images", moments, weight, region)
     if "pretraining" in data.tables:
         moments = data.moments("pretraining", cache, mesh)
         pretraining = data.rows("pretraining", moments, np.ones(len(moments), np.float32))
     workdirs.open_workdir(workdir, config, RESUME_MAY_DIFFER)
     if "images" in data.tables:
-        found = {"digest": fingerprint(rewards.tolist()), "images": len(rewards), "mean": float(rewards.mean())}
-        workdirs.record(workdir / "rewards.json", found, "rewards")
+        workdirs.record(workdir / "rewards.json", found, "rewards" if critic is None else "rewards or regions")
     return functools.partial(inputs.batches, own, pretraining, contexts, config, training.own_rows)
+
+
+def weights_of(config, data: inputs.Inputs, reward, critic, cache) -> tuple[np.ndarray, np.ndarray | None, dict]:
+    """What the model's own images weigh, float32[n]; what their pixels weigh, float32[n, h, w]; and the record of both.
+
+    Without a reward, every image weighs 1; without a critic, the pixels' are None.
+    """
+    weight, region = np.ones(len(data.tables["images"]), np.float32), None
+    found, said = {"images": len(weight)}, [f"weights of {len(weight):,} images: 1 each, without a reward"]
+    if reward is not None:
+        rewards = data.rewards(reward, cache)
+        weight = finetuning.weights_of(rewards, config.reward)
+        effective = weight.sum(dtype=np.float64) ** 2 / np.sum(np.square(weight, dtype=np.float64))
+        found |= {"digest": fingerprint(rewards.tolist()), "mean": float(rewards.mean())}
+        said = [
+            f"rewards of {len(rewards):,} images: mean {rewards.mean():.4g}, {rewards.min():.4g} to "
+            f"{rewards.max():.4g}; {config.reward.weighting} weights, worth {effective:,.0f} equal ones"
+        ]
+    if critic is not None:
+        region = finetuning.regions_of(data.heatmaps(critic, cache), config.region)
+        of_critic = specs.identity_of(critic, "critic") or hashlib.sha256(region).hexdigest()
+        found["regions"] = fingerprint(of_critic, sorted(config.region.heatmaps), config.region.power)
+        mean, low = region.mean(dtype=np.float64), np.mean(region < 0.5)
+        said.append(f"regions of {len(region):,} images: mean weight {mean:.4g}, {low:.1%} of the pixels below one half")
+    if jax.process_index() == 0:
+        print(*said, sep="\n", flush=True)
+    return weight, region, found
 
 
 def with_frozen(model: folder.StableDiffusion) -> folder.StableDiffusion:

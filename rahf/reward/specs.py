@@ -65,16 +65,29 @@ def differentiable_of(spec: str) -> Differentiable:
     return differentiable.of_function(own, own.identity)
 
 
+def critic_of(spec: str, scores: str = "overall") -> "ScoreReward":
+    """The RAHF of a spec `rahf:DIR`; its `model` predicts heatmaps. Raises as `reward_of`, and for another kind of spec.
+
+    scores: what it rewards if the spec names no score: "plausibility,alignment".
+    """
+    kind, _, rest = spec.partition(":")
+    if kind != "rahf" or not rest:
+        raise UserError(
+            f"critic: got {spec!r}, expected rahf:DIR, a RAHF with heatmaps: a folder of rahf.train or rahf.convert"
+        )
+    return _rahf(rest, scores)
+
+
 def features_of(spec: str) -> Callable:
     """The network that a spec names, `(images) -> float[B, D]`. Raises as `reward_of`."""
     return _parsed("features", spec, {"clip": _clip, "python": functools.partial(Own, "features")})
 
 
-def identity_of(reward: Callable) -> str | None:
-    """The reward's attribute `identity`; None if it has none. Raises UserError if it is not a text."""
+def identity_of(reward, name: str = "reward") -> str | None:
+    """The attribute `identity` of a reward or a critic; None if it has none. Raises UserError if it is not a text."""
     identity = getattr(reward, "identity", None)
     if identity is not None and (not isinstance(identity, str) or not identity):
-        raise UserError(f"reward: got the identity {identity!r}, expected a text that differs between rewards, or None")
+        raise UserError(f"{name}: got the identity {identity!r}, expected a text that differs between {name}s, or None")
     return identity
 
 
@@ -123,10 +136,10 @@ def _clip(folder: str) -> Callable:
     return embed.Clip(folder).images
 
 
-def _rahf(rest: str) -> Callable:
+def _rahf(rest: str, default: str = "overall") -> "ScoreReward":
     folder, colon, sum_of = rest.rpartition(":")
     if not colon or "/" in sum_of:  # gs://bucket/run
-        folder, sum_of = rest, "overall"
+        folder, sum_of = rest, default
     weights = {}
     for term in sum_of.split(","):
         name, equals, weight = term.partition("=")
