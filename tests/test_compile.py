@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from rahf import compile as compiling
-from rahf import experiments, sources
+from rahf import experiments, partitioning, sources
 from rahf import program as programs
 from richhf_data.synthetic import stream
 
@@ -74,6 +74,17 @@ def test_sampling_over_8_devices_sends_nothing_but_the_pictures(unpacked):
     result = compiling.measure(config, "cpu", "sample", jax.devices(), 7, picture)
     assert result["batch_size"] == 8 and result["fits"]
     assert result["collectives"] == {"all-gather": {"count": 2, "bytes": 8 * 32 * 16 * 3 * (4 + 1)}}  # the second: finite?
+
+
+def test_a_guided_sampling_reads_the_critic_too(unpacked):
+    config = experiments.load("sd_reward")
+    config.model.folder = str(unpacked("diffusion_tiny") / "first")
+    mesh, counts = partitioning.make_mesh(), []
+    for picture in ({}, {"guide": "rahf_ci"}):
+        low, _ = compiling.lowered(config, "sample", mesh, 8, picture)
+        counts.append(len(jax.tree.leaves(low.args_info)))
+    critic = jax.tree.leaves(compiling.guidance_of(experiments.load("rahf_ci")).score.params)
+    assert counts[1] - counts[0] == len(critic) + 4  # scale, rate, the guided steps, the prompts' ids
 
 
 def test_collectives_are_counted_with_the_bytes_of_their_results():

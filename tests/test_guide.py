@@ -218,6 +218,8 @@ def constant(images):
 def test_what_cannot_guide_is_refused(tiny):
     with pytest.raises(UserError, match="guide: the gradient of the score is 0 in all 4 guided steps"):
         drawn(tiny("first"), guide=guide.Guidance(differentiable.of_function(constant), scale=5.0))
+    with pytest.raises(UserError, match=r"guide: got shape \(\) from the score, expected \[2\], one an image"):
+        drawn(tiny("first"), guide=guide.Guidance(differentiable.of_function(jnp.mean), scale=5.0))
     for options, message in (
         ({"scale": np.nan}, "guide.scale: got nan"),
         ({"start": 0.5, "end": 0.5}, "guide: got start 0.5 and end 0.5, expected a start before the end"),

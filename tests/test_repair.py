@@ -96,7 +96,7 @@ def test_windows_cover_each_flaw_once(shape):
         for top, left, side in windows:
             covered[max(top, 0) : max(top + side, 0), max(left, 0) : max(left + side, 0)] += 1
             assert side >= min(16, max(shape))
-            assert all(first >= 0 and first + side <= length or side > length for first, length in
+            assert all((first >= 0 and first + side <= length) or side > length for first, length in
                        zip((top, left), shape, strict=True))  # fmt: skip
         assert (covered[mask] == 1).all() and covered.max() == 1
     dots = np.zeros((999, 999), bool)
@@ -187,7 +187,7 @@ def given(tmp_path, model, monkeypatch):
     rows = [{"image": f"in/{name}", "prompt": "a <red> cat"} for name in ("0.png", "1.png", "2.jpg", "3.png", "4.png")]
     (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     critics = types.SimpleNamespace(next=Critic())
-    monkeypatch.setattr(specs, "critic_of", lambda spec, scores: critics.next, raising=False)
+    monkeypatch.setattr(specs, "critic_of", lambda spec, scores: critics.next)
     monkeypatch.setattr(folder, "read", lambda path: model)
     (tmp_path / "model").mkdir()
     arguments = {"images": str(tmp_path / "list.jsonl"), "prompt": None, "critic": "rahf:run", "model": tmp_path / "model"}

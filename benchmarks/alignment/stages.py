@@ -17,11 +17,12 @@ def seed_of(config, number: int) -> int:
     return 1000 * config.seed + number
 
 
-def make_start(config, root: pathlib.Path) -> None:
+def make_start(config, root: pathlib.Path, clip_steps: int = 600) -> None:
     """Trains the CLIP and the VAE, and writes the untrained diffusion model."""
     table = drawings.read(root / "pictures/train.parquet")
     if not (root / "clip/config.json").is_file():
-        foundation.fit_clip(root / "clip", drawings.images(table), table["prompt"].to_pylist(), seed=seed_of(config, 20))
+        images, texts = drawings.images(table), table["prompt"].to_pylist()
+        foundation.fit_clip(root / "clip", images, texts, steps=clip_steps, seed=seed_of(config, 20))
     if not (root / "start" / folder.INDEX).is_file():
         vae = foundation.fit_vae(drawings.images(table), seed=seed_of(config, 30))
         foundation.start(root / "start", root / "clip", vae, seed=seed_of(config, 40))

@@ -1,7 +1,7 @@
 """The judges: a convolutional network that says whether a picture has an artifact, and what it shows.
 
-They replace people and are used for verdicts alone. The network is that of `benchmarks.alignment.judge`, trained on the exact
-truth of renders, half of which went through the VAE as the generator's pictures do.
+They replace people and are used for verdicts alone. The network is that of `benchmarks.alignment.judge`, trained on the
+exact truth of renders, half of which went through the VAE as the generator's pictures do.
 """
 
 import pathlib
@@ -70,7 +70,7 @@ def fit(folder, config, seed: int, through: Callable) -> dict[str, float]:
 
 
 def accuracy(judges: Judges, table, through: Callable) -> dict[str, float]:
-    """Share of pictures that the judges read right, for each category, "all" of them, and "artifact"; half through the VAE."""
+    """Share of pictures that the judges read right: each category, "all" of them, "artifact"; half through the VAE."""
     arrays = _arrays(table, through)
     right = judges(arrays["image"], table["shown"].to_pylist())
     found = {name: float(right[name].mean()) for name in (*FACTS, "all")}

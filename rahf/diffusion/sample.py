@@ -213,7 +213,10 @@ def _sampled(config, params, rows, negative_ids, seed, steps, scale, guide, *, g
         params_of_score, guide_scale, rate, active = guide
 
         def score(latents):
-            return form.score(params_of_score, vae(latents, method="decode_latents"), rows["scored"])
+            found = form.score(params_of_score, vae(latents, method="decode_latents"), rows["scored"])
+            if found.shape != latents.shape[:1]:
+                raise UserError(f"guide: got shape {found.shape} from the score, expected [{len(latents)}], one an image")
+            return found
 
         guide = guides.Guide(form, score, guide_scale, rate, active)
     latents, largest = denoise(predict_noise, schedule, steps, latents, keys, blend, on_step, guide=guide)
@@ -344,11 +347,11 @@ def generate(
 
         rows = jax.tree.map(lambda array: place(array, count + -count % devices), rows)
         negative_ids = None if negative_ids is None else place(negative_ids, devices)
-    guided = None
+    of_guide = None
     if guide:
         options["form"] = guide.form
-        guided = guide.score.placed(mesh), np.float32(guide.scale), np.float32(guide.backward_rate), active
-    inputs = rows, negative_ids, seed_data(seed), steps, np.float32(guidance_scale), guided
+        of_guide = guide.score.placed(mesh), np.float32(guide.scale), np.float32(guide.backward_rate), active
+    inputs = rows, negative_ids, seed_data(seed), steps, np.float32(guidance_scale), of_guide
     drawn, largest = jax.device_get(_compiled(mesh)(config, model.params, *inputs, **options))
     drawn = drawn[:count]
     if guide:
@@ -357,7 +360,8 @@ def generate(
         if not np.isfinite(pixels).all():
             raise UserError(
                 f"sample: image {number} of seed {seed}, of the prompt {prompt[:80]!r}, is not finite; lower the guidance "
-                f"scale ({guidance_scale}), compute in float32, or take another model"
+                f"scale ({guidance_scale}{f'; of the guide {guide.scale:g}' if guide else ''}), compute in float32, or "
+                "take another model"
             )
     return drawn
 
@@ -384,12 +388,12 @@ def lower(
 
     rows = {"ids": integers(count, length), "number": integers(count), "image": None, "mask": None}
     negative_ids = integers(partitioning.sizes(mesh)["data"], length) if guidance else None
-    guided, rows["scored"] = None, None
+    of_guide, rows["scored"] = None, None
     if guide:
         of_score = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), guide.score.params)
-        guided = of_score, np.float32(1), np.float32(1), guide.active(len(steps.timesteps))
+        of_guide = of_score, np.float32(1), np.float32(1), guide.active(len(steps.timesteps))
         rows["scored"] = jax.tree.map(lambda x: integers(*x.shape), guide.score.rows([""] * count))
-    inputs = rows, negative_ids, seed_data(0), steps, np.float32(1), guided
+    inputs = rows, negative_ids, seed_data(0), steps, np.float32(1), of_guide
     options = {"grid": config.vae.grid(height, width), "vae_tile": vae_tile, "partial": False, "on_step": None}
     options |= {"attention": attention, "form": guide and guide.form}
     return _compiled(mesh).lower(config, params, *inputs, **options), params
@@ -495,7 +499,8 @@ def run(args) -> None:
     if args.dtype:
         parts = {part: dataclasses.replace(getattr(model.config, part), dtype=args.dtype) for part in ("unet", "vae")}
         model = dataclasses.replace(model, config=dataclasses.replace(model.config, **parts))
-    guide = guidance_of(args)
+    if guide := guidance_of(args):
+        guide.score.rows(list(dict.fromkeys(prompts)))  # raises for a prompt that it cannot read
     open_output(output, _settings(args, prompts, guide))
     jobs = [prompt for prompt in prompts for _ in range(args.num_images)]
     files = [f"{number:05d}.png" for number in range(len(jobs))]

@@ -1,0 +1,424 @@
+"""Measures what a critic is for, at a small scale: selection, weights by region, guidance and repair.
+
+    python -m benchmarks.feedback --workdir=DIR
+
+A base diffusion model is trained on RichHF-Synth pictures with artifacts and wrong captions at known rates, so that it
+makes such errors itself. The critic is a RAHF, trained on the labels of simulated annotators. Judges of another
+architecture, trained on exact truth, stand for the people who compare the results; nothing else of them is used. Each stage
+has its folder; a finished stage is skipped, a killed one is resumed:
+
+    pictures         of the base's training; flawless ones for FID
+    start, base      CLIP, VAE and an untrained UNet; the diffusion model
+    annotated, data  pictures with the labels of simulated annotators, in the published formats, and built from these
+    critic, judges   trained on them, and on exact truth
+    own              the base's pictures of training prompts, eight of each
+    selected, first  the critic's choice of them; the first of the same prompts
+    tuned/*          the base, fine-tuned
+    drawn, repaired  pictures of held-out prompts, by all models, guided, and repaired
+    table.md, figure.png, look.png, results.json
+"""
+
+import functools
+import io
+import math
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import tabulate
+from absl import flags
+from tqdm.auto import tqdm
+
+from benchmarks.alignment import drawings, foundation, stages
+from benchmarks.alignment.stages import seed_of
+from benchmarks.feedback import judges, pictures
+from rahf import experiments, train, workdirs
+from rahf.diffusion import evaluate, finetuning, folder, generator_metrics, repair, select, side_by_side
+from rahf.diffusion import train as diffusion_train
+from rahf.diffusion.guide import Guidance
+from rahf.reward import prompts, specs
+from rahf.reward.image_table import ImageTable
+from richhf_data import command, json_files, paths, ranges
+from richhf_data.errors import UserError
+
+RANGES = {
+    "seed": ranges.Range(0, 4_000_000, whole=True),
+    "pictures.train": ranges.COUNT,
+    "pictures.clean": ranges.COUNT,
+    "pictures.artifact_rate": ranges.SHARE,
+    "pictures.wrong_rate": ranges.SHARE,
+    "samples.prompts": ranges.COUNT,
+    "samples.images": ranges.COUNT,
+    "seeds": ranges.COUNT,
+    "eval.prompts": ranges.COUNT,
+    "eval.images": ranges.COUNT,
+}
+ACCURATE = 0.95  # that the judges must reach on held-out renders
+TUNED = {  # name -> what the base is fine-tuned on
+    "selected": "pictures that the critic selected",
+    "first": "the first picture of the same prompts",
+    "equal": "all own pictures, equal weights",
+    "scalar": "all, weighted by the score",
+    "region": "all, weighted by region",
+    "both": "all, weighted by score and region",
+}
+WITH_SEEDS = ("selected", "first")
+LOOKED_AT = 50  # pictures of the base, for a person to check the judges
+
+
+def check(config) -> None:
+    """Refuses a value that is missing or out of its range: UserError."""
+    experiments.check_ranges(config, RANGES)
+    for section in ("base", "tuning"):
+        experiments.check_ranges(config[section], finetuning.RANGES, f"{section}.")
+
+
+# ---- The parts ------------------------------------------------------------------------------------------------------
+def make_pictures(config, place: pathlib.Path) -> None:
+    """Writes train.parquet and clean.parquet."""
+    rates = config.pictures.artifact_rate, config.pictures.wrong_rate
+    for name, number, of_table in (("clean", 1, (0.0, 0.0)), ("train", 0, rates)):
+        if not (place / f"{name}.parquet").is_file():
+            table = pictures.table(config.pictures[name], seed_of(config, number), *of_table)
+            drawings.write(table, place / f"{name}.parquet")
+
+
+def through_vae(root: pathlib.Path) -> Callable:
+    """uint8[n, S, S, 3] -> the same, encoded and decoded by the VAE."""
+    start = folder.read(root / "start")
+    return functools.partial(foundation.reconstruct, start.config.vae, start.params["vae"])
+
+
+def make_annotated(config, root: pathlib.Path) -> None:
+    """Writes annotated pictures in the published formats, and builds the dataset."""
+    settings, through = config.annotated, through_vae(root)
+    for number, split in enumerate(("test", "dev", "train")):
+        if not (root / f"annotated/{split}.tfrecord").is_file():
+            rates = settings.artifact_rate, settings.wrong_rate
+            pictures.write_annotated(
+                root / "annotated", split, settings[split], seed_of(config, 100 + number), rates, through
+            )
+    images = f"--images=table:{root}/annotated/images/*.parquet"
+    arguments = f"--records={root}/annotated", images, f"--data_dir={root}/data"
+    subprocess.run([sys.executable, "-m", "richhf_data.build", *arguments], check=True)
+
+
+def fit_critic(config, root: pathlib.Path) -> None:
+    """Trains the critic."""
+    settings = config.critic.copy_and_resolve_references()
+    settings.data.data_dir, settings.seed = str(root / "data"), seed_of(config, 110)
+    train.train(settings, root / "critic")
+
+
+def critic_of(root: pathlib.Path, scores: str = "plausibility") -> specs.ScoreReward:
+    """A score of the critic."""
+    return specs.reward_of(f"rahf:{root / 'critic'}:{scores}")
+
+
+# ---- Selection and weights ------------------------------------------------------------------------------------------
+def training_prompts(config) -> list[str]:
+    """The prompts of the base's own pictures."""
+    texts = [prompts.text(prompt) for prompt in drawings.split_prompts()[0]]
+    return np.random.default_rng(seed_of(config, 60)).permutation(texts)[: config.samples.prompts].tolist()
+
+
+def make_own(config, root: pathlib.Path) -> None:
+    """Draws the base's own pictures, and selects from them."""
+    place = root / "own"
+    texts = [text for text in training_prompts(config) for _ in range(config.samples.images)]
+    if not (place / "own.parquet").is_file():
+        images = stages.drawn(root / "base/model", texts, seed_of(config, 61), config.sampling, place / "own.npy")
+        stages.write_table(place / "own.parquet", images, texts)
+    table = ImageTable(place / "own.parquet")
+    select.select(table, critic_of(root), root / "selected", config.select.threshold)
+    chosen = set(ImageTable(root / "selected").prompts)
+    rows = [row for row in range(0, len(texts), config.samples.images) if texts[row] in chosen]
+    images = drawings.images(drawings.read(place / "own.parquet"))[rows]
+    stages.write_table(root / "first/images.parquet", images, [texts[row] for row in rows])
+
+
+def tune(config, root: pathlib.Path, name: str, seed: int) -> None:
+    """Fine-tunes the base as `TUNED` says. All runs have the same steps and rows of a batch."""
+    settings = config.tuning.copy_and_resolve_references()
+    settings.model.folder, settings.seed = str(root / "base/model"), seed_of(config, 80 + seed)
+    if name in ("selected", "first"):
+        settings.data.pretraining = str(root / name / ("images.jsonl" if name == "selected" else "images.parquet"))
+    else:
+        settings.data.images = str(root / "own/own.parquet")
+        if name in ("scalar", "both", "equal"):
+            settings.reward.source = f"rahf:{root / 'critic'}:plausibility"
+        if name == "equal":
+            settings.reward.update(weighting="top", fraction=1.0)
+        if name in ("region", "both"):
+            settings.region.source = f"rahf:{root / 'critic'}"
+    diffusion_train.train(settings, root / "tuned" / f"{name}-{seed}", cache=root / "cache")
+
+
+# ---- Held-out pictures ----------------------------------------------------------------------------------------------
+def held_out_prompts(config) -> list[str]:
+    """Each prompt as often as pictures are drawn of it."""
+    texts = [prompts.text(prompt) for prompt in drawings.split_prompts()[1]]
+    chosen = np.random.default_rng(seed_of(config, 90)).permutation(texts)[: config.eval.prompts].tolist()
+    return [text for text in chosen for _ in range(config.eval.images)]
+
+
+def draw_all(config, root: pathlib.Path) -> dict[str, np.ndarray]:
+    """name -> uint8[n, S, S, 3] of the held-out prompts, from the same noise: base, the fine-tuned, guided by scale."""
+    texts, found = held_out_prompts(config), {}
+
+    def draw(model, name, **options):
+        sampling = config.sampling.to_dict() | options
+        found[name] = stages.drawn(root / model / "model", texts, seed_of(config, 91), sampling, root / f"drawn/{name}.npy")
+
+    draw("base", "base")
+    for name in TUNED:
+        for seed in range(config.seeds if name in WITH_SEEDS else 1):
+            draw(f"tuned/{name}-{seed}", f"{name}-{seed}")
+    score = critic_of(root).differentiable
+    for scale in config.guide.scales:
+        draw("base", f"guide_{scale:g}", guide=Guidance(score, scale=scale))
+    return found
+
+
+class Elsewhere:
+    """The critic, whose heatmaps lie half a picture further: a mask of about the same size that misses the flaw."""
+
+    def __init__(self, critic: specs.ScoreReward):
+        self.model, self.of_feedback, self._critic = self, critic.of_feedback, critic
+
+    def predict(self, images, texts):
+        """As `rahf.predictor.Model.predict`."""
+        feedback = self._critic.model.predict(images, texts)
+        for name, maps in feedback.heatmaps.items():
+            feedback.heatmaps[name] = np.roll(maps, [side // 2 for side in maps.shape[1:]], axis=(1, 2))
+        return feedback
+
+
+def repaired(config, root: pathlib.Path, base: np.ndarray) -> dict[str, np.ndarray]:
+    """The base's flawed pictures by several cures: name -> uint8[n, S, S, 3]; and "rows", "mask" (the masks' shares)."""
+    place = root / "repaired"
+    texts, sampling = held_out_prompts(config), config.sampling.to_dict()
+    options = repair.Options(**config.repair, **sampling, feather=0.0, smallest=0.005, seed=seed_of(config, 93))
+    critic, model = critic_of(root), folder.read(root / "base/model")
+    flawed = critic.model.predict(base, texts).heatmaps["implausibility"].max((1, 2)) >= options.threshold
+    rows = np.flatnonzero(flawed)
+    cures = {"repaired": critic, "elsewhere": Elsewhere(critic)}
+    found = {"rows": rows, "original": base[rows]}
+    for name, judge in cures.items():
+        if not (place / f"{name}.npz").is_file():
+            images, shares, statuses = [], [], []
+            for row in tqdm(rows, desc=name, dynamic_ncols=True):
+                one = repair.repair(model, judge, base[row], texts[row], options, number=int(row))
+                assert (one.image == base[row])[~one.mask].all()
+                images.append(one.image)
+                shares.append(one.share)
+                statuses.append(one.status)
+            with paths.writing(place / f"{name}.npz") as partial, partial.open("wb") as file:
+                np.savez(file, images=np.stack(images), shares=shares, statuses=statuses)
+        with np.load(place / f"{name}.npz") as arrays:
+            found |= {name: arrays["images"], f"{name} masks": arrays["shares"], f"{name} statuses": arrays["statuses"]}
+    count, of_rows = options.candidates, [texts[row] for row in rows]
+    more = stages.drawn(root / "base/model", of_rows * count, seed_of(config, 94), sampling, place / "anew.npy")
+    more = more.reshape(count, len(rows), *more.shape[1:])
+    scores = np.stack([specs.checked(critic, part, of_rows) for part in (base[rows], *more)])
+    every = np.concatenate([base[rows][None], more])
+    found["drawn anew once"] = more[0]
+    found[f"best of {count} anew and the original"] = every[scores.argmax(axis=0), np.arange(len(rows))]
+    return found
+
+
+# ---- Verdicts -------------------------------------------------------------------------------------------------------
+def measured(config, root: pathlib.Path, sets: dict[str, np.ndarray], raters: judges.Judges) -> dict[str, dict]:
+    """For each set of held-out pictures: shares without an artifact and all right, FID, diversity, critic, verdict."""
+    texts, critic = held_out_prompts(config), critic_of(root)
+    clean = drawings.images(drawings.read(root / "pictures/clean.parquet"))
+    reference, base, found = evaluate.compute_features(raters.features, clean, len(clean)), sets["base"], {}
+    chance = {name: 1 - raters.artifact(images) for name, images in sets.items()}
+    for name, images in sets.items():
+        options = {"features": raters.features, "reference": reference, "judge": raters, "reward": critic}
+        found[name] = evaluate.evaluate(images, texts, **options)
+        if images is not base:
+            responses = side_by_side.from_scores(chance["base"], chance[name], config.eval.margins)
+            found[name] |= side_by_side.verdict(responses, texts).flat("side_by_side")
+    return found
+
+
+def cured(found: dict[str, np.ndarray], texts, raters: judges.Judges) -> dict[str, dict[str, float]]:
+    """For each cure: the share of pictures whose artifact the judge sees, of those that lost one, of those that got one."""
+    rows, cures = found["rows"], [name for name in found if np.ndim(found[name]) == 4]
+    seen = {name: raters.artifact(found[name]) >= 0.5 for name in cures}
+    of_rows, results = [texts[row] for row in rows], {}
+    for name in cures:
+        right = raters(found[name], of_rows)["all"]
+        means = {"artifact": seen[name], "right": right, "cured": seen["original"] & ~seen[name],
+                 "new": ~seen["original"] & seen[name]}  # fmt: skip
+        values = {key: generator_metrics.mean_of(np.asarray(value, float), of_rows) for key, value in means.items()}
+        results[name] = {key: number for key, mean in values.items() for key, number in ((key, mean.value),
+                         (f"{key}/se", mean.error))}  # fmt: skip
+        if f"{name} masks" in found:
+            results[name]["mask"] = float(found[f"{name} masks"].mean())
+            results[name]["changed"] = float(np.mean(found[f"{name} statuses"] == "repaired"))
+    return results
+
+
+def table(config, results: dict, of_repair: dict, pictures_repaired: int) -> str:
+    """All tables, as Markdown."""
+    markdown = functools.partial(tabulate.tabulate, headers="keys", tablefmt="github", disable_numparse=True)
+
+    def row(label, names):
+        """The means over seeds; ± the standard error over prompts of one seed, or over seeds where there are several."""
+        of = [results[name] for name in names]
+        entry = {"": label}
+        for key, title in (("alignment/no_artifact", "no artifact, %"), ("alignment/all", "prompt right, %")):
+            values = [100 * one[key] for one in of]
+            error = np.std(values, ddof=1) / math.sqrt(len(values)) if len(of) > 1 else 100 * of[0][f"{key}/se"]
+            entry[title] = f"{np.mean(values):.1f} ± {error:.1f}"
+        for kind in ("better", "about the same", "worse"):
+            key = f"side_by_side/{kind}"
+            entry[f"{kind}, %"] = f"{100 * np.mean([one[key] for one in of]):.1f}" if key in of[0] else "-"
+        entry["critic"] = f"{np.mean([one['reward/all'] for one in of]):.3f}"
+        entry["FID"] = f"{np.mean([one['fid'] for one in of]):.1f}"
+        entry["diversity"] = f"{np.mean([one['diversity'] for one in of]):.3f}"
+        return entry
+
+    def seeds(name):
+        return [f"{name}-{seed}" for seed in range(config.seeds if name in WITH_SEEDS else 1)]
+
+    tuned = [row("base", ["base"]), *(row(f"tuned on {label}", seeds(name)) for name, label in TUNED.items())]
+    scales = [row("no guidance", ["base"]), *(row(f"scale {s:g}", [f"guide_{s:g}"]) for s in config.guide.scales)]
+    cures = [
+        {
+            f"{pictures_repaired} pictures": name,
+            "artifact, %": f"{100 * of['artifact']:.1f} ± {100 * of['artifact/se']:.1f}",
+            "prompt right, %": f"{100 * of['right']:.1f} ± {100 * of['right/se']:.1f}",
+            "cured, %": f"{100 * of['cured']:.1f}",
+            "new artifact, %": f"{100 * of['new']:.1f}",
+            "changed, %": f"{100 * of['changed']:.1f}" if "changed" in of else "-",
+            "mask, %": f"{100 * of['mask']:.1f}" if "mask" in of else "-",
+        }
+        for name, of in of_repair.items()
+    ]
+    return "\n\n".join(map(markdown, (tuned, scales, cures))) + "\n"
+
+
+def figure(config, results: dict, sets: dict, cures: dict, raters) -> bytes:
+    """A PNG: the curve of guidance; repaired pictures before and after, framed by the judge's verdict."""
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(11, 6.2), layout="constrained")
+    left, right = drawing.subfigures(1, 2, width_ratios=(1, 1.35))
+    (axes, lower) = left.subplots(2, 1, sharex=True)
+    names = ["base", *(f"guide_{scale:g}" for scale in config.guide.scales)]
+    ticks = ["0", *(f"{scale:g}" for scale in config.guide.scales)]
+    for key, label, colour in (
+        ("reward/all", "critic's plausibility", "#0072b2"),
+        ("alignment/no_artifact", "no artifact (judge)", "#d55e00"),
+        ("alignment/all", "prompt right (judge)", "#009e73"),
+    ):
+        values, errors = ([results[name][k] for name in names] for k in (key, f"{key}/se"))
+        axes.errorbar(range(len(names)), values, errors, marker="o", label=label, color=colour)
+    axes.set(title="Guidance by the critic's plausibility", ylabel="share, score")
+    axes.legend(fontsize=8)
+    lower.plot([results[name]["fid"] for name in names], marker="o", color="#555555")
+    lower.set(xlabel="guidance scale", ylabel="FID", xticks=range(len(names)), xticklabels=ticks)
+    statuses = cures["repaired statuses"]
+    shown = np.flatnonzero(statuses == "repaired")[:8]
+    grid = right.subplots(4, 4)
+    for place, row in enumerate(shown):
+        for offset, name in enumerate(("original", "repaired")):
+            cell = grid[place // 2, 2 * (place % 2) + offset]
+            cell.imshow(cures[name][row], interpolation="nearest")
+            cell.set(xticks=[], yticks=[], title=name)
+            for spine in cell.spines.values():
+                flawed = raters.artifact(cures[name][row : row + 1])[0] >= 0.5
+                spine.set(linewidth=2.5, edgecolor="#c81e1e" if flawed else "#1a8f3c")
+    right.suptitle("Repair: red frame = the judge sees an artifact")
+    return _png(drawing)
+
+
+def look(images: np.ndarray, texts, raters) -> bytes:
+    """A PNG of the base's pictures with the judges' verdicts, for a person to check."""
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(16, 9.5), layout="constrained")
+    chance, right = raters.artifact(images), raters(images, texts)["all"]
+    for cell, image, text, artifact, fits in zip(drawing.subplots(5, 10).flat, images, texts, chance, right, strict=False):
+        cell.imshow(image, interpolation="nearest")
+        cell.set(xticks=[], yticks=[])
+        cell.set_title(f"{text}\nartifact {artifact:.2f}, {'right' if fits else 'WRONG'}", fontsize=6)
+    return _png(drawing)
+
+
+def _png(drawing) -> bytes:
+    file = io.BytesIO()
+    drawing.savefig(file, format="png", dpi=90)
+    return file.getvalue()
+
+
+# ---- All ------------------------------------------------------------------------------------------------------------
+def run(config, workdir) -> None:
+    """Runs all stages and records the seconds of each."""
+    check(config)
+    root = pathlib.Path(workdir).absolute()
+    workdirs.open_workdir(root, config)
+    file = root / "seconds.json"
+    seconds = json_files.read(file) if file.is_file() else {}
+
+    def stage(name, function, *args, unless=None):
+        print(f"== {name}", flush=True)
+        start = time.monotonic()
+        try:
+            return None if unless and unless.is_file() else function(*args)
+        finally:
+            seconds[name] = seconds.get(name, 0) + time.monotonic() - start
+            json_files.write(file, seconds)
+
+    stage("pictures", make_pictures, config, root / "pictures")
+    stage("clip, start", stages.make_start, config, root, config.clip_steps)
+    stage("base", stages.fit_base, config, root, unless=root / "base/model" / folder.INDEX)
+    stage("annotated", make_annotated, config, root, unless=root / "data/vocabulary.model")
+    stage("critic", fit_critic, config, root)
+    fit_judges = functools.partial(judges.fit, root / "judges", config.judge, seed_of(config, 10), through_vae(root))
+    stage("judges", fit_judges, unless=root / "judges/config.json")
+    raters = judges.load(root / "judges")
+    accuracies = json_files.read(root / "judges/config.json")["accuracy"]
+    if min(accuracies.values()) < ACCURATE:
+        raise UserError(f"judges: got accuracies {accuracies} on held-out pictures, expected at least {ACCURATE} of each")
+    stage("own", make_own, config, root)
+    for name in TUNED:
+        for seed in range(config.seeds if name in WITH_SEEDS else 1):
+            done = root / "tuned" / f"{name}-{seed}" / "model" / folder.INDEX
+            stage(f"tuned/{name}", tune, config, root, name, seed, unless=done)
+        jax.clear_caches()
+    sets = stage("drawn", draw_all, config, root)
+    texts = held_out_prompts(config)
+    cures = stage("repaired", repaired, config, root, sets["base"])
+    results = stage("verdicts", measured, config, root, sets, raters)
+    of_repair = cured(cures, texts, raters)
+
+    rows = len(cures["rows"])
+    text = table(config, results, of_repair, rows)
+    text += f"\n{rows} of {len(texts)} pictures of the base have a heatmap above {config.repair.threshold:g}.\n"
+    text += "The judges on held-out renders: " + ", ".join(f"{name} {v:.3f}" for name, v in accuracies.items())
+    total = ", ".join(f"{name} {value / 60:.1f}" for name, value in seconds.items())
+    text += f"\nMinutes: {total}; {sum(seconds.values()) / 60:.0f} in all\n"
+    json_files.write(root / "results.json", {"sets": results, "repair": of_repair})
+    paths.replace(root / "table.md", text.encode())
+    paths.replace(root / "figure.png", figure(config, results, sets, cures, raters))
+    paths.replace(root / "look.png", look(sets["base"][:LOOKED_AT], texts[:LOOKED_AT], raters))
+    print(f"\n{text}\n{root}: table.md, figure.png, look.png, results.json")
+
+
+def main():
+    """The command."""
+    run(flags.FLAGS.config, flags.FLAGS.workdir)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "The folder of all stages; a killed run resumes from it.")
+    flags.mark_flag_as_required("workdir")
+    command.run(main, experiments.reader(default=str(pathlib.Path(__file__).parent / "config.py")))
