@@ -77,15 +77,14 @@ def test_the_gradient_is_that_of_a_finite_difference(tiny, monkeypatch, standard
         def score(latents):
             return of_critic.score(of_score, vae(latents), of_critic.rows(PROMPTS))
 
-        @jax.jit
         def clean(x):
             return config.schedule.x0(x, predict_noise(x, now.timesteps), alpha)
 
         form = guide.Form(of_critic.score, True, 0, 1, True)
         one = guide.Guide(form, score, np.float64(1.0), np.float64(1.0), np.ones(STEPS, bool))
-        guided, largest = jax.jit(lambda x: one.clean(clean, x, alpha))(x)
+        (guided, largest), plain = jax.jit(lambda x: (one.clean(clean, x, alpha), clean(x)))(x)
         assert guided.dtype == np.float64 and largest > 0
-        gradient = (guided - clean(x)) * np.sqrt(alpha) / (1 - alpha)
+        gradient = (guided - plain) * np.sqrt(alpha) / (1 - alpha)
         total = jax.jit(lambda x: score(clean(x)).sum())
         for seed in range(3):
             way, h = np.random.default_rng(seed + 1).standard_normal(x.shape), 1e-4
@@ -123,15 +122,15 @@ def test_guidance_raises_the_score(tiny, sampler):
 
 
 def test_the_velocity_and_no_classifier_free_guidance_are_guided_too(tiny):
-    little, much = (
-        drawn(tiny("second"), guidance_scale=1.0, guide=guide.Guidance(SCORE, scale=scale)) for scale in (1e-6, 50.0)
-    )
+    model = tiny("first")
+    schedule = dataclasses.replace(model.config.schedule, prediction_type="v_prediction")
+    model = dataclasses.replace(model, config=dataclasses.replace(model.config, schedule=schedule))
+    little, much = (drawn(model, guidance_scale=1.0, guide=guide.Guidance(SCORE, scale=scale)) for scale in (1e-6, 50.0))
     assert (wavy(much) > wavy(little)).all()
 
 
 def test_steps_outside_of_the_span_are_not_guided(tiny):
-    """A guide whose scale is enormous, in the last of four steps alone, gives what three plain steps and it give."""
-    half = guide.Guidance(SCORE, scale=10.0, start=0.5, end=0.75)
+    half = guide.Guidance(SCORE, scale=10.0, recurrence=2, start=0.5, end=0.75)
     assert half.active(STEPS).tolist() == [False, False, True, False]
     plain, part, whole = (drawn(tiny("first"), guide=one) for one in (None, half, guide.Guidance(SCORE, scale=10.0)))
     assert np.abs(part - plain).max() > 1e-4 and np.abs(part - whole).max() > 1e-4
@@ -140,7 +139,7 @@ def test_steps_outside_of_the_span_are_not_guided(tiny):
 def test_images_do_not_depend_on_the_devices(tiny):
     ids = critic().rows(PROMPTS)
     score = dataclasses.replace(critic(), rows=lambda prompts: np.stack([ids[PROMPTS.index(p)] for p in prompts]))
-    of_critic = guide.Guidance(score, scale=30.0, backward_steps=1, recurrence=2, end=0.5)
+    of_critic = guide.Guidance(score, scale=30.0)
     mesh, model, prompts = partitioning.make_mesh(), tiny("first"), PROMPTS * 4
     one = drawn(model, prompts, guide=of_critic, sampler="ddpm")
     placed = jax.tree.map(lambda x: partitioning.place(np.asarray(x), partitioning.replicated(mesh)), model.params)
@@ -180,6 +179,8 @@ def test_a_pytorch_implementation_draws_the_same(tmp_path, sampler, torch, stand
     for number, t in enumerate(times):
         a = float(alphas[t])
         next_a = float(alphas[times[number + 1]]) if number + 1 < STEPS else 1.0
+        if sampler == "ddim":  # to the timestep of the regular grid, as diffusers
+            next_a = float(alphas[max(t - 1000 // STEPS, 0)])
         for again in range(2):
             z = z.detach().requires_grad_()
             with_text, without = unet(z, t, context[:2]).sample, unet(z, t, context[2:].expand(2, -1, -1)).sample
@@ -193,9 +194,8 @@ def test_a_pytorch_implementation_draws_the_same(tmp_path, sampler, torch, stand
             noise, at = noise.detach(), z.detach()
             z0 = (at - (1 - a) ** 0.5 * noise) / a**0.5
             drawn_noise = ours_as_torch(sample.step_noise(keys, number, shape, None if again else 0))
-            if sampler == "ddim":  # to the timestep of the regular grid, as diffusers
-                to = float(alphas[t - 1000 // STEPS]) if t >= 1000 // STEPS else float(alphas[0])
-                after = to**0.5 * z0 + (1 - to) ** 0.5 * noise
+            if sampler == "ddim":
+                after = next_a**0.5 * z0 + (1 - next_a) ** 0.5 * noise
             else:
                 beta = 1 - a / next_a
                 after = (next_a**0.5 * beta * z0 + (a / next_a) ** 0.5 * (1 - next_a) * at) / (1 - a)
@@ -218,8 +218,10 @@ def constant(images):
 def test_what_cannot_guide_is_refused(tiny):
     with pytest.raises(UserError, match="guide: the gradient of the score is 0 in all 4 guided steps"):
         drawn(tiny("first"), guide=guide.Guidance(differentiable.of_function(constant), scale=5.0))
-    with pytest.raises(UserError, match=r"guide: got shape \(\) from the score, expected \[2\], one an image"):
+    with pytest.raises(UserError, match=r"guide: got float32\[\] from the score, expected float\[2\], one number an"):
         drawn(tiny("first"), guide=guide.Guidance(differentiable.of_function(jnp.mean), scale=5.0))
+    with pytest.raises(UserError, match=r"guide: got int\[\] from the score, expected float\[2\]"):
+        drawn(tiny("first"), guide=guide.Guidance(differentiable.of_function(len), scale=5.0))
     for options, message in (
         ({"scale": np.nan}, "guide.scale: got nan"),
         ({"start": 0.5, "end": 0.5}, "guide: got start 0.5 and end 0.5, expected a start before the end"),
@@ -238,7 +240,7 @@ def test_flags_say_how_to_guide():
         sample.guidance_of(given)
     given.guide_backward_steps = 2
     found = sample.guidance_of(given)
-    assert (found.score, found.scale, found.backward_steps, found.end) == (SCORE, 0, 2, 1)
+    assert (found.scale, found.backward_steps, found.end) == (0, 2, 1)
     given.guide = None
     with pytest.raises(UserError, match="guide: got --guide_backward_steps without --guide; add"):
         sample.guidance_of(given)
@@ -249,6 +251,7 @@ def test_flags_say_how_to_guide():
 def test_a_guide_has_a_name():
     found = specs.differentiable_of("python:test_guide:wavy")
     assert found.score((), np.zeros((2, 4, 4, 3), np.float32), ()).tolist() == [0, 0]
-    assert specs.differentiable_of("python:test_guide:SCORE") is SCORE
+    found = specs.differentiable_of("python:test_guide:SCORE")
+    assert found.identity and found.score((), np.ones((2, 4, 4, 3), np.float32), found.rows(PROMPTS)).shape == (2,)
     with pytest.raises(UserError, match=r"got the score 'beauty', expected some of plausibility, .* misalignment"):
         specs.differentiable_of("rahf:nowhere:beauty")

@@ -40,6 +40,9 @@ class Critic:
         heatmaps = {"implausibility": maps, "misalignment": maps[:, ::-1]}
         return Feedback(scores, heatmaps, list(prompts), [["cat"]] * len(prompts))
 
+    def text_ids(self, prompt):
+        assert prompt
+
     def of_feedback(self, feedback):
         return feedback.scores["plausibility"]
 
@@ -122,10 +125,12 @@ def test_what_is_put_back_as_it_was_cut_changes_nothing():
 
 
 # ---- Repair ---------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "shape", [(48, 64), (64, 36), (200, 31), (16, 16), (3648, 5472)], ids=["4:3", "9:16", "narrow", "model's", "20 MP"]
-)
-@pytest.mark.parametrize("flaw", [(0.3, 0.4, 0.5, 0.6), (0, 0, 0.25, 0.25)], ids=["middle", "corner"])
+MIDDLE, CORNER = (0.3, 0.4, 0.5, 0.6), (0, 0, 0.25, 0.25)
+SMALL = {"4:3": (48, 64), "9:16": (64, 36), "narrow": (200, 31), "the model's": (16, 16)}
+CASES = [(shape, flaw) for flaw in (MIDDLE, CORNER) for shape in SMALL.values()] + [((3648, 5472), MIDDLE)]
+
+
+@pytest.mark.parametrize(("shape", "flaw"), CASES)
 def test_the_flaw_is_drawn_anew_and_the_rest_stays(model, shape, flaw):
     image = picture(*shape, flaw)
     found = repair.repair(model, Critic(), image, "a red cat", OPTIONS)
@@ -156,6 +161,7 @@ def test_pictures_are_left_alone_without_a_flaw_with_too_large_a_one_and_without
         (full, {"largest": 1.0}, "repaired", 1),
         (picture(32, 48, (0.2, 0.2, 0.5, 0.5)), {"margin": 1.0}, "kept", 1),
         (picture(32, 48, (0.2, 0.2, 0.5, 0.5)), {"smallest": 0.5}, "clean", 0),
+        (picture(40_000, 31, (0.3, 0.0, 0.5, 1.0)), {}, "too large", 0),  # a square of 8,000 pixels at least
     ):
         found = repair.repair(model, Critic(), image, "cat", dataclasses.replace(OPTIONS, **changes))
         assert (found.status, len(found.rounds)) == (status, rounds)
@@ -244,6 +250,22 @@ def test_what_cannot_be_is_refused(given, model):
     given.images = str(given.output.parent / "in" / "*.png")
     with pytest.raises(UserError, match=r"0.png has no prompt; pass --prompt"):
         repair.run(given, OPTIONS)
+    for options, message in (
+        ({"steps": 5000}, "steps: got 5000 for ddim"),
+        ({"negative_prompt": "cat " * 80}, "takes 82 ids"),
+        ({"size": 8192}, "size: got 8192, expected at most 20,000,000 pixels in all"),
+    ):
+        given.prompt = "cat"
+        with pytest.raises(UserError, match=message):
+            repair.run(given, dataclasses.replace(OPTIONS, **options))
+    inside = argparse.Namespace(**vars(given) | {"output": given.output.parent / "in"})
+    with pytest.raises(UserError, match=r"images: .*0.png is in .*in, where this command writes; choose another --output"):
+        repair.run(inside, OPTIONS)
+    given.output.mkdir()
+    PIL.Image.new("RGB", (8, 8)).save(given.output / "00000.png")
+    with pytest.raises(UserError, match=r"output: .*out holds images of another command; choose another folder"):
+        repair.run(given, OPTIONS)
+    (given.output / "00000.png").unlink()
     given.prompt = "cat " * 80
     with pytest.raises(UserError, match="takes 82 ids"):
         repair.run(given, OPTIONS)

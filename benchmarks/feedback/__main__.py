@@ -18,6 +18,7 @@ has its folder; a finished stage is skipped, a killed one is resumed:
     table.md, figure.png, look.png, results.json
 """
 
+import dataclasses
 import functools
 import io
 import math
@@ -56,6 +57,13 @@ RANGES = {
     "seeds": ranges.COUNT,
     "eval.prompts": ranges.COUNT,
     "eval.images": ranges.COUNT,
+    "select.threshold": ranges.SHARE,
+    "guide.scales": ranges.Each(ranges.POSITIVE),
+    "judge.train": ranges.COUNT,
+    "judge.held_out": ranges.COUNT,
+    "judge.steps": ranges.COUNT,
+    "annotated.artifact_rate": ranges.SHARE,
+    "annotated.wrong_rate": ranges.SHARE,
 }
 ACCURATE = 0.95  # that the judges must reach on held-out renders
 TUNED = {  # name -> what the base is fine-tuned on
@@ -73,6 +81,7 @@ LOOKED_AT = 50  # pictures of the base, for a person to check the judges
 def check(config) -> None:
     """Refuses a value that is missing or out of its range: UserError."""
     experiments.check_ranges(config, RANGES)
+    repair.Options(**config.repair)
     for section in ("base", "tuning"):
         experiments.check_ranges(config[section], finetuning.RANGES, f"{section}.")
 
@@ -198,37 +207,73 @@ class Elsewhere:
         return feedback
 
 
-def repaired(config, root: pathlib.Path, base: np.ndarray) -> dict[str, np.ndarray]:
-    """The base's flawed pictures by several cures: name -> uint8[n, S, S, 3]; and "rows", "mask" (the masks' shares)."""
-    place = root / "repaired"
+@dataclasses.dataclass(frozen=True)
+class Cured:
+    """Pictures of the base after a cure.
+
+    Attributes:
+      rows: of the held-out pictures. images: uint8[n, S, S, 3].
+      masks: float[n], the masks' shares; changed: bool[n]; None for a cure without masks.
+    """
+
+    rows: np.ndarray
+    images: np.ndarray
+    masks: np.ndarray | None = None
+    changed: np.ndarray | None = None
+
+
+def repaired(config, root: pathlib.Path, base: np.ndarray) -> dict[str, dict[str, Cured]]:
+    """The base's flawed pictures by several cures: region -> name of the cure -> pictures."""
     texts, sampling = held_out_prompts(config), config.sampling.to_dict()
     options = repair.Options(**config.repair, **sampling, feather=0.0, smallest=0.005, seed=seed_of(config, 93))
+    misaligned = dataclasses.replace(options, region="misalignment")
     critic, model = critic_of(root), folder.read(root / "base/model")
-    flawed = critic.model.predict(base, texts).heatmaps["implausibility"].max((1, 2)) >= options.threshold
-    rows = np.flatnonzero(flawed)
-    cures = {"repaired": critic, "elsewhere": Elsewhere(critic)}
-    found = {"rows": rows, "original": base[rows]}
-    for name, judge in cures.items():
-        if not (place / f"{name}.npz").is_file():
-            images, shares, statuses = [], [], []
-            for row in tqdm(rows, desc=name, dynamic_ncols=True):
-                one = repair.repair(model, judge, base[row], texts[row], options, number=int(row))
-                assert (one.image == base[row])[~one.mask].all()
-                images.append(one.image)
-                shares.append(one.share)
-                statuses.append(one.status)
-            with paths.writing(place / f"{name}.npz") as partial, partial.open("wb") as file:
-                np.savez(file, images=np.stack(images), shares=shares, statuses=statuses)
-        with np.load(place / f"{name}.npz") as arrays:
-            found |= {name: arrays["images"], f"{name} masks": arrays["shares"], f"{name} statuses": arrays["statuses"]}
-    count, of_rows = options.candidates, [texts[row] for row in rows]
-    more = stages.drawn(root / "base/model", of_rows * count, seed_of(config, 94), sampling, place / "anew.npy")
-    more = more.reshape(count, len(rows), *more.shape[1:])
-    scores = np.stack([specs.checked(critic, part, of_rows) for part in (base[rows], *more)])
-    every = np.concatenate([base[rows][None], more])
-    found["drawn anew once"] = more[0]
-    found[f"best of {count} anew and the original"] = every[scores.argmax(axis=0), np.arange(len(rows))]
-    return found
+    heatmaps = critic.model.predict(base, texts).heatmaps
+    rows = {name: np.flatnonzero(maps.max((1, 2)) >= options.threshold) for name, maps in heatmaps.items()}
+
+    def cure(name, judge, options):
+        file, of = root / f"repaired/{name}.npz", rows[options.region]
+        if not file.is_file():
+            done = [_repaired(model, judge, base[row], texts[row], options, row) for row in tqdm(of, desc=name)]
+            images, masks, changed = map(np.array, zip(*done, strict=True))
+            with paths.writing(file) as partial, partial.open("wb") as opened:
+                np.savez(opened, images=images, masks=masks, changed=changed)
+        with np.load(file) as arrays:
+            return Cured(of, **arrays)
+
+    def anew(region, seed):
+        of, count = rows[region], options.candidates
+        of_rows = [texts[row] for row in of]
+        file = root / f"repaired/anew {region}.npy"
+        more = stages.drawn(root / "base/model", of_rows * count, seed_of(config, seed), sampling, file)
+        more = more.reshape(count, len(of), *more.shape[1:])
+        judge = critic_of(root, repair.SCORES_OF[region])
+        scores = np.stack([specs.checked(judge, part, of_rows) for part in (base[of], *more)])
+        best = np.concatenate([base[of][None], more])[scores.argmax(axis=0), np.arange(len(of))]
+        return {"drawn anew once": Cured(of, more[0]), f"best of {count} anew and the original": Cured(of, best)}
+
+    aligned = critic_of(root, "alignment")
+    with_words = dataclasses.replace(misaligned, add_words=True)
+    return {
+        "implausibility": {
+            "original": Cured(rows["implausibility"], base[rows["implausibility"]]),
+            "repaired": cure("repaired", critic, options),
+            "a mask elsewhere": cure("elsewhere", Elsewhere(critic), options),
+            **anew("implausibility", 94),
+        },
+        "misalignment": {
+            "original": Cured(rows["misalignment"], base[rows["misalignment"]]),
+            "repaired": cure("misaligned", aligned, misaligned),
+            "repaired, misaligned words added": cure("misaligned_words", aligned, with_words),
+            **anew("misalignment", 95),
+        },
+    }
+
+
+def _repaired(model, critic, image, text, options, row) -> tuple[np.ndarray, float, bool]:
+    found = repair.repair(model, critic, image, text, options, number=int(row))
+    assert (found.image == image)[~found.mask].all()
+    return found.image, found.share, found.status == "repaired"
 
 
 # ---- Verdicts -------------------------------------------------------------------------------------------------------
@@ -247,25 +292,23 @@ def measured(config, root: pathlib.Path, sets: dict[str, np.ndarray], raters: ju
     return found
 
 
-def cured(found: dict[str, np.ndarray], texts, raters: judges.Judges) -> dict[str, dict[str, float]]:
-    """For each cure: the share of pictures whose artifact the judge sees, of those that lost one, of those that got one."""
-    rows, cures = found["rows"], [name for name in found if np.ndim(found[name]) == 4]
-    seen = {name: raters.artifact(found[name]) >= 0.5 for name in cures}
-    of_rows, results = [texts[row] for row in rows], {}
-    for name in cures:
-        right = raters(found[name], of_rows)["all"]
-        means = {"artifact": seen[name], "right": right, "cured": seen["original"] & ~seen[name],
-                 "new": ~seen["original"] & seen[name]}  # fmt: skip
-        values = {key: generator_metrics.mean_of(np.asarray(value, float), of_rows) for key, value in means.items()}
-        results[name] = {key: number for key, mean in values.items() for key, number in ((key, mean.value),
-                         (f"{key}/se", mean.error))}  # fmt: skip
-        if f"{name} masks" in found:
-            results[name]["mask"] = float(found[f"{name} masks"].mean())
-            results[name]["changed"] = float(np.mean(found[f"{name} statuses"] == "repaired"))
+def cured(cures: dict[str, Cured], texts, raters: judges.Judges) -> dict[str, dict[str, float]]:
+    """For each cure: the share of pictures with an artifact, of right ones, of those that lost an artifact or got one."""
+    of_rows, results = [texts[row] for row in cures["original"].rows], {}
+    before = raters.artifact(cures["original"].images) >= 0.5
+    for name, cure in cures.items():
+        seen = raters.artifact(cure.images) >= 0.5
+        values = {"artifact": seen, "right": raters(cure.images, of_rows)["all"], "cured": before & ~seen,
+                  "new": ~before & seen}  # fmt: skip
+        means = {key: generator_metrics.mean_of(np.asarray(value, float), of_rows) for key, value in values.items()}
+        results[name] = {key: mean.value for key, mean in means.items()}
+        results[name] |= {f"{key}/se": mean.error for key, mean in means.items()}
+        if cure.masks is not None:
+            results[name] |= {"mask": float(cure.masks.mean()), "changed": float(cure.changed.mean())}
     return results
 
 
-def table(config, results: dict, of_repair: dict, pictures_repaired: int) -> str:
+def table(config, results: dict, of_repair: dict[str, dict], counts: dict[str, int]) -> str:
     """All tables, as Markdown."""
     markdown = functools.partial(tabulate.tabulate, headers="keys", tablefmt="github", disable_numparse=True)
 
@@ -290,9 +333,9 @@ def table(config, results: dict, of_repair: dict, pictures_repaired: int) -> str
 
     tuned = [row("base", ["base"]), *(row(f"tuned on {label}", seeds(name)) for name, label in TUNED.items())]
     scales = [row("no guidance", ["base"]), *(row(f"scale {s:g}", [f"guide_{s:g}"]) for s in config.guide.scales)]
-    cures = [
+    cures = [[
         {
-            f"{pictures_repaired} pictures": name,
+            f"{counts[region]} pictures, {region}": name,
             "artifact, %": f"{100 * of['artifact']:.1f} ± {100 * of['artifact/se']:.1f}",
             "prompt right, %": f"{100 * of['right']:.1f} ± {100 * of['right/se']:.1f}",
             "cured, %": f"{100 * of['cured']:.1f}",
@@ -300,12 +343,12 @@ def table(config, results: dict, of_repair: dict, pictures_repaired: int) -> str
             "changed, %": f"{100 * of['changed']:.1f}" if "changed" in of else "-",
             "mask, %": f"{100 * of['mask']:.1f}" if "mask" in of else "-",
         }
-        for name, of in of_repair.items()
-    ]
-    return "\n\n".join(map(markdown, (tuned, scales, cures))) + "\n"
+        for name, of in of_region.items()
+    ] for region, of_region in of_repair.items()]  # fmt: skip
+    return "\n\n".join(map(markdown, (tuned, scales, *cures))) + "\n"
 
 
-def figure(config, results: dict, sets: dict, cures: dict, raters) -> bytes:
+def figure(config, results: dict, cures: dict[str, Cured], raters) -> bytes:
     """A PNG: the curve of guidance; repaired pictures before and after, framed by the judge's verdict."""
     from matplotlib.figure import Figure
 
@@ -325,16 +368,16 @@ def figure(config, results: dict, sets: dict, cures: dict, raters) -> bytes:
     axes.legend(fontsize=8)
     lower.plot([results[name]["fid"] for name in names], marker="o", color="#555555")
     lower.set(xlabel="guidance scale", ylabel="FID", xticks=range(len(names)), xticklabels=ticks)
-    statuses = cures["repaired statuses"]
-    shown = np.flatnonzero(statuses == "repaired")[:8]
+    shown = np.flatnonzero(cures["repaired"].changed)[:8]
     grid = right.subplots(4, 4)
     for place, row in enumerate(shown):
         for offset, name in enumerate(("original", "repaired")):
             cell = grid[place // 2, 2 * (place % 2) + offset]
-            cell.imshow(cures[name][row], interpolation="nearest")
+            image = cures[name].images[row]
+            cell.imshow(image, interpolation="nearest")
             cell.set(xticks=[], yticks=[], title=name)
             for spine in cell.spines.values():
-                flawed = raters.artifact(cures[name][row : row + 1])[0] >= 0.5
+                flawed = raters.artifact(image[None])[0] >= 0.5
                 spine.set(linewidth=2.5, edgecolor="#c81e1e" if flawed else "#1a8f3c")
     right.suptitle("Repair: red frame = the judge sees an artifact")
     return _png(drawing)
@@ -398,17 +441,18 @@ def run(config, workdir) -> None:
     texts = held_out_prompts(config)
     cures = stage("repaired", repaired, config, root, sets["base"])
     results = stage("verdicts", measured, config, root, sets, raters)
-    of_repair = cured(cures, texts, raters)
+    of_repair = {region: cured(found, texts, raters) for region, found in cures.items()}
 
-    rows = len(cures["rows"])
-    text = table(config, results, of_repair, rows)
-    text += f"\n{rows} of {len(texts)} pictures of the base have a heatmap above {config.repair.threshold:g}.\n"
+    text = table(config, results, of_repair, {region: len(found["original"].rows) for region, found in cures.items()})
+    text += (
+        f"\n{len(texts)} pictures of the base; repaired are those with a heatmap of {config.repair.threshold:g} or more.\n"
+    )
     text += "The judges on held-out renders: " + ", ".join(f"{name} {v:.3f}" for name, v in accuracies.items())
     total = ", ".join(f"{name} {value / 60:.1f}" for name, value in seconds.items())
     text += f"\nMinutes: {total}; {sum(seconds.values()) / 60:.0f} in all\n"
     json_files.write(root / "results.json", {"sets": results, "repair": of_repair})
     paths.replace(root / "table.md", text.encode())
-    paths.replace(root / "figure.png", figure(config, results, sets, cures, raters))
+    paths.replace(root / "figure.png", figure(config, results, cures["implausibility"], raters))
     paths.replace(root / "look.png", look(sets["base"][:LOOKED_AT], texts[:LOOKED_AT], raters))
     print(f"\n{text}\n{root}: table.md, figure.png, look.png, results.json")
 

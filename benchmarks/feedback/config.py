@@ -35,10 +35,10 @@ def get_config():
     config.tuning = tuning
     config.seeds = 3  # of the fine-tunings on pictures that were selected, and on pictures that were not
     config.eval = dict(  # on held-out prompts
-        prompts=300,
+        prompts=200,
         images=2,  # per prompt
         margins=(0.1, 0.5),  # of the judge's probability that a picture has no artifact: slightly, significantly
     )
-    config.guide = dict(scales=(3.0, 10.0, 30.0, 100.0, 300.0))
+    config.guide = dict(scales=(1.0, 3.0, 10.0, 30.0, 100.0))
     config.repair = dict(threshold=0.3, candidates=4)
     return config

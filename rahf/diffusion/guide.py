@@ -38,7 +38,7 @@ class Guidance:
     Attributes:
       score: to be raised. scale: of forward guidance; a negative one lowers the score.
       backward_steps, backward_rate: of backward guidance. recurrence: times that a guided step is taken.
-      start, end: the share of the steps where guidance begins and ends, 0 to 1.
+      start, end: the share of the taken steps where guidance begins and ends, 0 to 1.
     """
 
     score: Differentiable
@@ -118,6 +118,8 @@ class Guide:
             x0, back = jax.vjp(predict, x)
         else:
             x0 = predict(x)
+        if not (self.form.forward or self.form.backward_steps):
+            return x0, jnp.zeros(())
         slope = self.uphill(x0)
         guided, largest = x0, jnp.max(jnp.abs(slope))
         if self.form.forward:
@@ -132,7 +134,7 @@ class Guide:
 
 def noised_again(x: Array, now: Plan, noise: Array) -> Array:
     """Latents after a step, at the noise level before it."""
-    kept = now.alpha / now.alpha_next
+    kept = now.alpha / now.reached
     return jnp.sqrt(kept) * x + jnp.sqrt(1 - kept) * noise
 
 

@@ -118,7 +118,11 @@ def to_draw(mask: np.ndarray, window: Window, size: int, cell: int) -> np.ndarra
     cell: pixels of a latent, both sides; a divisor of `size`.
     """
     part = cut(mask.astype(np.uint8), window, cv2.BORDER_CONSTANT).astype(np.float32)
-    cells = (scaled(part, size) > 1e-3).reshape(size // cell, cell, size // cell, cell).any((1, 3))
+    cells = (
+        (scaled(part, size) > (0 if window.side >= size else 1e-3))
+        .reshape(size // cell, cell, size // cell, cell)
+        .any((1, 3))
+    )
     return cells.repeat(cell, 0).repeat(cell, 1)
 
 

@@ -32,7 +32,7 @@ from tabulate import tabulate
 from tqdm.auto import tqdm
 
 from rahf.diffusion import folder, regions, sample
-from rahf.diffusion.schedule import SAMPLERS
+from rahf.diffusion.schedule import SAMPLERS, plan
 from rahf.predict import FAILED, read_inputs
 from rahf.reward import specs
 from richhf_data import checked, command, drawing, images, json_files, jsonl, paths, ranges, schema
@@ -41,11 +41,12 @@ from richhf_data.errors import UserError
 STATUSES = {
     "repaired": "a candidate was better",
     "kept": "no candidate was better by the margin",
-    "clean": "nothing reaches the threshold",
-    "too large": "the mask is larger than --largest",
+    "clean": "no flaw of the smallest size reaches the threshold",
+    "too large": "the mask is larger than --largest, or too long for a square window",
     "failed": "the picture cannot be read",
 }
 SCORES_OF = {"implausibility": "plausibility", "misalignment": "alignment", "both": "plausibility,alignment"}
+CANDIDATES, ROUNDS = ranges.Range(1, 64, whole=True), ranges.Range(1, 8, whole=True)
 SHOWN, SIDE = 100, 256  # pictures on the page, and pixels of their longer side
 _TEMPLATES = drawing.templates(pathlib.Path(__file__).parent.parent)
 
@@ -62,9 +63,9 @@ class Options:
     largest: Annotated[float, ranges.SOME_SHARE] = 0.5  # larger masks are not drawn, share of the picture
     context: Annotated[float, ranges.Range(1, 100)] = 2.0  # what is drawn is so many times as wide as the flaw
     size: Annotated[int, ranges.PIXELS] | None = None  # pixels that are drawn, both sides; None: the model's
-    candidates: Annotated[int, ranges.ROWS] = 4
+    candidates: Annotated[int, CANDIDATES] = 4
     margin: Annotated[float, ranges.SHARE] = 0.0  # by which a candidate's score must be higher
-    rounds: Annotated[int, ranges.Range(1, 64, whole=True)] = 1  # until nothing reaches the threshold
+    rounds: Annotated[int, ROUNDS] = 1  # until nothing reaches the threshold
     add_words: bool = False  # write the prompt's misaligned words after it
     steps: Annotated[int, ranges.COUNT] = 50
     sampler: Literal[SAMPLERS] = "ddim"
@@ -139,11 +140,11 @@ def repair(
       image: uint8[H, W, 3] of any size. number: of the picture, which the seed depends on.
 
     Raises:
-      UserError: a size that the VAE's factor does not divide; a prompt that is too long for the generator or the critic.
+      UserError: as `check`; a prompt that is too long for the generator or the critic.
     """
     config = model.config
     size = options.size or config.unet.sample_size * config.vae.factor
-    config.vae.grid(size, size)  # raises for a size that does not divide
+    check(config, options)
     shorter = min(image.shape[:2])
 
     def judged(pictures):
@@ -157,14 +158,15 @@ def repair(
         heatmap = heatmap_of(feedback, row, options.region)
         mask = regions.mask_of(heatmap, image.shape[:2], options.threshold, options.dilation, options.smallest)
         share = max(share, float(mask.mean()))
-        refused = mask.mean() > options.largest
+        windows = regions.windows_of(mask, size, options.context)
+        refused = mask.mean() > options.largest or any(one.side**2 > images.MAX_PIXELS for one in windows)
         if refused or not mask.any():
             break
         text = _with_words(model, prompt, feedback.keywords[row], options)
         seed = int(np.random.SeedSequence((options.seed, number)).generate_state(1)[0])
         shows, numbers = regions.opacity(mask, options.feather * shorter), []
         pictures = [current.copy() for _ in range(options.candidates)]
-        for place, window in enumerate(regions.windows_of(mask, size, options.context)):
+        for place, window in enumerate(windows):
             numbers.append((attempt * regions.MAX_WINDOWS + place) * options.candidates)
             found = sample.generate(
                 model,
@@ -204,6 +206,15 @@ def _with_words(model: folder.StableDiffusion, prompt: str, words: Sequence[str]
     return longer
 
 
+def check(config: folder.Config, options: Options) -> None:
+    """Refuses what the generator cannot draw: a size that the VAE's factor does not divide, a sampler's wrong steps."""
+    size = options.size or config.unet.sample_size * config.vae.factor
+    config.vae.grid(size, size)
+    if size**2 > images.MAX_PIXELS:
+        raise UserError(f"size: got {size}, expected at most {images.MAX_PIXELS:,} pixels in all")
+    plan(config.schedule, options.sampler, options.steps, options.strength)
+
+
 # ---- The command ----------------------------------------------------------------------------------------------------
 def run(args, options: Options) -> int:
     """Repairs all images and writes the output folder; returns how many failed.
@@ -214,14 +225,22 @@ def run(args, options: Options) -> int:
     inputs = read_inputs(args.images, args.prompt)
     critic = specs.critic_of(args.critic, SCORES_OF[options.region])
     model = folder.read(args.model)
-    model.text_ids([prompt for _, prompt in inputs], options.truncate)  # raises for a prompt that is too long
-    model.config.vae.grid(*[options.size or model.config.vae.factor] * 2)
+    for prompt in dict.fromkeys(prompt for _, prompt in inputs):  # raises for a prompt that is too long
+        model.text_ids([prompt], options.truncate)
+        critic.model.text_ids(prompt)
+    check(model.config, options)
+    if options.guidance_scale > 1:
+        model.text_ids([options.negative_prompt], options.truncate)
     output = pathlib.Path(args.output)
+    if own := [path for path, _ in inputs if paths.contains(output, path)]:
+        raise UserError(f"images: {own[0]} is in {output}, where this command writes; choose another --output")
+    if not (output / "records").is_dir() and any(output.glob("*.png")):
+        raise UserError(f"output: {output} holds images of another command; choose another folder")
     states = [[path, prompt, *_state(path)] for path, prompt in inputs]
     settings = {"images": states, "critic": critic.identity, "model": sample.files_of(args.model)}
     sample.open_output(output, settings | {"repair": dataclasses.asdict(options)}, "records/*.json")
     records = [output / "records" / f"{number:05d}.json" for number in range(len(inputs))]
-    done = [record.is_file() for record in records]
+    done = [_is_done(record, output) for record in records]
     with tqdm(desc="repair", unit="image", total=len(inputs), initial=sum(done), dynamic_ncols=True) as bar:
         for number, ((path, prompt), record) in enumerate(zip(inputs, records, strict=True)):
             if done[number]:
@@ -236,7 +255,7 @@ def run(args, options: Options) -> int:
     cells = table(lines)
     views = [one["view"] for one in found if one["view"]]
     page = _TEMPLATES.get_template("repairs.html.jinja").render(
-        title="Repaired pictures", lines=cells, items=views, count=len(lines), statuses=STATUSES
+        title="Repaired pictures", lines=cells, items=views, count=len(written), statuses=STATUSES
     )
     paths.replace(output / "report.html", page.encode(errors="backslashreplace"))
     print(tabulate(cells[1:], cells[0], disable_numparse=True))
@@ -244,6 +263,14 @@ def run(args, options: Options) -> int:
     for line in [line for line in lines if line["status"] == "failed"]:
         print(f"failed: {line['source']}: {line['reason']}")
     return len(lines) - len(written)
+
+
+def _is_done(record: pathlib.Path, output: pathlib.Path) -> bool:
+    """Whether a picture's record and its files are there."""
+    if not record.is_file():
+        return False
+    line = json_files.read(record)["line"]
+    return all((output / line[name]).is_file() for name in ("image", "mask") if line.get(name))
 
 
 def _state(path: str) -> list:
@@ -349,9 +376,9 @@ if __name__ == "__main__":
     ranges.flag("largest", default.largest, "Larger masks are not drawn; a share of the picture.", ranges.SOME_SHARE)
     ranges.flag("context", default.context, "What is drawn is so many times as wide as the flaw.", ranges.Range(1, 100))
     ranges.flag("size", None, "Pixels that are drawn, both sides; by default the model's.", ranges.PIXELS)
-    ranges.flag("candidates", default.candidates, "Candidates of a round.", ranges.ROWS)
+    ranges.flag("candidates", default.candidates, "Candidates of a round, drawn as one batch.", CANDIDATES)
     ranges.flag("margin", default.margin, "By which a candidate's score must be higher.", ranges.SHARE)
-    ranges.flag("rounds", default.rounds, "Rounds, until nothing is above the threshold.", ranges.Range(1, 64, whole=True))
+    ranges.flag("rounds", default.rounds, "Rounds, until nothing is above the threshold.", ROUNDS)
     flags.DEFINE_bool("add_words", default.add_words, "Write the prompt's misaligned words after it.")
     ranges.flag("steps", default.steps, "The number of steps from pure noise to an image.", ranges.COUNT)
     flags.DEFINE_enum("sampler", default.sampler, SAMPLERS, "The sampler; dpm++ needs about half the steps.")

@@ -214,15 +214,17 @@ def _sampled(config, params, rows, negative_ids, seed, steps, scale, guide, *, g
 
         def score(latents):
             found = form.score(params_of_score, vae(latents, method="decode_latents"), rows["scored"])
-            if found.shape != latents.shape[:1]:
-                raise UserError(f"guide: got shape {found.shape} from the score, expected [{len(latents)}], one an image")
+            dtype, shape = getattr(found, "dtype", type(found).__name__), getattr(found, "shape", ())
+            if shape != latents.shape[:1] or not jnp.issubdtype(dtype, jnp.floating):
+                got, expected = f"{dtype}{list(shape)}", f"float[{len(latents)}], one number an image"
+                raise UserError(f"guide: got {got} from the score, expected {expected}")
             return found
 
         guide = guides.Guide(form, score, guide_scale, rate, active)
     latents, largest = denoise(predict_noise, schedule, steps, latents, keys, blend, on_step, guide=guide)
     images = vae(latents, method="decode_latents")
     images = jnp.where(jnp.isfinite(images), jnp.clip(images, -1, 1), jnp.nan)
-    return nn.with_logical_constraint(images, (None,) * 4), largest  # replicated over the mesh
+    return nn.with_logical_constraint(images, (None,) * 4), nn.with_logical_constraint(largest, (None,))  # on all devices
 
 
 def _generate(*inputs, attention, **options):
@@ -354,7 +356,7 @@ def generate(
     inputs = rows, negative_ids, seed_data(seed), steps, np.float32(guidance_scale), of_guide
     drawn, largest = jax.device_get(_compiled(mesh)(config, model.params, *inputs, **options))
     drawn = drawn[:count]
-    if guide:
+    if guide and (guide.form.forward or guide.backward_steps):
         guides.check_gradient(largest, active, guide.scale)
     for number, (prompt, pixels) in enumerate(zip(prompts, drawn, strict=True), first):
         if not np.isfinite(pixels).all():
@@ -573,8 +575,8 @@ if __name__ == "__main__":
     ranges.flag("guide_backward_steps", None, "Steps uphill from each predicted clean picture; default 0.", ranges.NUMBER)
     ranges.flag("guide_backward_rate", None, "Length of such a step, times the gradient; default 1.", ranges.POSITIVE)
     ranges.flag("guide_recurrence", None, "Times that a guided step is taken; default 1.", guides.TIMES)
-    ranges.flag("guide_start", None, "The share of the steps before the first guided one; default 0.", ranges.SHARE)
-    ranges.flag("guide_end", None, "The share of the steps after which none is guided; default 1.", ranges.SHARE)
+    ranges.flag("guide_start", None, "The share of the taken steps before the first guided one; default 0.", ranges.SHARE)
+    ranges.flag("guide_end", None, "The share of the taken steps after which none is guided; default 1.", ranges.SHARE)
     flags.DEFINE_bool("truncate", False, "Drop the end of prompts that are too long.")
     ranges.flag("vae_tile", None, "Rows of pixels that a layer of the VAE computes at a time: less memory.", ranges.PIXELS)
     flags.DEFINE_enum("attention", "auto", ("auto", *IMPLEMENTATIONS), "The form of attention; by device and size if auto.")

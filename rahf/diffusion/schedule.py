@@ -102,6 +102,7 @@ class Plan(typing.NamedTuple):
     timesteps: np.ndarray  # int32, falling
     alpha: np.ndarray  # float32, like the rest: `alphas_cumprod` before the step
     alpha_next: np.ndarray  # at the next timestep; 1 after the last
+    reached: np.ndarray  # after the step; DDIM's need not be the next timestep's
     x: np.ndarray
     x0: np.ndarray
     x0_before: np.ndarray
@@ -144,6 +145,7 @@ def plan(schedule: Schedule, sampler: str, steps: int, strength: float = 1.0) ->
     alpha = alphas[timesteps]
     alpha_next = np.append(alpha[1:], 1.0)
     zeros = np.zeros(len(timesteps))
+    to = alpha_next
     if sampler == "dpm++":
         coefficients = _dpm(alpha, alpha_next)
     elif sampler == "ddim":
@@ -153,11 +155,10 @@ def plan(schedule: Schedule, sampler: str, steps: int, strength: float = 1.0) ->
         x = np.sqrt((1 - to) / (1 - alpha))
         coefficients = x, np.sqrt(to) - x * np.sqrt(alpha), zeros, zeros
     else:
-        to = alpha_next
         beta = 1 - alpha / to  # the variance that this step removes
         x, x0 = np.sqrt(alpha / to) * (1 - to) / (1 - alpha), np.sqrt(to) * beta / (1 - alpha)
         coefficients = x, x0, zeros, np.sqrt((1 - to) / (1 - alpha) * beta)
-    return Plan(timesteps.astype(np.int32), *(c.astype(np.float32) for c in (alpha, alpha_next, *coefficients)))
+    return Plan(timesteps.astype(np.int32), *(c.astype(np.float32) for c in (alpha, alpha_next, to, *coefficients)))
 
 
 def _timesteps(spacing: str, count: int, steps: int, offset: int) -> np.ndarray:

@@ -2,7 +2,7 @@
 
     python -m rahf.diffusion.sample --model=DIR --prompts=prompts.txt --num_images=8 --output=own
     python -m rahf.diffusion.select --images=own --reward=rahf:DIR:plausibility --threshold=0.8 --output=selected
-    python -m rahf.diffusion.train --config=sd_reward --workdir=tuned --config.model.folder=DIR \\
+    python -m rahf.diffusion.train --config=sd_selected --workdir=tuned --config.model.folder=DIR \\
         --config.data.pretraining=selected
 
 A prompt whose best picture is below the threshold has none in the selection. The folder has the selected pictures as they

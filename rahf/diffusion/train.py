@@ -86,6 +86,8 @@ def train(config, workdir, reward: Callable | None = None, cache=None, critic=No
         reward = specs.reward_of(config.reward.source) if config.reward.source else None
     if regions and critic is None:
         critic = specs.critic_of(config.region.source).model
+    if regions:
+        check_critic(critic, data.tables["images"].prompts)
     workdir = paths.absolute(workdir)
     with config.unlocked():
         config.identity = data.identities
@@ -128,6 +130,16 @@ def train(config, workdir, reward: Callable | None = None, cache=None, critic=No
         for step in run.steps():
             if run.due(config.sample.every):
                 show(run, step)
+
+
+def check_critic(critic, prompts) -> None:
+    """Refuses a critic that predicts nothing, or that cannot read one of the prompts."""
+    if not callable(getattr(critic, "predict", None)):
+        got = type(critic).__name__
+        raise UserError(f"critic: got a {got}, expected an object with predict(images, prompts), such as rahf.load(DIR)")
+    if hasattr(critic, "text_ids"):
+        for prompt in dict.fromkeys(prompts):
+            critic.text_ids(prompt)  # raises for one that is too long
 
 
 def prepare_batches(config, workdir, data: inputs.Inputs, reward, critic, cache, training: programs.Training) -> Callable:

@@ -2,7 +2,7 @@
 
 `specs.differentiable_of` gives them by name. Your own is a `Differentiable`, or a JAX function of images alone:
 
-    def brightness(images):  # float[B, H, W, 3] in [-1, 1] -> float[B]
+    def brightness(images):  # float[B, H, W, 3] about in [-1, 1], not clipped -> float[B]
         return images.mean((1, 2, 3))
 """
 
@@ -34,7 +34,8 @@ class Differentiable:
     """A score of images and their prompts.
 
     Attributes:
-      score: (params, images, rows) -> float[B], a pure JAX function. images: float[B, H, W, 3] in [-1, 1], of any size.
+      score: (params, images, rows) -> float[B], a pure JAX function. images: float[B, H, W, 3] of any size, about in
+        [-1, 1], as the VAE decodes them.
       params: what it reads beside: a pytree of arrays.
       rows: B prompts -> what it reads of them: a pytree of arrays [B, ...]. May raise UserError.
       identity: as of a reward (specs.py).
@@ -48,10 +49,9 @@ class Differentiable:
     @functools.lru_cache(maxsize=2)  # noqa: B019  (a guide lives as long as its program)
     def placed(self, mesh: jax.sharding.Mesh | None):
         """The parameters, whole on every device of a mesh, or on the default device."""
-        params = jax.device_get(self.params)
         if mesh is None:
-            return jax.device_put(params)
-        return jax.tree.map(lambda x: partitioning.place(x, partitioning.replicated(mesh)), params)
+            return jax.device_put(self.params, jax.devices()[0])  # no copy of what is there
+        return jax.tree.map(lambda x: partitioning.place(np.asarray(x), partitioning.replicated(mesh)), self.params)
 
 
 def of_function(function: Callable[[Array], Array], identity: str | None = None) -> Differentiable:

@@ -63,8 +63,10 @@ class Reward:
     def differentiable(self) -> Differentiable:
         """The same reward as a JAX function of the pixels."""
 
+        mlp = self.model
+
         def score(params, images, texts):
-            return self.model.apply({"params": params}, images, texts)
+            return mlp.apply({"params": params}, images, texts)
 
         return differentiable.of_clip(self.clip, score, self.params, self.identity)
 

@@ -22,6 +22,7 @@ weights on disk.
 
 import ast
 import contextlib
+import dataclasses
 import functools
 import importlib.machinery
 import importlib.util
@@ -60,9 +61,10 @@ def differentiable_of(spec: str) -> Differentiable:
     if not spec.startswith("python:"):
         return reward_of(spec).differentiable
     own = Own("guide", spec.removeprefix("python:"))
-    if isinstance(own.function, Differentiable):
-        return own.function
-    return differentiable.of_function(own, own.identity)
+    if not isinstance(own.function, Differentiable):
+        return differentiable.of_function(own, own.identity)
+    score, rows = own.guarded(own.function.score), own.guarded(own.function.rows)
+    return dataclasses.replace(own.function, score=score, rows=rows, identity=own.identity)
 
 
 def critic_of(spec: str, scores: str = "overall") -> "ScoreReward":
@@ -241,19 +243,28 @@ class Own:
             if inner is self:
                 raise UserError(f"{self._name}: {found!r} has no attribute {part!r}")
             found = inner
-        if not callable(found) and not isinstance(found, Differentiable):
+        if not callable(found) and not (what == "guide" and isinstance(found, Differentiable)):
             raise UserError(f"{self._name} is a {type(found).__name__}, expected a function")
         self.function, self._module = found, module
 
     def __call__(self, *arguments):
-        with in_code_of_the_user(self._name):
-            return self.function(*arguments)
+        return self.guarded(self.function)(*arguments)
+
+    def guarded(self, function: Callable) -> Callable:
+        """The function; its errors are shown as the user's."""
+
+        def call(*arguments):
+            with in_code_of_the_user(self._name):
+                return function(*arguments)
+
+        return call
 
     @functools.cached_property
     def identity(self) -> str | None:
         """The function's own; or of the source files that its module imports; None if the module has none."""
         with in_code_of_the_user(self._name):
-            if hasattr(self.function, "identity"):
+            has_one = hasattr(self.function, "identity")
+            if has_one and not (isinstance(self.function, Differentiable) and self.function.identity is None):
                 return self.function.identity
         modules = filter(None, (self._module, getattr(self.function, "__module__", None)))
         if (files := _own_files(modules)) is None:
