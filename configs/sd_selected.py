@@ -1,8 +1,9 @@
 """Paper A's fine-tuning of a generator on its own pictures that RAHF selected, for Stable Diffusion 1.5 at 512 px.
 
+`selected` is written by rahf.diffusion.select; docs/feedback.md has all commands from prompts to the comparison.
+
   command    python -m rahf.diffusion.train --config=sd_selected --workdir=DIR --config.model.folder=SD15 \\
                  --config.data.pretraining=selected
-             where rahf.diffusion.select wrote `selected`; docs/feedback.md has all commands from prompts to the comparison
   hardware   8 TPU v3 cores or one GPU of 80 GB
   result     not yet measured at this size; docs/results.md has it at small scale
 """

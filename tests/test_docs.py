@@ -191,7 +191,7 @@ def test_named_files_and_modules_exist(page):
             assert (ROOT / span).exists(), f"{span}: no such file or folder"
         elif re.fullmatch(r"\w+\.py", span):
             assert span in names, f"{span}: no such file"
-        elif re.fullmatch(r"rahf_\w+|reward_clip|sd_\w+", span):
+        elif re.fullmatch(r"rahf_\w+|reward_clip|sd_reward|sd_selected", span):
             assert span in experiments.names(), f"{span}: no such config"
         elif match := re.fullmatch(rf"(?:python -m )?((?:{'|'.join(PACKAGES)})(?:\.\w+)+)", span):
             assert is_there(match[1]), f"{span}: no such module, or no such name in it"
