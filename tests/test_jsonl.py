@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -142,7 +141,7 @@ def test_numbers_are_read_exactly():
 def test_prompts_of_a_caller_must_be_text(tmp_path):
     for prompt in (None, float("nan"), ["a cat"], "a red cat \ud83d"):
         with pytest.raises(UserError, match=r"prompt: got .*, expected text"):
-            predictor.Model.prepare(None, np.zeros((4, 4, 3), np.uint8), prompt)
+            predictor.Model.text_ids(None, prompt)
         with pytest.raises(UserError, match=r"prompt: got .*, expected text"):
             clip._text(prompt)
     with pytest.raises(UserError, match=r"prompt: got 'caf\\udce9', which is not UTF-8"):

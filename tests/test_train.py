@@ -17,7 +17,6 @@ import numpy as np
 import optax
 import pytest
 import quick_xla
-import tiny_model
 from etils import epath
 from flax import linen as nn
 
@@ -70,28 +69,36 @@ def assert_same_step(a, b):
         np.testing.assert_allclose(x / scale, y / scale, atol=1e-4, err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("variant", tiny_model.VARIANTS)
-def test_loss_and_gradient_on_8_devices_equal_those_on_1(variant, tmp_path):
-    config = ci_config(variant, batch_size=16)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A batch of 16 and its step on one device."""
+    config = ci_config(batch_size=16)
+    batch = make_batch(config, tmp_path_factory.mktemp("whole"))
+    return batch, gradient_step(config, batch, jax.devices()[:1])
+
+
+def test_loss_and_gradient_on_8_devices_equal_those_on_1(whole):
+    batch, expected = whole
+    assert_same_step(expected, gradient_step(ci_config(batch_size=16), batch, jax.devices()))
+
+
+def test_loss_and_gradient_of_augmented_prompts_on_8_devices_equal_those_on_1(tmp_path):
+    config = ci_config("augmented_prompt", batch_size=16)
     batch = make_batch(config, tmp_path)
     assert_same_step(gradient_step(config, batch, jax.devices()[:1]), gradient_step(config, batch, jax.devices()))
 
 
-def test_accumulation_over_4_microbatches_equals_the_full_batch(tmp_path):
-    config = ci_config()
-    batch = make_batch(config, tmp_path)
-    whole = gradient_step(config, batch, jax.devices()[:1])
+def test_accumulation_over_4_microbatches_equals_the_full_batch(whole):
+    batch, expected = whole
+    config = ci_config(batch_size=16)
     config.train.accumulation_steps = 4
-    assert_same_step(whole, gradient_step(config, batch, jax.devices()[:1]))
+    assert_same_step(expected, gradient_step(config, batch, jax.devices()[:1]))
 
 
-def test_rows_that_only_pad_change_neither_loss_nor_gradient(tmp_path):
-    config = ci_config(batch_size=8)
-    batch = make_batch(config, tmp_path)
+def test_rows_that_only_pad_change_neither_loss_nor_gradient(whole):
+    batch, expected = whole
     padded = {name: np.concatenate([array, np.zeros_like(array)]) for name, array in batch.items()}
-    assert_same_step(
-        gradient_step(config, batch, jax.devices()[:1]), gradient_step(config, padded, jax.devices()[:1])
-    )
+    assert_same_step(expected, gradient_step(ci_config(batch_size=16), padded, jax.devices()[:1]))
 
 
 def test_batch_size_that_the_mesh_does_not_divide_is_refused(tmp_path):
