@@ -23,7 +23,6 @@ import pathlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-import cv2
 import jax
 import numpy as np
 from absl import flags
@@ -268,7 +267,7 @@ class _Writer:
         files = {name: f"heatmaps/{number:05d}_{name}.png" for name in item["heatmaps"]}
         for name, file in files.items():
             image = np.round(item["heatmaps"][name] * 255).astype(np.uint8)
-            paths.replace(self._output / file, cv2.imencode(".png", image)[1].tobytes())
+            paths.replace(self._output / file, images.png(image))
         tokens = keywords.tokenize(item["prompt"])
         line = {
             "image": item["name"],

@@ -18,6 +18,7 @@ import pathlib
 import warnings
 from collections.abc import Callable, Iterator
 
+import cv2
 import numpy as np
 import PIL.ExifTags
 import PIL.Image
@@ -123,6 +124,19 @@ def plain(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[bytes, str, bytes]
     encoded = io.BytesIO()
     rgb.save(encoded, "PNG", compress_level=1)
     return encoded.getvalue(), ", ".join(changes), thumbnail
+
+
+def png(image: np.ndarray) -> bytes:
+    """A picture, uint8[H, W, 3] in RGB or uint8[H, W] in grey, encoded."""
+    done, data = cv2.imencode(".png", image[..., ::-1] if image.ndim == 3 else image)
+    assert done
+    return data.tobytes()
+
+
+def extension(data: bytes) -> str:
+    """The usual ending of the name of an encoded picture's file: "png", "jpeg", "jp2"."""
+    with PIL.Image.open(io.BytesIO(data)) as image:
+        return "jp2" if image.format == "JPEG2000" else image.format.lower()
 
 
 def same_picture(thumbnail: bytes, other: bytes) -> bool:

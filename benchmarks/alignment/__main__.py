@@ -18,11 +18,9 @@ Nothing else of it is used. Each stage has its folder; a finished stage is skipp
 """
 
 import functools
-import io
 import itertools
 import pathlib
 import textwrap
-import time
 
 import jax
 import numpy as np
@@ -228,9 +226,7 @@ def figure(found: list[Evaluated], root: pathlib.Path, columns: int = 12) -> byt
                 axes.set_title("\n".join(textwrap.wrap(one.prompts[row], 15)), fontsize=7)
             if column == 0:
                 axes.set_ylabel("\n".join(textwrap.wrap(one.name, 16)), fontsize=8)
-    file = io.BytesIO()
-    drawing.savefig(file, format="png", dpi=100)
-    return file.getvalue()
+    return stages.png_of(drawing, 100)
 
 
 def run(config, workdir) -> None:
@@ -238,18 +234,7 @@ def run(config, workdir) -> None:
     check(config)
     root = pathlib.Path(workdir).absolute()
     workdirs.open_workdir(root, config)
-    seconds_file = root / "seconds.json"
-    seconds = json_files.read(seconds_file) if seconds_file.is_file() else {}
-
-    def stage(name, function, *args, unless=None):
-        print(f"== {name}", flush=True)
-        start = time.monotonic()
-        try:
-            return None if unless and unless.is_file() else function(*args)
-        finally:
-            seconds[name] = seconds.get(name, 0) + time.monotonic() - start
-            json_files.write(seconds_file, seconds)
-
+    stage = stages.Timed(root / "seconds.json")
     stage("pictures", make_pictures, config, root / "pictures")
     fit_judge = functools.partial(judge.fit, root / "judge", seed=stages.seed_of(config, 10))
     stage("judge", fit_judge, unless=root / "judge/config.json")
@@ -267,9 +252,8 @@ def run(config, workdir) -> None:
     found = stage("verdicts", judged, config, root, raters)
 
     text = table(found, rewards)
-    total = ", ".join(f"{name} {value / 60:.1f}" for name, value in seconds.items())
     text += "\nThe judge on held-out flawless pictures: " + ", ".join(f"{name} {v:.3f}" for name, v in accuracies.items())
-    text += f"\nMinutes: {total}; {sum(seconds.values()) / 60:.0f} in all\n"
+    text += f"\n{stage.summary()}\n"
     paths.replace(root / "table.md", text.encode())
     paths.replace(root / "figure.png", figure(found, root))
     print(f"\n{text}\n{root}: table.md, figure.png, results.json, report.html")

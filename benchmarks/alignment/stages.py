@@ -1,6 +1,9 @@
 """Stages that the measured loops share: the parts before the diffusion model, the base model, pictures drawn by it."""
 
+import io
 import pathlib
+import time
+from collections.abc import Callable
 
 import numpy as np
 import pyarrow
@@ -8,6 +11,7 @@ import pyarrow
 from benchmarks.alignment import drawings, foundation
 from rahf.diffusion import folder, inputs, sample
 from rahf.diffusion import train as diffusion_train
+from richhf_data import json_files
 
 AT_ONCE = 100  # pictures drawn in one batch
 
@@ -57,3 +61,33 @@ def drawn(model_folder, texts: list[str], seed: int, sampling, place: pathlib.Pa
 def write_table(file: pathlib.Path, images, texts, **columns) -> None:
     """Writes a .parquet table of pictures."""
     drawings.write(pyarrow.table({"prompt": texts, "image": list(map(drawings.png, images)), **columns}), file)
+
+
+class Timed:
+    """Runs stages and keeps the seconds of each in a file, over all runs of the command."""
+
+    def __init__(self, file: pathlib.Path):
+        self._file = file
+        self.seconds = json_files.read(file) if file.is_file() else {}
+
+    def __call__(self, name: str, function: Callable, *args, unless: pathlib.Path | None = None):
+        """What the function returns; None if the file `unless`, which marks a finished stage, is there."""
+        print(f"== {name}", flush=True)
+        start = time.monotonic()
+        try:
+            return None if unless and unless.is_file() else function(*args)
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0) + time.monotonic() - start
+            json_files.write(self._file, self.seconds)
+
+    def summary(self) -> str:
+        """A line with the minutes of each stage."""
+        each = ", ".join(f"{name} {value / 60:.1f}" for name, value in self.seconds.items())
+        return f"Minutes: {each}; {sum(self.seconds.values()) / 60:.0f} in all"
+
+
+def png_of(figure, dpi: int) -> bytes:
+    """A figure of matplotlib, encoded."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=dpi)
+    return file.getvalue()

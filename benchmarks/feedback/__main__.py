@@ -20,12 +20,10 @@ has its folder; a finished stage is skipped, a killed one is resumed:
 
 import dataclasses
 import functools
-import io
 import math
 import pathlib
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 
 import jax
@@ -380,7 +378,7 @@ def figure(config, results: dict, cures: dict[str, Cured], raters) -> bytes:
                 flawed = raters.artifact(image[None])[0] >= 0.5
                 spine.set(linewidth=2.5, edgecolor="#c81e1e" if flawed else "#1a8f3c")
     right.suptitle("Repair: red frame = the judge sees an artifact")
-    return _png(drawing)
+    return stages.png_of(drawing, 90)
 
 
 def look(images: np.ndarray, texts, raters) -> bytes:
@@ -393,13 +391,7 @@ def look(images: np.ndarray, texts, raters) -> bytes:
         cell.imshow(image, interpolation="nearest")
         cell.set(xticks=[], yticks=[])
         cell.set_title(f"{text}\nartifact {artifact:.2f}, {'right' if fits else 'WRONG'}", fontsize=6)
-    return _png(drawing)
-
-
-def _png(drawing) -> bytes:
-    file = io.BytesIO()
-    drawing.savefig(file, format="png", dpi=90)
-    return file.getvalue()
+    return stages.png_of(drawing, 90)
 
 
 # ---- All ------------------------------------------------------------------------------------------------------------
@@ -408,18 +400,7 @@ def run(config, workdir) -> None:
     check(config)
     root = pathlib.Path(workdir).absolute()
     workdirs.open_workdir(root, config)
-    file = root / "seconds.json"
-    seconds = json_files.read(file) if file.is_file() else {}
-
-    def stage(name, function, *args, unless=None):
-        print(f"== {name}", flush=True)
-        start = time.monotonic()
-        try:
-            return None if unless and unless.is_file() else function(*args)
-        finally:
-            seconds[name] = seconds.get(name, 0) + time.monotonic() - start
-            json_files.write(file, seconds)
-
+    stage = stages.Timed(root / "seconds.json")
     stage("pictures", make_pictures, config, root / "pictures")
     stage("clip, start", stages.make_start, config, root, config.clip_steps)
     stage("base", stages.fit_base, config, root, unless=root / "base/model" / folder.INDEX)
@@ -448,8 +429,7 @@ def run(config, workdir) -> None:
         f"\n{len(texts)} pictures of the base; repaired are those with a heatmap of {config.repair.threshold:g} or more.\n"
     )
     text += "The judges on held-out renders: " + ", ".join(f"{name} {v:.3f}" for name, v in accuracies.items())
-    total = ", ".join(f"{name} {value / 60:.1f}" for name, value in seconds.items())
-    text += f"\nMinutes: {total}; {sum(seconds.values()) / 60:.0f} in all\n"
+    text += f"\n{stage.summary()}\n"
     json_files.write(root / "results.json", {"sets": results, "repair": of_repair})
     paths.replace(root / "table.md", text.encode())
     paths.replace(root / "figure.png", figure(config, results, cures["implausibility"], raters))

@@ -5,12 +5,11 @@ import math
 import pathlib
 from collections.abc import Mapping, Sequence
 
-import cv2
 import numpy as np
 
 from rahf.diffusion import side_by_side
 from rahf.diffusion.generator_metrics import Mean
-from richhf_data import drawing, paths
+from richhf_data import drawing, images, paths
 from richhf_data.errors import UserError
 
 SHOWN, OF_EACH = 40, 4  # prompts on the page, images of each prompt
@@ -135,6 +134,4 @@ def inlined(image: np.ndarray) -> str:
     image = drawing.shrink(image, INLINED_SIDE)
     if max(image.shape[:2]) > INLINED_SIDE // 2:
         return drawing.jpeg(image)
-    done, data = cv2.imencode(".png", image[..., ::-1])  # JPEG artefacts would be visible
-    assert done
-    return drawing.data_uri("image/png", data.tobytes())
+    return drawing.data_uri("image/png", images.png(image))  # JPEG artefacts would be visible

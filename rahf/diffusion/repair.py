@@ -18,15 +18,12 @@ A status is one of `STATUSES`. Give the same command again to continue a killed 
 
 import dataclasses
 import functools
-import io
 import os
 import pathlib
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-import cv2
 import numpy as np
-import PIL.Image
 from absl import flags
 from tabulate import tabulate
 from tqdm.auto import tqdm
@@ -289,11 +286,10 @@ def _repaired(model, critic, path, prompt, options, number, output) -> dict:
     found = repair(model, critic, image, prompt, options, number=number)
     if found.status == "repaired":
         name, mask = f"{number:05d}.png", f"{number:05d}_mask.png"
-        _write_png(output / mask, found.mask.astype(np.uint8) * 255)
-        _write_png(output / name, found.image)
+        paths.replace(output / mask, images.png(found.mask.astype(np.uint8) * 255))
+        paths.replace(output / name, images.png(found.image))
     else:
-        with PIL.Image.open(io.BytesIO(encoded)) as opened:
-            name, mask = f"{number:05d}.{opened.format.lower()}", None
+        name, mask = f"{number:05d}.{images.extension(encoded)}", None
         paths.replace(output / name, encoded)
     rounds = [
         {
@@ -309,11 +305,6 @@ def _repaired(model, critic, path, prompt, options, number, output) -> dict:
     line |= {"status": found.status, "image": name, "mask": mask, "mask_share": round(found.share, 6)}
     line |= {"score_before": round(found.before, 6), "score_after": round(found.after, 6), "rounds": rounds}
     return {"line": line, "view": _view(image, found, line) if number < SHOWN else None}
-
-
-def _write_png(file, array: np.ndarray) -> None:
-    pixels = array[..., ::-1] if array.ndim == 3 else array
-    paths.replace(file, cv2.imencode(".png", pixels)[1].tobytes())
 
 
 def _view(image: np.ndarray, found: Repair, line: dict) -> dict:

@@ -21,7 +21,6 @@ import hashlib
 import pathlib
 from collections.abc import Callable, Sequence
 
-import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -536,7 +535,7 @@ def run(args) -> None:
                 guide=guide,
             )
             for number, pixels in zip(numbers, to_uint8(drawn), strict=False):
-                paths.replace(output / files[number], cv2.imencode(".png", pixels[..., ::-1])[1].tobytes())
+                paths.replace(output / files[number], images.png(pixels))
             jax.effects_barrier()  # waits for the last updates of the bar
             bar.set_postfix(images=f"{numbers[-1] + 1}/{len(jobs)}")
     rows = [

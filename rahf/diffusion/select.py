@@ -13,19 +13,17 @@ Source: section 5 of paper A, with 8 pictures of a prompt, plausibility and 0.8.
 """
 
 import dataclasses
-import io
 import pathlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import PIL.Image
 from absl import flags
 from tabulate import tabulate
 
 from rahf.diffusion import inputs, sample
 from rahf.reward import specs
 from rahf.reward.image_table import ImageTable
-from richhf_data import command, jsonl, paths, ranges
+from richhf_data import command, images, jsonl, paths, ranges
 from richhf_data.errors import UserError
 
 
@@ -77,8 +75,7 @@ def select(table: ImageTable, reward: Callable, output, threshold: float) -> Sel
     chosen, lines = set(rows), {}
     for row, (_, encoded) in enumerate(table.images()):
         if row in chosen:
-            with PIL.Image.open(io.BytesIO(encoded)) as image:
-                name = f"{row:05d}.{image.format.lower()}"
+            name = f"{row:05d}.{images.extension(encoded)}"
             paths.replace(output / name, encoded)
             lines[row] = {"image": name, "prompt": table.prompts[row], "reward": float(rewards[row]), "number": row}
     every = [

@@ -14,14 +14,12 @@ What is trained is in finetuning.py. The outputs of the frozen parts are compute
 import dataclasses
 import functools
 import hashlib
-import io
 import pathlib
 import tempfile
 from collections.abc import Callable
 
 import jax
 import numpy as np
-import PIL.Image
 from absl import flags
 from flax import linen as nn
 
@@ -121,7 +119,7 @@ def train(config, workdir, reward: Callable | None = None, cache=None, critic=No
         grid = grid_of(sample.to_uint8(images))
         run.writer.add_image("samples", grid, step, dataformats="HWC")
         if jax.process_index() == 0:
-            write_png(grid, workdir / "samples" / f"step_{step:08d}.png")
+            paths.replace(workdir / "samples" / f"step_{step:08d}.png", images.png(grid))
             if step == config.train.num_steps and not (workdir / "model" / folder.INDEX).exists():
                 write_model(model, workdir / "model")
                 run.print(f"{workdir / 'model'}: the trained model")
@@ -201,13 +199,6 @@ def with_frozen(model: folder.StableDiffusion) -> folder.StableDiffusion:
     """An opened model whose frozen parts are read, in numpy; its UNet stays in its file."""
     read = {part: jax.tree.map(lambda tensor: tensor.read(), model.params[part]) for part in FROZEN}
     return dataclasses.replace(model, params=model.params | read)
-
-
-def write_png(image: np.ndarray, path) -> None:
-    """uint8[H, W, 3] as a file, also into a bucket."""
-    file = io.BytesIO()
-    PIL.Image.fromarray(image).save(file, "png")
-    paths.replace(path, file.getvalue())
 
 
 def write_model(model: folder.StableDiffusion, place) -> None:
