@@ -45,9 +45,9 @@ def drawn(model, prompts=PROMPTS, **options):
 def critic(dtype="float32"):
     """A tiny RAHF's score of images: plausibility, less the mean of the implausibility map."""
     config = tiny_model.config()
-    object.__setattr__(config, "dtype", dtype)
     _, variables = tiny_model.model_and_params(config)
     ids = tiny_model.batch(config, 2)["text_ids"]
+    object.__setattr__(config, "dtype", dtype)
     score = differentiable.rahf_score(config, {"plausibility": 1.0, "implausibility": -2.0})
     return differentiable.Differentiable(score, variables["params"], lambda prompts: ids[: len(prompts)])
 

@@ -30,7 +30,7 @@ from rahf.diffusion import schedule as sampler
 from rahf.fingerprint import fingerprint
 from rahf.reward import specs
 from rahf.train import print_run
-from richhf_data import command, paths
+from richhf_data import command, images, paths
 from richhf_data.errors import UserError
 
 FROZEN = ("vae", "text_encoder")
@@ -115,8 +115,8 @@ def train(config, workdir, reward: Callable | None = None, cache=None, critic=No
         frozen = {part: base.params[part] for part in FROZEN}
         params = jax.tree.map(functools.partial(partitioning.place, sharding=everywhere), frozen)
         model = dataclasses.replace(base, params=params | {"unet": merged(run.params)})
-        images = sample.generate(model, prompts, truncate=True, mesh=mesh, **settings)
-        grid = grid_of(sample.to_uint8(images))
+        drawn = sample.generate(model, prompts, truncate=True, mesh=mesh, **settings)
+        grid = grid_of(sample.to_uint8(drawn))
         run.writer.add_image("samples", grid, step, dataformats="HWC")
         if jax.process_index() == 0:
             paths.replace(workdir / "samples" / f"step_{step:08d}.png", images.png(grid))
