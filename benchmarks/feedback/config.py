@@ -40,5 +40,5 @@ def get_config():
         margins=(0.1, 0.5),  # of the judge's probability that a picture has no artifact: slightly, significantly
     )
     config.guide = dict(scales=(1.0, 3.0, 10.0, 30.0, 100.0))
-    config.repair = dict(threshold=0.3, candidates=4)
+    config.repair = dict(threshold=0.3, dilation=0.08, candidates=4)
     return config
