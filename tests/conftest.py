@@ -22,11 +22,14 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import functools
+import gc
 import pathlib
 import zipfile
 
 import jax
 import pytest
+
+gc.set_threshold(100_000, 50, 100)  # tracing makes many objects that stay
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -168,7 +168,9 @@ def loss_and_gradients(sharding, data, model, shard_group=2, variant="augmented_
 @pytest.mark.parametrize(
     ("sharding", "data", "model", "options"),
     [
-        *[(sharding, data, model, {}) for sharding in SHARDINGS for data, model in ((8, 1), (4, 2), (2, 4), (1, 8))],
+        *[(sharding, data, model, {}) for sharding in SHARDINGS for data, model in ((8, 1), (4, 2))],
+        ("fully_sharded", 2, 4, {}),
+        ("data_parallel", 1, 8, {}),  # as by any sharding: nothing is left to shard
         ("fully_sharded", 4, 2, {"variant": "multi_head"}),
         ("fully_sharded", 4, 2, {"variant": "multi_head", "scan": True, "shard_group": 16}),
     ],
@@ -177,9 +179,7 @@ def test_loss_and_every_gradient_are_the_same_on_any_mesh_by_any_sharding(shardi
     expected_loss, expected = loss_and_gradients("data_parallel", 1, 1, **options)
     loss, gradients = loss_and_gradients(sharding, data, model, **options)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
-    for (path, found), wanted in zip(
-        jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(expected), strict=True
-    ):
+    for (path, found), wanted in zip(jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(expected), strict=True):
         name, scale = jax.tree_util.keystr(path), np.abs(wanted).max()
         assert scale > 0, name
         # Softmax makes the gradient of the keys' biases 0: what is there is rounding.

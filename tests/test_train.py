@@ -110,8 +110,8 @@ def test_batch_size_that_the_mesh_does_not_divide_is_refused(tmp_path):
 def command(workdir, *arguments):
     return [
         sys.executable, "-m", "rahf.train", "--config=configs/rahf_ci.py", f"--workdir={workdir}",
-        "--config.data.source=stream", "--config.train.num_steps=50", "--config.eval.every=50",
-        "--config.checkpoint_every=5", "--config.optimizer.ema_decay=0.9", *arguments,
+        "--config.data.source=stream", "--config.train.num_steps=40", "--config.eval.every=40",
+        "--config.checkpoint_every=10", "--config.optimizer.ema_decay=0.9", *arguments,
     ]  # fmt: skip
 
 
@@ -149,16 +149,15 @@ def test_a_run_killed_stopped_and_resumed_equals_the_uninterrupted_one(tmp_path)
     code, printed = run_and_signal(stopped, signal.SIGKILL, environment)
     assert code == -signal.SIGKILL, f"the run ended before it could be killed: {printed}"
 
-    for number, expected in ((signal.SIGTERM, 75), (signal.SIGINT, 130)):
-        step = saved_steps(stopped)[-1]
-        code, printed = run_and_signal(stopped, number, environment)
-        assert code == expected, printed
-        assert f"resumed from step {step}" in printed
-        assert f"{number.name}: saved step {saved_steps(stopped)[-1]} in " in printed
+    step = saved_steps(stopped)[-1]
+    code, printed = run_and_signal(stopped, signal.SIGTERM, environment)
+    assert code == 75, printed
+    assert f"resumed from step {step}" in printed
+    assert f"SIGTERM: saved step {saved_steps(stopped)[-1]} in " in printed
 
     resumed = subprocess.run(command(stopped), cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
     assert "resumed from step" in resumed.stdout
-    jax.tree.map(np.testing.assert_array_equal, saved_state(whole, 50), saved_state(stopped, 50))
+    jax.tree.map(np.testing.assert_array_equal, saved_state(whole, 40), saved_state(stopped, 40))
 
 
 def test_a_step_whose_loss_is_not_finite_changes_the_step_alone(tmp_path):
@@ -267,14 +266,15 @@ def test_an_error_in_the_batches_ends_the_run_at_its_step_with_its_own_traceback
     assert "torn" in {entry.name for entry in caught.traceback} and not threads[0].is_alive()
 
 
-def test_a_signal_while_a_batch_is_awaited_ends_the_run_after_its_step(tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_while_a_batch_is_awaited_ends_the_run_after_its_step(tmp_path, capsys, number, code):
     closed = []
 
     def slow(start):
         try:
             for rows in numbered(start):
                 if rows["number"] == 3:
-                    os.kill(os.getpid(), signal.SIGTERM)
+                    os.kill(os.getpid(), number)
                     time.sleep(0.1)
                 yield rows
         finally:
@@ -282,8 +282,9 @@ def test_a_signal_while_a_batch_is_awaited_ends_the_run_after_its_step(tmp_path)
 
     with pytest.raises(SystemExit) as stopped:
         collections.deque(run_of(tmp_path, slow, num_steps=100))
-    assert stopped.value.code == os.EX_TEMPFAIL and closed == [threading.main_thread()]
+    assert stopped.value.code == code and closed == [threading.main_thread()]
     (*_, step) = saved_steps(tmp_path)
+    assert f"{number.name}: saved step {step} in " in capsys.readouterr().out
     assert step < 6 and int(saved_state(tmp_path, step)["sum"]) == sum(range(step))
 
 
@@ -303,9 +304,7 @@ def test_a_run_that_diverges_ends_with_an_error_and_its_batches(tmp_path):
 
 
 def test_unknown_config_key_names_the_nearest(tmp_path):
-    result = subprocess.run(
-        command(tmp_path, "--config.optimizer.learning_rat=1"), cwd=ROOT, capture_output=True, text=True
-    )
+    result = subprocess.run(command(tmp_path, "--config.optimizer.learning_rat=1"), cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2
     assert "--config.optimizer.learning_rat: the config has no such key; did you mean 'learning_rate'?" in result.stderr
     assert "Traceback" not in result.stderr
