@@ -68,6 +68,14 @@ RAW_MAP_SIZE = 512  # pixels, both sides
 LIKERT_LOW, LIKERT_HIGH = 1, 5
 POINT_RADIUS = 1 / 20  # of the image height: radius of the disk around an annotator's point (paper section 3.1)
 
+SIDES = {  # responses to two pictures side by side; positive: the right one is better
+    "left significantly better": -2,
+    "left slightly better": -1,
+    "about the same": 0,
+    "right slightly better": 1,
+    "right significantly better": 2,
+}
+
 HOLDOUT = 0.05  # the share of dev, and of test, in a dataset without splits
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2

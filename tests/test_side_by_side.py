@@ -11,6 +11,7 @@ from html_page import Page
 
 from rahf.diffusion import evaluate, side_by_side
 from rahf.reward.image_table import ImageTable
+from richhf_data import schema
 from richhf_data.errors import UserError
 
 LINE = {"prompt": "a cat", "left": "before", "right": "after", "response": "about the same"}
@@ -110,7 +111,7 @@ def write_lines(path, *rows):
 
 
 def test_responses_speak_of_the_later_set_on_any_side(tmp_path):
-    ways = list(side_by_side.SIDES)
+    ways = list(schema.SIDES)
     rows = [{"response": way, "prompt": way} for way in ways]
     turned = [row | {"left": "after", "right": "before", "annotator": "ada"} for row in rows]
     path = write_lines(tmp_path / "people.jsonl", *rows, *turned)

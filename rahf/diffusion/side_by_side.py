@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from rahf.reward import specs
-from richhf_data import jsonl, paths
+from richhf_data import jsonl, paths, schema
 from richhf_data.errors import UserError
 
 RESPONSES = {
@@ -23,13 +23,6 @@ RESPONSES = {
     "about the same": 0,
     "slightly worse": -1,
     "significantly worse": -2,
-}
-SIDES = {  # a line's responses; positive: the right one is better
-    "left significantly better": -2,
-    "left slightly better": -1,
-    "about the same": 0,
-    "right slightly better": 1,
-    "right significantly better": 2,
 }
 MARGINS = (0.02, 0.1)
 BATCH = 32  # pairs at a time
@@ -157,7 +150,7 @@ def read_responses(path, names: Sequence[str]) -> dict[str, tuple[np.ndarray, li
 
         {"prompt": "a cat", "left": "after", "right": "before", "response": "left slightly better", "annotator": "ada"}
 
-    "left" and "right" are names of sets, on any side, and "response" is one of `SIDES`. "annotator" is optional.
+    "left" and "right" are names of sets, on any side, and "response" is one of `schema.SIDES`. "annotator" is optional.
 
     Args:
       names: of all sets.
@@ -183,12 +176,12 @@ def read_responses(path, names: Sequence[str]) -> dict[str, tuple[np.ndarray, li
                     raise UserError(f"{where}: {side}: got {name!r}, expected {expected}; --name names the sets")
             if left == right:
                 raise UserError(f"{where}: got {left!r} on both sides, expected two different sets")
-            if response not in SIDES:
-                raise UserError(f"{where}: response: got {response!r}, expected one of {', '.join(SIDES)}")
+            if response not in schema.SIDES:
+                raise UserError(f"{where}: response: got {response!r}, expected one of {', '.join(schema.SIDES)}")
             if first in (left, right):
                 later, sign = (right, 1) if left == first else (left, -1)
                 responses, prompts = found.setdefault(later, ([], []))
-                responses.append(sign * SIDES[response])
+                responses.append(sign * schema.SIDES[response])
                 prompts.append(prompt)
     if not found:
         raise UserError(f"responses: {path} has no line that compares {first!r} with another set, expected one or more")
