@@ -4,6 +4,7 @@ import pathlib
 
 from setuptools import find_packages, setup
 
+ANNOTATE = ["starlette>=0.40", "uvicorn>=0.30"]
 DATA = [  # what needs TensorFlow: record files, built datasets, and training from them
     "seqio>=0.0.20",
     "tensorflow>=2.18",
@@ -20,7 +21,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["rahf*", "richhf_data*", "launch*"]), "rahf.configs"],
     package_dir={"rahf.configs": "configs"},
-    package_data={"rahf": ["*.jinja"], "richhf_data": ["*.jinja"]},
+    package_data={"rahf": ["*.jinja"], "richhf_data": ["*.jinja", "annotate/*.jinja", "annotate/static/*"]},
     install_requires=[
         "absl-py>=2.1",
         "etils[epath]>=1.9",
@@ -48,13 +49,18 @@ setup(
         "transformers>=4.48",
     ],
     extras_require={
+        "annotate": ANNOTATE,  # the annotation server
         "data": DATA,
         "tpu": ["jax[tpu]>=0.5"],
         "cuda": ["jax[cuda12]>=0.5"],
         "launch": ["xmanager>=0.5"],  # asks for protobuf below 7: in an environment without constraints.txt
         "test": [
+            *ANNOTATE,
             *DATA,
             "gcsfs>=2024.2",
+            "httpx2>=2",  # Starlette's test client
+            "krippendorff>=0.7",
+            "playwright>=1.45",
             "psutil>=5.9",
             "pytest>=8",
             "pytest-xdist>=3.5",

@@ -223,7 +223,7 @@ def _folder(filesystem, folder: str, wanted: Collection[str], columns: dict[str,
         raise UserError(f"images: no folder {folder} is there or can be reached, expected {expected}")
     if "image" in columns:
         raise UserError("columns: got image, expected uid and prompt alone: a folder's images are its files")
-    captions = _read_captions(filesystem, folder, wanted, columns)
+    captions = read_captions(filesystem, folder, wanted, columns)
     files = []
     for path, info in sorted(filesystem.find(folder, detail=True).items()):
         path = pathlib.PurePosixPath(path)
@@ -242,7 +242,8 @@ def _folder(filesystem, folder: str, wanted: Collection[str], columns: dict[str,
     return result
 
 
-def _read_captions(filesystem, folder: str, wanted: Collection[str], columns: dict[str, str]) -> dict[str, str]:
+def read_captions(filesystem, folder: str, wanted: Collection[str], columns: dict[str, str]) -> dict[str, str]:
+    """uid -> caption of the wanted uids, from the captions table in a folder. UserError without exactly one such table."""
     paths = [path for name in _CAPTIONS if filesystem.isfile(path := f"{folder}/{name}")]
     if len(paths) != 1:
         got = " and ".join(paths) or "none"

@@ -29,6 +29,21 @@ def tokenize(prompt: str) -> list[str]:
     return [token for token in _SEPARATORS.split(prompt) if token]
 
 
+def pieces(prompt: str) -> list[tuple[str, int | None]]:
+    """A prompt cut into its tokens, each with its place, and what stands between them, with None.
+
+    >>> pieces('a cat, "sitting"')
+    [('a', 0), (' ', None), ('cat', 1), (', "', None), ('sitting', 2), ('"', None)]
+    """
+    found, place = [], 0
+    for text in re.split(f"({_SEPARATORS.pattern})", prompt):
+        if text:
+            token = not _SEPARATORS.fullmatch(text)
+            found.append((text, place if token else None))
+            place += token
+    return found
+
+
 def words(text: str) -> list[str]:
     """The words of a text as they are written and compared: normalised as by SentencePiece, split at any white space.
 
