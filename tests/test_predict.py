@@ -16,13 +16,15 @@ import pytest
 import tiny_model
 
 import rahf
-from rahf import checkpoints, convert, experiments, partitioning, predict, predictor, sources, train, workdirs
+from rahf import checkpoints, convert, experiments, partitioning, predict, predictor, sources, suggest, train, workdirs
 from rahf.diffusion import inputs, select
 from rahf.models import rahf as rahf_model
 from rahf.reward import specs
 from richhf_data import images as image_files
 from richhf_data import schema
 from richhf_data import vocabulary as vocabularies
+from richhf_data.annotate import pictures as annotated_pictures
+from richhf_data.annotate.choose import PictureTable
 from richhf_data.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -65,6 +67,36 @@ def test_predict_gives_every_kind_of_feedback(workdir, images):
         assert maps.shape == (3, 16, 16)
         assert ((maps >= 0) & (maps <= 1)).all()
     assert len(feedback.labelled_prompts) == len(feedback.keywords) == 3
+
+
+def test_a_critic_prepares_pictures_for_annotators(workdir, images, tmp_path):
+    lines = [{"image": f"{number}.png", "prompt": prompt, "kind": "x"} for number, prompt in enumerate(PROMPTS)]
+    for line, image in zip(lines, images, strict=True):
+        cv2.imwrite(str(tmp_path / line["image"]), image[..., ::-1])
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    table, model = PictureTable(tmp_path / "in.jsonl"), rahf.load(workdir)
+    feedback = model.predict(images, PROMPTS)
+    changed = dataclasses.replace(feedback, scores={name: 1 - values for name, values in feedback.scores.items()})
+    other = types.SimpleNamespace(predict=lambda images, prompts: changed)
+    suggest.suggest(table, model, other, threshold=0.0)
+    for number, row in enumerate(table.rows):
+        for name, maps in feedback.heatmaps.items():
+            (x, y), *_ = marks = row["suggestion"]["points"][name]
+            assert maps[number][int(y * 16), int(x * 16)] == maps[number].max() and len(marks) <= suggest.MOST_POINTS
+        difference = np.mean([abs(1 - 2 * values[number]) for values in feedback.scores.values()])
+        assert row["priority"] == pytest.approx(difference / 2, rel=1e-5)
+    table.write(table.rows, tmp_path / "out.jsonl")
+    assert [one.more.keys() for one in annotated_pictures.find(str(tmp_path / "out.jsonl"))] == [
+        {"suggestion", "priority"}
+    ] * 3
+
+
+def test_points_mark_a_heatmap_where_it_is_high():
+    heatmap = np.zeros((20, 20))
+    heatmap[4, 5], heatmap[4, 6], heatmap[15, 2], heatmap[9, 9] = 0.9, 0.8, 0.5, 0.2
+    assert list(suggest.points(heatmap)) == [[0.275, 0.225], [0.125, 0.775]]
+    assert list(suggest.points(heatmap, aspect=2)) == [[0.275, 0.225], [0.325, 0.225], [0.125, 0.775]]
+    assert not list(suggest.points(heatmap, threshold=0.95))
 
 
 def test_a_score_and_a_weighted_sum_of_scores_are_rewards(workdir, images):
@@ -124,9 +156,7 @@ def test_an_image_alone_is_predicted_as_in_company(workdir, images):
     together = model.predict(images, PROMPTS, batch_size=2)
     alone = model.predict(images[2:], PROMPTS[2:])
     np.testing.assert_allclose(alone.scores["overall"][0], together.scores["overall"][2], atol=1e-6)
-    np.testing.assert_allclose(
-        alone.heatmaps["implausibility"][0], together.heatmaps["implausibility"][2], atol=1e-6
-    )
+    np.testing.assert_allclose(alone.heatmaps["implausibility"][0], together.heatmaps["implausibility"][2], atol=1e-6)
     assert alone.labelled_prompts[0] == together.labelled_prompts[2]
 
 
@@ -503,9 +533,7 @@ def test_write_makes_lines_heatmaps_and_a_page(workdir, images, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
     expected = model.predict(images, PROMPTS)
     assert [line["prompt"] for line in lines] == PROMPTS
-    np.testing.assert_allclose(
-        [line["scores"]["overall"] for line in lines], expected.scores["overall"], atol=2e-6
-    )
+    np.testing.assert_allclose([line["scores"]["overall"] for line in lines], expected.scores["overall"], atol=2e-6)
     heatmap = cv2.imread(str(tmp_path / "out" / lines[1]["heatmaps"]["misalignment"]), cv2.IMREAD_UNCHANGED)
     np.testing.assert_allclose(heatmap / 255, expected.heatmaps["misalignment"][1], atol=0.5 / 255 + 1e-6)
     assert "two blue dogs" in (tmp_path / "out" / "report.html").read_text()

@@ -19,7 +19,7 @@ import sys
 
 from absl import flags
 
-from richhf_data import command, consolidate, jsonl, paths, ranges
+from richhf_data import command, consolidate, jsonl, keywords, paths, ranges
 from richhf_data.annotate import choose, export, kinds, label_studio, pictures, store
 from richhf_data.errors import UserError
 
@@ -40,7 +40,9 @@ def _workdir() -> None:
 def _images() -> None:
     flags.DEFINE_multi_string("images", [], "Pictures: a pattern, a .jsonl, a .parquet or a folder; two for side_by_side.")
     flags.DEFINE_list("names", [], "side_by_side: the names of the two sets; those of their folders if not given.")
-    flags.DEFINE_string("gold", None, "rich: a JSONL of annotations, one a picture, that are known to be right.")
+    flags.DEFINE_string(
+        "gold", None, 'A JSONL of answers that are known: annotations, one a picture; {"uid", "right"} if binary.'
+    )
 
 
 def _serve_flags() -> None:
@@ -120,17 +122,23 @@ def _add(project: store.Store) -> None:
 
 
 def _gold(project: store.Store) -> dict[str, dict]:
-    if project.settings.kind != "rich":
-        raise UserError(f"gold: got a file for a project of the kind {project.settings.kind}, expected one of the kind rich")
+    """uid -> the known answer, from --gold."""
+    kind, file = project.settings.kind, flags.FLAGS.gold
+    if kind == "binary":
+        expected = '{"uid": name, "right": true}'
+        rows = jsonl.read(file, "gold", expected, ("uid",))
+        return {row["uid"]: kinds.check(kind, (), "", {"right": row.get("right")}) for row in rows}
+    if kind != "rich":
+        raise UserError(f"gold: got a file for a project of the kind {kind}, expected one of the kind rich or binary")
     found = {}
-    for uid, one in consolidate.read(flags.FLAGS.gold).items():
+    for uid, one in consolidate.read(file).items():
         if len(one.annotations) != 1:
             raise UserError(f"gold: got {len(one.annotations)} annotations of {uid!r}, expected one")
         (annotation,) = one.annotations.values()
         value = annotation.to_json()
-        points, labels = value["points"], annotation.labels
-        words = [place for place, label in enumerate(labels or ()) if not label]
-        found[uid] = {"points": points, "scores": value["scores"]} | ({kinds.WORDS: words} if labels is not None else {})
+        words = [place for place, label in enumerate(annotation.labels or ()) if label == keywords.MISALIGNED]
+        more = {} if annotation.labels is None else {kinds.WORDS: words}
+        found[uid] = {"points": value["points"], "scores": value["scores"]} | more
     return found
 
 

@@ -125,22 +125,24 @@ def agreement(kind: str, answer: Mapping, known: Mapping) -> float:
     """How well an answer agrees with a known one, in [0, 1].
 
     Binary and side by side: 1 if they are equal, and one half for a response that is one step off. Rich: the mean over the
-    questions. A score within one point counts 1, a score further off 0; a map counts the F1 of points that lie within two
-    radii of one of the other's; words count their F1. Two empty sets agree.
+    questions that both answer. A score within one point counts 1, a score further off 0; a map counts the F1 of points that
+    lie within two radii of one of the other's; words count their F1. Two empty sets agree.
     """
     if kind == "binary":
         return float(answer["right"] == known["right"])
     if kind == "side_by_side":
         steps = abs(schema.SIDES[answer["response"]] - schema.SIDES[known["response"]])
         return max(0.0, 1 - steps / 2)
-    parts = [float(abs(score - answer["scores"][name]) <= 1) for name, score in known["scores"].items()]
+    scores = {name: score for name, score in known["scores"].items() if name in answer["scores"]}
+    parts = [float(abs(score - answer["scores"][name]) <= 1) for name, score in scores.items()]
     for name, points in known["points"].items():
-        mine = answer["points"][name]
+        if (mine := answer["points"].get(name)) is None:
+            continue
         parts.append(_f1(_near(points, mine), len(points), _near(mine, points), len(mine)))
-    if WORDS in known:
+    if WORDS in known and WORDS in answer:
         both = len(set(known[WORDS]) & set(answer[WORDS]))
         parts.append(_f1(both, len(known[WORDS]), both, len(answer[WORDS])))
-    return sum(parts) / len(parts)
+    return sum(parts) / len(parts) if parts else 1.0
 
 
 def _near(points, others) -> int:
