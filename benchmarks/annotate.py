@@ -222,12 +222,14 @@ def run(
 def main() -> None:
     """The command."""
     args = flags.FLAGS
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() if args.workdir is None else contextlib.nullcontext(args.workdir) as folder:
+        pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
         found = run(pathlib.Path(folder), args.annotators, args.items, args.kills)
     print(tabulate.tabulate([found], headers="keys", tablefmt="github", floatfmt=".1f"))
 
 
 if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "A new folder to keep the pictures and the project in.")
     ranges.flag("annotators", 30, "People.", ranges.Range(3, 1000, whole=True))
     ranges.flag("items", 600, "Pictures.", ranges.COUNT)
     ranges.flag("kills", 20, "Of the server.", ranges.Range(0, 1000, whole=True))
