@@ -234,7 +234,7 @@ def test_the_overview_flags_who_works_badly(tmp_path):
     same = [f"always the same {name}" for name in schema.SCORES]
     assert flags["bob"] == ["too quick", *same, "marks nothing"]
     assert flags["eve"] == ["marks more than twice as much as usual"] and flags["ada"] == flags["new"] == []
-    assert (found["items"], found["finished"], found["answers"]) == (12, 12, 36)
+    assert (found["count"], found["finished"], found["answers"]) == (12, 12, 36)
 
 
 # ---- Projects -------------------------------------------------------------------------------------------------------
@@ -526,6 +526,7 @@ def test_the_administrator_acts(site):
     assert admin.post("/api/admin/resume", json={}).status_code == 200 and not opened.paused
     assert admin.post("/api/admin/invite", json={"name": "<b>zoe"}).status_code == 200
     page = admin.get("/admin").text
+    assert "0 of 4 items are finished" in page and "0 of 12 answers" in page
     assert "&lt;b&gt;zoe" in page and f"/enter/{opened.key(opened.annotators()[-1]['id'])}" in page
     assert admin.post("/api/admin/another", json={"id": 1}).status_code == 200
     assert opened.items()[0]["wanted"] == 4

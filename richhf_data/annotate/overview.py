@@ -19,7 +19,7 @@ def overview(store: Store, now: float | None = None) -> dict[str, Any]:
     """Progress, annotators, items that need a look, and pictures that could not be read.
 
     Returns:
-      {items, finished, answers, wanted: numbers; eta: seconds or None; paused; annotators: a list of dicts; left_out: items
+      {count, gold, finished, answers, wanted: numbers; eta: seconds or None; paused; annotators: a list of dicts; left_out: items
       that most annotators skipped; refused: (name, reason); rows: the items}
     """
     now = time.time() if now is None else now
@@ -34,7 +34,7 @@ def overview(store: Store, now: float | None = None) -> dict[str, Any]:
     since = now - min((row["ended"] for row in recent), default=now)
     eta = missing * since / len(recent) if len(recent) > 1 and missing else None
     return {
-        "items": len(plain),
+        "count": len(plain),
         "gold": len(items) - len(plain),
         "finished": finished,
         "answers": len(ended),
