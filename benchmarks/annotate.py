@@ -29,6 +29,7 @@ from absl import flags
 
 from richhf_data import command, consolidate, keywords, ranges, schema
 from richhf_data.annotate import export, kinds, store
+from richhf_data.annotate import server as server_pages
 from richhf_data.synthetic import example
 
 _JSON = {"accept": "application/json", "content-type": "application/json"}
@@ -42,6 +43,7 @@ class Team:
     drawn: dict[str, example.Example]  # by prompt and uid
     patience: float  # seconds, the longest wait before an answer
     lease: float  # seconds
+    cookie: str
     lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
     slots: dict[int, dict[str, int]] = dataclasses.field(default_factory=dict)
     confirmed: dict[tuple[str, int], dict] = dataclasses.field(default_factory=dict)
@@ -90,7 +92,7 @@ def _request(team: Team, method: str, path: str, headers: dict, body: dict | Non
 
 def annotate(team: Team, name: str, key: str, seed: int) -> None:
     """Works until nothing is left."""
-    rng, cookie = random.Random(seed), {"cookie": f"rahf_annotator={key}"}
+    rng, cookie = random.Random(seed), {"cookie": f"{team.cookie}={key}"}
     _, page = _request(team, "GET", "/", cookie | {"accept": "text/html"})
     headers = _JSON | cookie | {"x-token": json.loads(re.search(r'id="setup">(.*?)</script>', page)[1])["token"]}
     idle = 0
@@ -167,11 +169,11 @@ def run(
             with contextlib.closing(store.Store(folder / "project")) as project:
                 people = {row["name"]: row["id"] for row in project.annotators()}
                 if len(people) > annotators:
-                    keys = {name: project.key(people[name]) for name in names}
+                    keys, cookie = {name: project.key(people[name]) for name in names}, server_pages.cookie_name(project)
                     break
             assert time.monotonic() < deadline, "the server did not start"
             time.sleep(0.1)
-        team = Team(port, drawn, patience, lease)
+        team = Team(port, drawn, patience, lease, cookie)
         threads = [threading.Thread(target=annotate, args=(team, name, keys[name], i)) for i, name in enumerate(names)]
         for thread in threads:
             thread.start()

@@ -130,7 +130,7 @@ def test_items_are_finished_before_others_begin_and_nobody_sees_one_twice(tmp_pa
     assert opened.next_item(ada) is None
     assert finish(opened, dan) == 3 and opened.next_item(dan) is None
     assert [row["finished"] for row in opened.items()] == [2, 2, 2]
-    assert opened.answered(ada) == [1, 2, 3] and opened.left(ada) == 0
+    assert opened.answered(ada) == (3, [1, 2, 3]) and opened.left(ada) == 0
 
 
 def test_a_lease_ends_without_a_sign_of_life(tmp_path):
@@ -138,11 +138,12 @@ def test_a_lease_ends_without_a_sign_of_life(tmp_path):
     opened, (ada, bob, *_) = project(tmp_path, items=1, wanted=1, clock=clock, lease_seconds=100.0)
     assert opened.next_item(ada)["item"] == 1 and opened.next_item(bob) is None
     clock.now += 90
-    opened.draft(1, ada, {"answer": {"words": [1]}})  # a draft renews it
+    assert opened.draft(1, ada, {"answer": {"words": [1]}}, 0)  # a draft renews it
     clock.now += 90
     assert opened.next_item(bob) is None
     clock.now += 20
     assert opened.next_item(bob)["item"] == 1
+    assert not opened.draft(1, ada, None, 0)
     assert opened.answer(1, bob, RICH, 0, 5) == ("done", 1)
     assert opened.answer(1, ada, FLAWLESS, 0, 5) == ("late", 1)  # kept beside the others'
     assert [row["finished"] for row in opened.items()] == [1]
@@ -151,12 +152,20 @@ def test_a_lease_ends_without_a_sign_of_life(tmp_path):
 
 def test_what_was_given_up_comes_back_with_its_draft(tmp_path):
     clock = Clock()
-    opened, (ada, *_) = project(tmp_path, clock=clock, lease_seconds=100.0)
+    opened, (ada, bob, *_) = project(tmp_path, clock=clock, lease_seconds=100.0)
     opened.next_item(ada)
-    opened.draft(1, ada, {"answer": {"words": [1]}})
+    draft = {"answer": {"words": [1]}}
+    opened.draft(1, ada, draft, 0)
     clock.now += 1000
     again = opened.next_item(ada)
-    assert again["item"] == 1 and json.loads(again["draft"]) == {"answer": {"words": [1]}}
+    assert again["item"] == 1 and json.loads(again["draft"]) == draft
+    clock.now += 1000
+    opened.next_item(bob)  # finds that ada's lease has ended, and gets the same item, as there is room
+    assert opened.draft(1, ada, None, 0)  # a sign of life takes the place again, as long as one is free
+    assert opened.item(1, ada)["state"] == "leased" and json.loads(opened.item(1, ada)["draft"]) == draft
+    opened.answer(1, ada, RICH, 0, 5)
+    opened.draft(1, ada, draft, 0)  # came after the answer
+    assert opened.item(1, ada)["draft"] is None and opened.item(1, ada)["state"] == "done"
 
 
 def test_an_answer_is_kept_once_and_can_be_changed(tmp_path):
@@ -174,16 +183,24 @@ def test_an_answer_is_kept_once_and_can_be_changed(tmp_path):
 
 def test_gold_comes_first_and_then_now_and_again(tmp_path):
     options = {"gold": (0, 1, 2), "gold_every": 3, "qualify": 2, "qualify_share": 0.8}
-    opened, (ada, bob, *_) = project(tmp_path, items=12, wanted=9, **options)
-    assert [finish(opened, ada) for _ in range(7)] == [1, 2, 4, 5, 3, 6, 7]
-    for _ in range(2):
-        finish(opened, bob, FLAWLESS)
+    opened, (ada, bob, eve, _) = project(tmp_path, items=12, wanted=9, **options)
+    order = [finish(opened, ada) for _ in range(7)]
+    assert [item <= 3 for item in order] == [True, True, False, False, True, False, False]
+    assert [item for item in order if item > 3] == [4, 5, 6, 7] and len(set(order)) == 7
+    first = [finish(opened, bob, FLAWLESS) for _ in range(2)]
     with pytest.raises(store.Refused, match="differ from what this project looks for"):
         opened.next_item(bob)
+    opened.answer(first[0], bob, RICH, 1, 5)  # a change comes too late
+    for _ in range(2):
+        row = opened.next_item(eve)
+        opened.skip(row["item"], eve, "broken", 0, 1.0)  # so does nobody pass
+    for one in (bob, eve):
+        with pytest.raises(store.Refused, match="differ from what this project looks for"):
+            opened.next_item(one)
     opened.admit(bob.id)
-    assert opened.next_item(opened.enter(opened.key(bob.id)))["item"] == 4
+    assert opened.next_item(bob)["item"] == 4
     row = next(row for row in overview.overview(opened)["annotators"] if row["name"] == "bob")
-    assert row["gold"] == pytest.approx(kinds.agreement("rich", FLAWLESS, RICH))
+    assert row["gold"] == pytest.approx((1 + kinds.agreement("rich", FLAWLESS, RICH)) / 2)
     export.export(opened, tmp_path / "out")
     uids = [json.loads(line)["uid"] for line in (tmp_path / "out/annotations.jsonl").read_text().splitlines()]
     assert uids == ["cat3", "cat4", "cat5", "cat6"]  # no gold
@@ -259,10 +276,10 @@ def test_a_folder_of_another_project_is_refused(tmp_path):
         store.Store(tmp_path / "four")
 
 
-def write_pictures(folder, prompts, suffix=".png"):
+def write_pictures(folder, prompts, suffix=".png", shade=0):
     folder.mkdir()
     for number in range(len(prompts)):
-        cv2.imwrite(str(folder / f"{number}{suffix}"), np.full((9, 16, 3), 20 * number, np.uint8))
+        cv2.imwrite(str(folder / f"{number}{suffix}"), np.full((9, 16, 3), 20 * number + shade, np.uint8))
     lines = [{"image": f"{number}{suffix}", "prompt": prompt} for number, prompt in enumerate(prompts)]
     (folder / "images.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "captions.jsonl").write_text(
@@ -290,8 +307,16 @@ def test_pictures_come_from_every_source(tmp_path):
         assert pictures.add(opened, pictures.find(str(tmp_path / "in"))) == 2
         assert pictures.add(opened, pictures.find(str(tmp_path / "table.parquet"))) == 0
         (tmp_path / "in/captions.jsonl").write_text('{"uid": "0", "caption": "a cow"}\n{"uid": "1", "caption": "a dog"}\n')
-        with pytest.raises(UserError, match="0: got the prompt 'a cow', expected that of the project, 'a cat'"):
+        with pytest.raises(UserError, match="0: got the prompt 'a cow', expected that of the project; name the picture"):
             pictures.add(opened, pictures.find(str(tmp_path / "in/*.png")))
+        write_pictures(tmp_path / "other", ["a cat", "a dog"], shade=7)
+        with pytest.raises(UserError, match="1: got another picture, expected that of the project; name the picture"):
+            pictures.add(opened, pictures.find(str(tmp_path / "other"))[1:])
+        lines = [{"image": "0.png", "prompt": "a cat", "priority": 3, "suggestion": {"words": [1]}}]
+        (tmp_path / "in/more.jsonl").write_text("".join(map(json.dumps, lines)))
+        assert pictures.add(opened, pictures.find(str(tmp_path / "in/more.jsonl")), {"0": RICH}) == 0
+        row = opened.items()[0]  # is given what it lacked
+        assert row["priority"] == 3 and json.loads(row["gold"]) == RICH and json.loads(row["suggestion"])["words"] == [1]
 
 
 def test_pictures_that_cannot_be_annotated_are_named(tmp_path):
@@ -317,14 +342,27 @@ def test_pictures_that_cannot_be_annotated_are_named(tmp_path):
     for uid, message in (
         ("../x", "uid: got '../x', expected a file name"),
         (".x", "uid: got '.x'"),
-        ("x" * 201, "uid: got"),
+        ("é" * 101, "uid: got"),
+        ("a\0b", "uid: got"),
     ):
         (tmp_path / "list.jsonl").write_text(json.dumps({"image": "in/0.png", "prompt": "a", "uid": uid}))
         with pytest.raises(UserError, match=message):
             pictures.find(str(tmp_path / "list.jsonl"))
     (tmp_path / "list.jsonl").write_text('{"image": "in/0.png", "prompt": "a"}\n{"image": "x/0.png", "prompt": "a"}')
-    with pytest.raises(UserError, match="got two pictures called '0', expected one; give each a \"uid\""):
-        pictures.find(str(tmp_path / "list.jsonl"))
+    for row, message in (
+        ({"priority": "high"}, "row 1: priority: got 'high', expected a number"),
+        ({"suggestion": {"words": [9]}}, "row 1: suggestion: words: got place 9, expected 0 to 0"),
+        ({"suggestion": [1]}, r"row 1: suggestion: suggestion: got \[1\], expected an object"),
+    ):
+        (tmp_path / "list.jsonl").write_text(json.dumps({"image": "in/0.png", "prompt": "a"} | row))
+        with pytest.raises(UserError, match=message):
+            pictures.find(str(tmp_path / "list.jsonl"))
+    twice, opened = [pictures.Source("0", "a", b"")] * 2, store.Store(tmp_path / "new", {})
+    with (
+        contextlib.closing(opened),
+        pytest.raises(UserError, match="got two pictures called '0', expected one; give each a"),
+    ):
+        pictures.add(opened, twice)
 
 
 # ---- Export ---------------------------------------------------------------------------------------------------------
@@ -386,17 +424,18 @@ def test_sides_are_shuffled_kept_and_told_to_nobody(tmp_path):
         sets = {name: pictures.find(str(tmp_path / name)) for name in ("before", "after")}
         assert pictures.add_pairs(opened, sets) == 12 and pictures.add_pairs(opened, sets) == 0
         client = TestClient(server.app(opened, accounts=True))
-        people = [opened.enter(opened.key(opened.invite(name))) for name in ("ada", "bob")]
+        people = [opened.enter(opened.key(opened.invite(name, name == "ada"))) for name in ("ada", "bob")]
         swapped = []
         for one in people:
-            client.cookies.set(server.COOKIE, opened.key(one.id))
+            client.cookies.set(server.cookie_name(opened), opened.key(one.id))
             for _ in range(12):
                 shown = client.get("/api/next").json()
                 assert "before" not in json.dumps(shown) and "after" not in json.dumps(shown)
                 swap = opened.swapped(shown["item"], one.id)
                 swapped.append(swap)
-                left = opened.picture(shown["item"], 0, one).name
-                assert left.startswith("b-" if swap else "a-")
+                first = json.loads(opened.one(shown["item"])["pictures"])
+                assert [opened.picture(shown["item"], side, one).name for side in (0, 1)] == (first[::-1] if swap else first)
+                assert opened.original(shown["item"], 0).name == first[0]
                 better = "left slightly better" if swap else "right slightly better"  # always the second set
                 opened.answer(shown["item"], one, {"response": better}, 0, 1.0)
         assert 4 < sum(swapped) < 20 and swapped[:12] != swapped[12:]
@@ -433,10 +472,17 @@ def test_nothing_is_seen_or_changed_without_the_right(site):
     assert stranger.get("/enter/1-00").status_code == 401
     assert ada.get("/api/next").json()["item"] == 1
     assert ada.get("/picture/1/0").headers["content-type"] == "image/png"
-    for path in ("/picture/2/0", "/picture/1/1", "/api/item/2", "/picture/1/-1"):
+    for path in (
+        "/picture/2/0",
+        "/picture/1/1",
+        "/api/item/2",
+        "/picture/1/-1",
+        f"/api/item/{10**30}",
+        f"/picture/{2**63}/0",
+    ):
         assert ada.get(path).status_code == 404, path
     assert bob.get("/picture/1/0").status_code == 404  # before it is given to bob
-    for path in ("/admin", "/admin/item/1"):
+    for path in ("/admin", "/admin/item/1", "/admin/picture/1/0"):
         assert ada.get(path).status_code == 403
     assert ada.post("/api/admin/pause", json={}).status_code == 403
     body = {"answer": RICH, "revision": 0, "seconds": 3}
@@ -465,14 +511,17 @@ def test_pages_escape_everything_and_let_nothing_in(site):
 
 def test_the_cookie_is_for_this_site_alone(tmp_path):
     opened, (ada, *_) = project(tmp_path)
-    for https in (False, True):
-        reply = TestClient(server.app(opened, accounts=True, https=https)).get(f"/enter/{opened.key(ada.id)}")
+    for url in ("", "https://a.example/"):
+        reply = TestClient(server.app(opened, accounts=True, url=url)).get(f"/enter/{opened.key(ada.id)}")
         cookie = reply.headers["set-cookie"].lower()
-        assert "httponly" in cookie and "samesite=strict" in cookie and ("secure" in cookie) == https
+        assert "httponly" in cookie and "samesite=strict" in cookie and ("secure" in cookie) == bool(url)
+        assert cookie.startswith(server.cookie_name(opened))  # of this project alone
+    other, _ = project(tmp_path / "other")
+    assert server.cookie_name(other) != server.cookie_name(opened)
 
 
 def test_requests_are_bounded(site):
-    _, clients, stranger = site
+    opened, clients, stranger = site
     ada = clients["ada"]
     ada.get("/api/next")
     big = {"answer": "x" * (server.MAX_BODY + 1)}
@@ -490,9 +539,14 @@ def test_requests_are_bounded(site):
         assert ada.post("/api/item/1/answer", json=body).status_code == 422, body
     assert ada.post("/api/item/1/skip", json={"reason": "dull", "revision": 0}).status_code == 422
     assert ada.post("/api/item/1/delete", json={}).status_code == 404
-    replies = [stranger.get("/static/annotate.css") for _ in range(server.BURST + 150)]
-    refused = [reply.headers["retry-after"] for reply in replies if reply.status_code == 429]
-    assert replies[0].status_code == 200 and set(refused) == {"1"}
+    lone = '{"revision": 0, "answer": {"scores": {"\\ud800": 1}}}'
+    assert ada.post("/api/item/1/answer", content=lone, headers={"content-type": "application/json"}).status_code == 422
+    for number in range(server.HOST_BURST + 300):  # another cookie each time makes nobody another one
+        stranger.cookies.set(server.cookie_name(opened), f"1-{number}")
+        reply = stranger.get("/static/annotate.css")
+        if reply.status_code == 429:
+            break
+    assert reply.headers["retry-after"] == "1" and ada.get("/api/next").status_code == 200
 
 
 def test_a_rate_recovers():
@@ -562,7 +616,7 @@ def test_gold_is_read_of_both_kinds(tmp_path, monkeypatch):
         with contextlib.closing(store.Store(tmp_path / kind, {"kind": kind})) as opened:
             values = types.SimpleNamespace(images=[str(tmp_path / "in")], names=[], gold=str(tmp_path / "gold.jsonl"))
             monkeypatch.setattr(commands.flags, "FLAGS", values)
-            commands._add(opened)
+            commands._add(opened, {str(tmp_path / "in"): pictures.find(str(tmp_path / "in"))})
             known = json.loads(opened.items()[1]["gold"])
         assert known == ({"right": True} if kind == "binary" else {key: RICH[key] for key in ("points", "scores", "words")})
 
@@ -575,7 +629,17 @@ def command(*arguments):
 
 
 def test_commands_say_what_is_wrong(tmp_path):
+    write_pictures(tmp_path / "in", [PROMPT])
+    images, port = f"--images={tmp_path}/in", "--port=0"
     for arguments, message in (
+        (
+            ["serve", f"--workdir={tmp_path}/b", images, port, "--qualify=5"],
+            "qualify: got 5 with 0 gold pictures, expected as",
+        ),
+        (
+            ["serve", f"--workdir={tmp_path}/a", images, port, "--annotators=ada,ada"],
+            "annotators: got ada, ada, expected differ",
+        ),
         (["dance"], "command: got 'dance', expected one of serve, add, export, choose, import"),
         (["serve", f"--workdir={tmp_path}/a", "--port=0"], "images: got none, expected --images=... for a new project"),
         (["export", f"--workdir={tmp_path}/a"], "expected an annotation project; `serve` makes one"),

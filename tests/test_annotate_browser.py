@@ -69,8 +69,7 @@ class Site:
         page.goto(f"http://127.0.0.1:{self.port}/enter/{self.store.key(self.store.invite(name))}")
         page.get_by_role("link", name="Begin").click()
         page.wait_for_selector(wait)
-        if self.store.settings.kind == "rich" and wait.startswith("#item"):
-            sync_api.expect(page.locator("#canvas")).to_have_attribute("width", re.compile(r"\d"))  # it is drawn
+        loaded(page)
         return page
 
     def answers(self, name="ada"):
@@ -102,6 +101,11 @@ def place(page, x, y):
 
 def submitted(page, count):
     sync_api.expect(page.locator("#progress")).to_have_text(re.compile(f"^{count} done"))
+    loaded(page)
+
+
+def loaded(page):
+    page.wait_for_selector("#item[aria-busy=false], #item[hidden]", state="attached")
 
 
 def near(found, expected):
@@ -168,6 +172,7 @@ def test_rich_by_keyboard_alone(site):
     page.wait_for_selector("text=your answer 2 of 2")
     page.keyboard.press("ArrowLeft")
     page.wait_for_selector("text=your answer 1 of 2")
+    loaded(page)
     press(page, "Backspace 1 Enter")  # back, and edited
     submitted(page, 2)
     assert one.answers()[0]["scores"]["overall"] == 1 and len(one.answers()) == 2
@@ -226,6 +231,46 @@ def test_a_draft_survives_a_reload_and_a_second_window(site):
     assert [row["state"] for row in one.store.work()] == ["done", "leased"]
 
 
+def test_a_draft_stays_with_its_picture(site):
+    """Back at once after a mark, and the arrow after a click on a score."""
+    one = site()
+    page = one.page()
+    press(page, "n Tab n 2 2 2 2 Enter")
+    submitted(page, 1)
+    page.mouse.click(*place(page, 0.25, 0.5))
+    page.locator("[data-score=plausibility] label", has_text="4").click()
+    press(page, "ArrowLeft")
+    page.wait_for_selector("text=your answer 1 of 1")
+    page.wait_for_timeout(700)
+    first, second = one.store.work()
+    assert first["draft"] is None and json.loads(first["answer"])["nothing"] == ["implausibility", "misalignment"]
+    draft = json.loads(second["draft"])["answer"]
+    assert draft["scores"] == {"plausibility": 4} and len(draft["points"]["implausibility"]) == 1
+    press(page, "ArrowRight")
+    page.wait_for_selector("text=your draft is back")
+
+
+def test_nothing_is_answered_before_the_picture_is_there(site):
+    one = site(kind="binary")
+    page = one.page()
+    page.keyboard.press("1")
+    submitted(page, 1)
+    waiting = []
+    page.route("**/picture/**", lambda route: waiting.append(route))
+    page.keyboard.press("1")
+    page.wait_for_selector("text=2 done")
+    page.wait_for_timeout(300)
+    press(page, "2 2")  # what is on the screen is not there yet
+    assert waiting and not page.locator("#left").evaluate("image => image.complete && image.naturalWidth")
+    page.wait_for_timeout(300)
+    assert len(one.answers()) == 2
+    waiting[-1].continue_()
+    loaded(page)
+    page.keyboard.press("2")
+    page.wait_for_selector("#empty:not([hidden])")
+    assert one.answers()[2] == {"right": False}
+
+
 def test_a_lost_connection_loses_nothing(site):
     one = site()
     page = one.page()
@@ -273,6 +318,7 @@ def test_binary_by_key_and_mouse(site):
     submitted(page, 2)
     press(page, "ArrowLeft")
     page.wait_for_selector("text=your answer 2 of 2")
+    loaded(page)
     assert page.locator(".choice.chosen").text_content().split()[-1] == "Wrong"
     page.keyboard.press("y")
     submitted(page, 2)

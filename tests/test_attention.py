@@ -64,9 +64,7 @@ def test_blocks_in_bfloat16_are_within_its_rounding():
     exact = inputs(12, 18)
     exact = [x.astype(jnp.float32) for x in arguments[:3]] + [*exact[3:5], arguments[5].astype(jnp.float32)]
     reference = outputs("plain", *exact)
-    for blocks, plain, wanted in zip(
-        outputs("blockwise", *arguments), outputs("plain", *arguments), reference, strict=True
-    ):
+    for blocks, plain, wanted in zip(outputs("blockwise", *arguments), outputs("plain", *arguments), reference, strict=True):
         rounding = 2**-8 * np.abs(wanted).max()
         assert np.abs(blocks - wanted).max() < max(2 * np.abs(plain - wanted).max(), rounding)
 
@@ -88,9 +86,7 @@ def test_the_form_for_gpus_equals_the_whole_matrix(monkeypatch, shape, everythin
     dtype, own = jnp.bfloat16, jax.nn.dot_product_attention
     if jax.default_backend() != "gpu":  # JAX's other form takes the same arguments
         dtype = jnp.float32
-        monkeypatch.setattr(
-            jax.nn, "dot_product_attention", lambda *args, implementation, **options: own(*args, **options)
-        )
+        monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *args, implementation, **options: own(*args, **options))
     query, key, value, bias, mask, cotangent = inputs(*SHAPES[shape], dtype)
     mask[:, 0] = True
     arguments = query, key, value, bias if everything else None, mask if everything else None, cotangent, everything

@@ -300,9 +300,7 @@ def test_references_travel_with_the_dataset(tmp_path):
     source = _sources(tmp_path, ["u0", "u1"])
     assert tasks.references(built()) == {}
     references = {"test": {"ceiling": {"score/plcc/overall": 0.9}}}
-    (tmp_path / "records" / "references.json").write_text(
-        json.dumps({"test": {"ceiling": {"score/plcc/overall": "x"}}})
-    )
+    (tmp_path / "records" / "references.json").write_text(json.dumps({"test": {"ceiling": {"score/plcc/overall": "x"}}}))
     with pytest.raises(ValueError, match=r"references.json: test.ceiling.score/plcc/overall: got 'x', expected a"):
         build.build(*source, tmp_path / "data")
     (tmp_path / "records" / "references.json").write_text(json.dumps(references))

@@ -133,8 +133,7 @@ def test_any_number_of_hosts_reads_the_same_global_batches(hosts, others):
 
     def joined(start, count, hosts):
         shards = [
-            _take(features.training_batches(task, 8, 2, start, rows=rows), count)
-            for rows in np.split(np.arange(8), hosts)
+            _take(features.training_batches(task, 8, 2, start, rows=rows), count) for rows in np.split(np.arange(8), hosts)
         ]
         assert all(len(batch["image"]) == 8 // hosts for shard in shards for batch in shard)
         steps = list(zip(*shards, strict=True))

@@ -47,9 +47,7 @@ def pieces(tmp_path_factory, unpacked):
         common = {"vocab_size": 60, "hard_vocab_limit": False, "model_type": "bpe", "minloglevel": 2}
         ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
         sentences = iter(texts * 3)
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=sentences, model_writer=model, **common | ids | changed
-        )
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=sentences, model_writer=model, **common | ids | changed)
         (folder / f"{name}.model").write_bytes(model.getvalue())
         found[name] = vocabulary.Vocabulary(folder / f"{name}.model")
     return found

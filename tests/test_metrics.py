@@ -13,11 +13,7 @@ from richhf_data.schema import HEATMAPS, SCORES
 
 KEYS = {
     *(f"score/{key}/{name}" for key in ("plcc", "srcc") for name in SCORES),
-    *(
-        f"heatmap/{key}/{name}"
-        for key in ("mse", "mse_empty", "cc", "kld", "sim", "nss", "auc_judd")
-        for name in HEATMAPS
-    ),
+    *(f"heatmap/{key}/{name}" for key in ("mse", "mse_empty", "cc", "kld", "sim", "nss", "auc_judd") for name in HEATMAPS),
     *(f"keywords/{kind}/{key}" for kind in ("micro", "per_prompt") for key in ("precision", "recall", "f1")),
     "num_examples",
 }
@@ -392,8 +388,7 @@ def test_table_shows_every_row_and_a_dash_for_what_is_missing(rng):
     ceiling = {f"score/{key}/{name}": 0.9 for key in ("plcc", "srcc") for name in SCORES[:3]}
     text = metrics.table({"this model": full, "ceiling": ceiling, "nothing": {"score/plcc/overall": None}})
     scores, implausibility, misalignment, words = (
-        [[cell.strip() for cell in line.split("|")[1:-1]] for line in block.splitlines()]
-        for block in text.split("\n\n")
+        [[cell.strip() for cell in line.split("|")[1:-1]] for line in block.splitlines()] for block in text.split("\n\n")
     )
     assert scores[0] == ["PLCC / SRCC", *SCORES, "mean"]
     assert scores[2] == ["this model", *["0.500 / 0.500"] * 5]

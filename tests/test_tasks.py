@@ -109,9 +109,7 @@ def test_postprocess_gives_the_truth():
 
 
 def test_evaluate_gives_every_key():
-    targets = [
-        tasks.postprocess("", example=_example(scores=np.full(4, i / 5, np.float32)), is_target=True) for i in (1, 2)
-    ]
+    targets = [tasks.postprocess("", example=_example(scores=np.full(4, i / 5, np.float32)), is_target=True) for i in (1, 2)]
     aux = {"scores": np.stack([t["scores"] for t in targets]), "heatmaps": np.zeros((2, 2, 2, 2), np.float32)}
     result = tasks.evaluate(targets, ["a café_0", "a café"], aux)
     assert set(result) == {

@@ -156,9 +156,7 @@ def make_folder(folder: pathlib.Path, name: str) -> pathlib.Path:
 
     unet, vae, text, schedule = MODELS[name]
     ids = write_tokenizer(folder.parent / f"{folder.name}_tokenizer")
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(
-        folder.parent / f"{folder.name}_tokenizer", model_max_length=77
-    )
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder.parent / f"{folder.name}_tokenizer", model_max_length=77)
     config = transformers.CLIPTextConfig(
         vocab_size=len(ids), bos_token_id=len(ids) - 2, eos_token_id=len(ids) - 1, pad_token_id=len(ids) - 1, **text
     )

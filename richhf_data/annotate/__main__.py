@@ -7,14 +7,15 @@
   python -m richhf_data.annotate import --label_studio=FILE --output=FILE
   python -m richhf_data.annotate COMMAND --help
 
-Serves on 127.0.0.1, to you alone. With --annotators=ada,bob each of them gets a personal link, and --host may be public;
-put a server that speaks https in front of it, and say --https.
+Serves on 127.0.0.1, to you alone. With --annotators=ada,bob each of them gets a personal link. Put a server that speaks
+https in front of it, and say where people find it: --url=https://feedback.example.org
 """
 
 import contextlib
 import json
 import pathlib
 import signal
+import sqlite3
 import sys
 
 from absl import flags
@@ -57,7 +58,9 @@ def _serve_flags() -> None:
     flags.DEFINE_list("annotators", [], "Names; each gets a personal link.")
     flags.DEFINE_string("host", "127.0.0.1", "The address to listen on.")
     ranges.flag("port", 8000, "The port; 0 takes a free one.", ranges.Range(0, 65535, whole=True))
-    flags.DEFINE_bool("https", False, "Behind a server that speaks https: the cookie is sent over it alone.")
+    flags.DEFINE_string(
+        "url", "", "Where people find it, behind a server of this machine that speaks https and passes it on."
+    )
 
 
 def serve() -> None:
@@ -71,18 +74,22 @@ def serve() -> None:
     if args.questions:
         given["questions"] = kinds.checked_questions(args.questions)
     workdir, accounts = pathlib.Path(args.workdir), bool(args.annotators)
+    reserved = [name for name in args.annotators if name in ("administrator", "local")]
+    if reserved or len(set(args.annotators)) != len(args.annotators):
+        expected = "different names, none of them administrator or local"
+        raise UserError(f"annotators: got {', '.join(args.annotators)}, expected {expected}")
     with contextlib.closing(server.listen(args.host, args.port, accounts)) as bound, paths.locked(workdir):
         is_new = not (workdir / store.FILE).is_file()
         if is_new and not args.images:
             raise UserError("images: got none, expected --images=... for a new project")
+        found = {one: pictures.find(one) for one in args.images}  # before a project is made
         if is_new and not accounts:
             given = {"wanted": 1} | given  # there is one annotator
         with contextlib.closing(store.Store(workdir, given)) as project:
-            _add(project)
-            if not project.items():
-                raise UserError("images: no picture can be annotated; the reasons are above")
-            port = bound.getsockname()[1]
-            address = f"http://{args.host}:{port}"
+            _add(project, found)
+            _check(project, len(args.annotators))
+            host = f"[{args.host}]" if ":" in args.host else args.host
+            address = args.url.rstrip("/") or f"http://{host}:{bound.getsockname()[1]}"
             if accounts:
                 for name, administrator in (("administrator", True), *((name, False) for name in args.annotators)):
                     key = project.key(project.invite(name, administrator))
@@ -90,17 +97,31 @@ def serve() -> None:
             else:
                 print(f"{address}       annotate\n{address}/admin progress")
             print("Ctrl+C stops; the same command goes on.", flush=True)
+            application = server.app(project, accounts, args.url, (args.host.strip("[]"), "127.0.0.1", "localhost", "::1"))
             with contextlib.suppress(KeyboardInterrupt):
-                server.run(server.app(project, accounts, args.https, (args.host, "127.0.0.1", "localhost")), bound)
+                server.run(application, bound, proxy=bool(args.url))
+
+
+def _check(project: store.Store, annotators: int) -> None:
+    """Refuses a project that cannot begin, and warns of one that cannot end."""
+    items, settings = project.items(), project.settings
+    if not items:
+        raise UserError("images: no picture can be annotated; the reasons are above")
+    gold = sum(row["gold"] is not None for row in items)
+    if settings.qualify > gold:
+        raise UserError(f"qualify: got {settings.qualify} with {gold} gold pictures, expected as many; give --gold")
+    people = [row for row in project.annotators() if not row["revoked"] and not row["administrator"]]
+    if annotators and settings.wanted > len({row["name"] for row in people} | set(flags.FLAGS.annotators)):
+        print(f"warning: each picture needs {settings.wanted} annotators; invite more, or lower --wanted", file=sys.stderr)
 
 
 def add() -> None:
     """Adds pictures to a project."""
     with contextlib.closing(store.Store(flags.FLAGS.workdir)) as project:
-        _add(project)
+        _add(project, {one: pictures.find(one) for one in flags.FLAGS.images})
 
 
-def _add(project: store.Store) -> None:
+def _add(project: store.Store, found: dict[str, list[pictures.Source]]) -> None:
     args = flags.FLAGS
     if not args.images:
         return
@@ -112,10 +133,10 @@ def _add(project: store.Store) -> None:
             raise UserError(
                 f"names: got {', '.join(names)} for {len(args.images)} --images, expected a different one for each"
             )
-        added = pictures.add_pairs(project, {name: pictures.find(one) for name, one in zip(names, args.images, strict=True)})
+        added = pictures.add_pairs(project, dict(zip(names, found.values(), strict=True)))
     else:
         gold = _gold(project) if args.gold else None
-        added = sum(pictures.add(project, pictures.find(one), gold) for one in args.images)
+        added = pictures.add(project, [one for each in found.values() for one in each], gold)
     print(f"{added} new items, {len(project.items())} in all")
     for name, reason in project.refused():
         print(f"left out: {name}: {reason}", file=sys.stderr)
@@ -199,7 +220,10 @@ COMMANDS = {
 
 def main() -> None:
     """Runs the command that was named."""
-    COMMANDS[_name][0]()
+    try:
+        COMMANDS[_name][0]()
+    except sqlite3.OperationalError as error:
+        raise UserError(f"workdir: {store.FILE}: {error}; make room there, or the right to write") from error
 
 
 def _read_arguments(argv: list[str]) -> list[str]:

@@ -30,7 +30,8 @@ def export(store: Store, output, picture_url: str | None = None) -> dict[str, in
     """
     output = pathlib.Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    items, work = {row["id"]: row for row in store.items()}, store.work()
+    rows, work = store.snapshot()
+    items = {row["id"]: row for row in rows}
     left_out = skipped(work)
     usable = [row for row in work if items[row["item"]]["gold"] is None]
     done = [row for row in usable if row["state"] == "done" and row["item"] not in left_out]

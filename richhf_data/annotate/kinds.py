@@ -66,10 +66,7 @@ def _rich(questions, prompt, value) -> dict:
     value = _object(value, "answer", ("points", WORDS, "nothing", "scores"))
     given = _object(value.get("points", {}), "points", schema.HEATMAPS)
     points = {name: _points(given.get(name, []), name) for name in schema.HEATMAPS if name in questions}
-    words = checked.conform(list[int], value.get(WORDS, []), WORDS) if WORDS in questions else []
-    count = len(keywords.tokenize(prompt))
-    if wrong := [place for place in words if not 0 <= place < count]:
-        raise UserError(f"words: got place {wrong[0]}, expected 0 to {count - 1}")
+    words = _places(prompt, value.get(WORDS, [])) if WORDS in questions else []
     nothing = checked.conform(list[str], value.get("nothing", []), "nothing")
     for name in nothing:
         if name not in schema.HEATMAPS:
@@ -90,7 +87,14 @@ def _rich(questions, prompt, value) -> dict:
                 raise UserError(f"{name}: got {str(score)[:80]}, expected {schema.LIKERT_LOW} to {schema.LIKERT_HIGH}")
             scores[name] = int(score)
     answer = {"points": points, "nothing": [name for name in schema.HEATMAPS if name in nothing], "scores": scores}
-    return answer | ({WORDS: sorted(set(words))} if WORDS in questions else {})
+    return answer | ({WORDS: words} if WORDS in questions else {})
+
+
+def _places(prompt: str, value) -> list[int]:
+    places, count = checked.conform(list[int], value, WORDS), len(keywords.tokenize(prompt))
+    if wrong := [place for place in places if not 0 <= place < count]:
+        raise UserError(f"words: got place {wrong[0]}, expected 0 to {count - 1}")
+    return sorted(set(places))
 
 
 def _points(value, name: str) -> list[list[float]]:
@@ -101,6 +105,14 @@ def _points(value, name: str) -> list[list[float]]:
         if len(point) != 2 or not all(0 <= place <= 1 for place in point):
             raise UserError(f"{name}: got the point {str(point)[:80]}, expected [x, y], fractions in [0, 1]")
     return [list(point) for point in points]
+
+
+def checked_suggestion(prompt: str, value) -> dict:
+    """A model's suggestion: points of each map, and places of words. Raises UserError for another form."""
+    value = _object(value, "suggestion", ("points", WORDS))
+    given = _object(value.get("points", {}), "points", schema.HEATMAPS)
+    points = {name: _points(given.get(name, []), name) for name in schema.HEATMAPS}
+    return {"points": points, WORDS: _places(prompt, value.get(WORDS, []))}
 
 
 def checked_questions(questions: Sequence[str]) -> tuple[str, ...]:

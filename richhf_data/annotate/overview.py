@@ -12,6 +12,7 @@ from richhf_data.annotate.store import Store
 
 ENOUGH = 10  # answers before an annotator is flagged
 QUICK = {"rich": 5.0, "binary": 0.7, "side_by_side": 1.0}  # seconds an item; a smaller median is flagged
+COMPARED = 200  # of an annotator's answers, the latest, with the others'
 _RATE_OVER = 3600.0  # seconds
 
 
@@ -19,12 +20,13 @@ def overview(store: Store, now: float | None = None) -> dict[str, Any]:
     """Progress, annotators, items that need a look, and pictures that could not be read.
 
     Returns:
-      {count, gold, finished, answers, wanted: numbers; eta: seconds or None; paused; annotators: a list of dicts; left_out: items
-      that most annotators skipped; refused: (name, reason); rows: the items}
+      {count, gold, finished, answers, wanted: numbers; eta: seconds or None; paused; annotators: a list of dicts; left_out:
+      items that most annotators skipped; refused: (name, reason); rows: the items, those that need answers first}
     """
     now = time.time() if now is None else now
-    items = {row["id"]: row for row in store.items()}
-    work = [dict(row) | {"answer": json.loads(row["answer"] or "null")} for row in store.work()]
+    rows, work = store.snapshot()
+    items = {row["id"]: row for row in rows}
+    work = [dict(row) | {"answer": json.loads(row["answer"] or "null")} for row in work]
     plain = [row for row in items.values() if row["gold"] is None]
     finished = sum(row["finished"] >= row["wanted"] for row in plain)
     ended = [row for row in work if row["state"] in ("done", "skipped") and items[row["item"]]["gold"] is None]
@@ -44,7 +46,7 @@ def overview(store: Store, now: float | None = None) -> dict[str, Any]:
         "annotators": _annotators(store, items, work),
         "left_out": [row for row in plain if row["id"] in left_out],
         "refused": store.refused(),
-        "rows": plain,
+        "rows": sorted(plain, key=lambda row: row["finished"] >= row["wanted"]),
     }
 
 
@@ -58,8 +60,9 @@ def skipped(work) -> set[int]:
 
 def _annotators(store: Store, items, work) -> list[dict[str, Any]]:
     kind, found = store.settings.kind, []
-    by_item = collections.defaultdict(list)
+    by_item, by_annotator = collections.defaultdict(list), collections.defaultdict(list)
     for row in work:
+        by_annotator[row["annotator"]].append(row)
         if row["state"] == "done":
             by_item[row["item"]].append(row)
     marks = {row["annotator"]: [] for row in work}
@@ -68,13 +71,13 @@ def _annotators(store: Store, items, work) -> list[dict[str, Any]]:
             marks[row["annotator"]].append(_marks(row["answer"]))
     every = [count for counts in marks.values() for count in counts]
     for person in store.annotators():
-        own = [row for row in work if row["annotator"] == person["id"]]
+        own = by_annotator[person["id"]]
         done = [row for row in own if row["state"] == "done"]
         gold = [kinds.agreement(kind, row["answer"], json.loads(items[row["item"]]["gold"])) for row in done
                 if items[row["item"]]["gold"] is not None]  # fmt: skip
         others = [
             kinds.agreement(kind, row["answer"], other["answer"])
-            for row in done
+            for row in sorted(done, key=lambda row: row["ended"])[-COMPARED:]
             for other in by_item[row["item"]]
             if other["annotator"] != person["id"] and items[row["item"]]["gold"] is None
         ]

@@ -12,12 +12,14 @@ A picture is named by its "uid", or else by its file without the extension.
 """
 
 import dataclasses
+import hashlib
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
 from tqdm.auto import tqdm
 
-from richhf_data import image_sources, images, input_files, jsonl, parquet, paths
+from richhf_data import checked, image_sources, images, input_files, jsonl, parquet, paths
+from richhf_data.annotate import kinds
 from richhf_data.annotate.store import PICTURES, New, Store
 from richhf_data.errors import UserError
 
@@ -62,24 +64,41 @@ def find(pattern: str) -> list[Source]:
             f"images: {len(without)} of {len(found)} pictures have no prompt: {', '.join(without[:_NAMED])}{more}; add them "
             'to captions.jsonl beside the pictures, one {"uid": name, "caption": prompt} a line'
         )
-    seen: set[str] = set()
     for one in found:
-        if not one.uid or pathlib.PurePosixPath(one.uid).name != one.uid or one.uid.startswith(".") or len(one.uid) > 200:
-            raise UserError(f"images: uid: got {one.uid[:200]!r}, expected a file name of 200 characters at most")
+        if not _is_name(one.uid):
+            raise UserError(f"images: uid: got {one.uid[:200]!r}, expected a file name of 200 bytes at most")
         if len(one.prompt) > MAX_PROMPT:
             raise UserError(
                 f"images: {one.uid}: got a prompt of {len(one.prompt):,} characters, expected {MAX_PROMPT:,} at most"
             )
-        if one.uid in seen:
-            raise UserError(f'images: got two pictures called {one.uid!r}, expected one; give each a "uid" in a .jsonl')
-        seen.add(one.uid)
     return found
 
 
+def _is_name(uid: str) -> bool:
+    plain = uid.isprintable() and jsonl.is_text(uid) and not uid.startswith(".")
+    return bool(uid) and plain and pathlib.PurePosixPath(uid).name == uid and len(uid.encode()) <= 200
+
+
+def _check_different(found: Sequence[Source]) -> None:
+    seen: set[str] = set()
+    for one in found:
+        if one.uid in seen:
+            raise UserError(f'images: got two pictures called {one.uid!r}, expected one; give each a "uid" in a .jsonl')
+        seen.add(one.uid)
+
+
 def _lines(path: pathlib.Path) -> Iterator[Source]:
-    for row in jsonl.read(path, "images", _EXPECTED, ("image", "prompt")):
-        file = path.parent / row["image"]
-        more = {name: value for name, value in row.items() if name in ("priority", "suggestion")}
+    for number, row in enumerate(jsonl.read(path, "images", _EXPECTED, ("image", "prompt")), 1):
+        file, where = path.parent / row["image"], f"images: {path} row {number}"
+        more = {}
+        if row.get("priority") is not None:
+            more["priority"] = checked.conform(float, row["priority"], f"{where}: priority")
+        if row.get("suggestion") is not None:
+            suggestion = dict(row["suggestion"]) if isinstance(row["suggestion"], dict) else row["suggestion"]
+            try:
+                more["suggestion"] = kinds.checked_suggestion(row["prompt"], suggestion)
+            except UserError as error:
+                raise UserError(f"{where}: suggestion: {error}") from error
         yield Source(str(row.get("uid") or file.stem), row["prompt"], file, more)
 
 
@@ -119,19 +138,21 @@ def add(store: Store, found: Sequence[Source], gold: Mapping[str, Mapping] | Non
 
     Args:
       gold: uid -> the known answer, of the pictures that have one.
+
+    Raises:
+      UserError: two pictures of one name; a name that is there of another picture or prompt; a known answer without picture.
     """
+    _check_different(found)
     gold, items = gold or {}, []
     if unknown := [uid for uid in gold if uid not in {one.uid for one in found}]:
         raise UserError(f"gold: got answers about {unknown[0]!r}, expected a picture of --images")
-    there = {row["uid"] for row in store.items()}
-    for one in tqdm(found, desc="pictures", unit="picture", disable=all(one.uid in there for one in found)):
-        if one.uid in there:
-            items.append(New(one.uid, one.prompt, ()))
-            continue
-        file = _copied(store, one.uid, one.data)
-        if file is not None:
-            more = {name: one.more[name] for name in ("priority", "suggestion") if name in one.more}
-            items.append(New(one.uid, one.prompt, (file,), gold=gold.get(one.uid), **more))
+    there = store.digests()
+    for one in tqdm(found, desc="pictures", unit="picture"):
+        read = _read(store, one)
+        if read is not None:
+            data, digest = read
+            file = () if one.uid in there else (_copied(store, one.uid, data),)
+            items.append(New(one.uid, one.prompt, file, digest=digest, gold=gold.get(one.uid), **one.more))
     return store.add(items)
 
 
@@ -139,35 +160,43 @@ def add_pairs(store: Store, sets: Mapping[str, Sequence[Source]]) -> int:
     """Adds an item for each pair of pictures of one prompt in the two sets; returns how many are new.
 
     Raises:
-      UserError: no two sets, or no prompt in common.
+      UserError: no two sets, no prompt in common, two pictures of one name in a set; a pair that is there of other pictures.
     """
     if len(sets) != 2:
         raise UserError(f"images: got {len(sets)} sets, expected two for side_by_side: --images=A --images=B")
     (first, ones), (second, others) = sets.items()
+    for each in sets.values():
+        _check_different(each)
     left: dict[str, list[Source]] = {}
     for other in others:
         left.setdefault(other.prompt, []).append(other)
     pairs = [(one, left[one.prompt].pop(0)) for one in ones if left.get(one.prompt)]
     if not pairs:
         raise UserError(f"images: {first} and {second} have no prompt in common, expected pictures of the same prompts")
-    items, there = [], {row["uid"] for row in store.items()}
+    items, there = [], store.digests()
     for one, other in tqdm(pairs, desc="pairs", unit="pair"):
-        uid = f"{one.uid} {other.uid}"
-        if uid in there:
-            continue
-        files = [_copied(store, f"{side}-{each.uid}", each.data) for side, each in (("a", one), ("b", other))]
-        if None not in files:
-            items.append(New(uid, one.prompt, tuple(files), names=(first, second)))
+        uid, read = f"{first}/{one.uid} {second}/{other.uid}", [_read(store, each) for each in (one, other)]
+        if None not in read:
+            files = () if uid in there else tuple(_copied(store, digest, data) for data, digest in read)
+            digest = " ".join(digest for _, digest in read)
+            items.append(New(uid, one.prompt, files, names=(first, second), digest=digest))
     return store.add(items)
 
 
-def _copied(store: Store, name: str, data: pathlib.Path | bytes) -> str | None:
-    """The name of the copy in the project's folder; None for a picture that does not decode."""
+def _read(store: Store, one: Source) -> tuple[bytes, str] | None:
+    """The encoded picture and its digest; None, and a note, for one that is no picture."""
     try:
-        plain, _, _ = images.plain(data if isinstance(data, bytes) else images.read_bytes(data))
+        data = one.data if isinstance(one.data, bytes) else images.read_bytes(one.data)
+        images.plain(data)
     except UserError as error:
-        store.refuse(name, str(error))
+        store.refuse(one.uid, str(error))
         return None
+    return data, hashlib.sha256(data).hexdigest()[:32]
+
+
+def _copied(store: Store, name: str, data: bytes) -> str:
+    """The name of the copy in the project's folder."""
+    plain, _, _ = images.plain(data)
     file = f"{name}.{'png' if images.extension(plain) == 'png' else 'jpg'}"
     paths.replace(store.folder / PICTURES / file, plain)
     return file

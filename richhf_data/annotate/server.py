@@ -9,6 +9,7 @@
   GET  /picture/ID/N             a picture of such an item
   GET  /guidelines               what to mark
   GET  /admin, /admin/item/ID    the administrator's pages
+  GET  /admin/picture/ID/N       a picture of any item
   POST /api/admin/ACTION         pause, resume, invite, renew, revoke, admit, another
 
 Everything that changes something needs the header X-Token, which other sites cannot send. An annotator sees the items that
@@ -22,6 +23,7 @@ import hmac
 import ipaddress
 import json
 import pathlib
+import re
 import socket
 import sqlite3
 import time
@@ -36,15 +38,14 @@ from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Respon
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from richhf_data import jsonl, keywords, schema
+from richhf_data import command, jsonl, keywords, schema
 from richhf_data.annotate import kinds, overview
 from richhf_data.annotate.store import Annotator, Refused, Store
 from richhf_data.errors import UserError
 
-COOKIE = "rahf_annotator"
 MAX_BODY = 256 * 1024  # bytes
 RATE, BURST = 30, 200  # requests a second of one annotator, and how many at once
-HOST_RATE, HOST_BURST = 600, 4000  # of one address, which a whole team may share
+HOST_RATE, HOST_BURST = 50, 400  # of one address, which a whole team may share before it has signed in
 _FOLDER = pathlib.Path(__file__).parent
 _HEADERS = {
     "content-security-policy": "default-src 'none'; img-src 'self' data:; style-src 'self'; script-src 'self'; "
@@ -74,15 +75,16 @@ class Rate:
         return 0.0 if left >= 1 else (1 - left) / self._rate
 
 
-def app(store: Store, accounts: bool, https: bool = False, hosts: tuple[str, ...] = ()) -> Starlette:
+def app(store: Store, accounts: bool, url: str = "", hosts: tuple[str, ...] = ()) -> Starlette:
     """The application.
 
     Args:
       accounts: annotators come by their links. If not, everybody who reaches the server is the one annotator "local", who
         is the administrator too.
-      https: send the cookie over https alone. hosts: the names that a request may give as its Host, without accounts.
+      url: where people find the server, for their links; "" takes what they asked for. With https, the cookie is sent over
+        https alone. hosts: the names that a request may give as its Host, without accounts.
     """
-    site = _Site(store, accounts, https, hosts)
+    site = _Site(store, accounts, url.rstrip("/"), hosts)
     get, post, put = ({"methods": [name]} for name in ("GET", "POST", "PUT"))
     routes = [
         Route("/", site.page, **get),
@@ -95,19 +97,26 @@ def app(store: Store, accounts: bool, https: bool = False, hosts: tuple[str, ...
         Route("/picture/{item:int}/{number:int}", site.picture, **get),
         Route("/admin", site.admin, **get),
         Route("/admin/item/{item:int}", site.admin_item, **get),
+        Route("/admin/picture/{item:int}/{number:int}", site.original, **get),
         Route("/api/admin/{action}", site.act, **post),
         Mount("/static", StaticFiles(directory=_FOLDER / "static")),
     ]
-    handlers = {Refused: _refused, UserError: _wrong, sqlite3.OperationalError: _database}
+    handlers = {Refused: _refused, UserError: _wrong, sqlite3.OperationalError: _database, Exception: _fault}
     application = Starlette(routes=routes, exception_handlers=handlers)
     application.add_middleware(_Guard, site=site)
     application.state.site = site
     return application
 
 
+def cookie_name(store: Store) -> str:
+    """The name of the session's cookie: cookies are of a host, on which each project has its own."""
+    return f"rahf_{hmac.digest(store.secret, b'cookie', 'sha256')[:6].hex()}"
+
+
 class _Site:
-    def __init__(self, store: Store, accounts: bool, https: bool, hosts: tuple[str, ...]):
-        self.store, self.accounts, self.https, self.hosts = store, accounts, https, hosts
+    def __init__(self, store: Store, accounts: bool, url: str, hosts: tuple[str, ...]):
+        self.store, self.accounts, self.url, self.hosts = store, accounts, url, hosts
+        self.cookie = cookie_name(store)
         self.of_address, self.of_annotator = Rate(HOST_RATE, HOST_BURST), Rate(RATE, BURST)
         self._local = None if accounts else store.invite("local", administrator=True)
         self.templates = jinja2.Environment(
@@ -120,7 +129,7 @@ class _Site:
 
     # ---- Who asks ---------------------------------------------------------------------------------------------------
     def _key(self, request: Request) -> str:
-        return request.cookies.get(COOKIE, "") if self.accounts else self.store.key(self._local)
+        return request.cookies.get(self.cookie, "") if self.accounts else self.store.key(self._local)
 
     def _token(self, key: str) -> str:
         return hmac.digest(self.store.secret, f"token {key}".encode(), "sha256").hex()
@@ -146,8 +155,9 @@ class _Site:
         if who is None:
             raise Refused(401, "This link has ended. Ask for a new one.")
         response = self.html("enter.html.jinja", who=who, settings=self.store.settings)
-        options = {"httponly": True, "samesite": "strict", "secure": self.https, "max_age": 90 * 86400}
-        response.set_cookie(COOKIE, request.path_params["key"], **options)
+        secure = self.url.startswith("https")
+        options = {"httponly": True, "samesite": "strict", "secure": secure, "max_age": 90 * 86400}
+        response.set_cookie(self.cookie, request.path_params["key"], **options)
         return response
 
     async def page(self, request: Request) -> Response:
@@ -161,6 +171,7 @@ class _Site:
             "radius": schema.POINT_RADIUS,
             "sides": list(schema.SIDES),
             "skips": kinds.SKIPS,
+            "beat": min(60.0, settings.lease_seconds / 3),
         }
         return self.html("annotate.html.jinja", who=who, settings=settings, setup=setup, heatmaps=schema.HEATMAPS)
 
@@ -173,8 +184,16 @@ class _Site:
         found = await run_in_threadpool(overview.overview, self.store)
         links = {row["id"]: self.store.key(row["id"]) for row in self.store.annotators()} if self.accounts else {}
         token = self._token(await run_in_threadpool(self._key, request))
-        base = str(request.base_url).rstrip("/")
-        values = {"found": found, "links": links, "token": token, "base": base, "settings": self.store.settings}
+        base, start = self.url or str(request.base_url).rstrip("/"), request.query_params.get("from", "")
+        start = int(start) if start.isascii() and start.isdecimal() and len(start) < 10 else 0
+        values = {
+            "found": found,
+            "links": links,
+            "token": token,
+            "base": base,
+            "settings": self.store.settings,
+            "start": start,
+        }
         return self.html("admin.html.jinja", **values)
 
     async def admin_item(self, request: Request) -> Response:
@@ -202,8 +221,8 @@ class _Site:
     # ---- Items ------------------------------------------------------------------------------------------------------
     def _shown(self, row, who: Annotator) -> dict:
         """What the browser may know of an item: not whether it is gold, and not which set a picture is of."""
-        pictures, answered = json.loads(row["pictures"]), self.store.answered(who)
-        return {
+        pictures = json.loads(row["pictures"])
+        return self._progress(who) | {
             "item": row["id"],
             "prompt": row["prompt"],
             "pieces": keywords.pieces(row["prompt"]),
@@ -214,19 +233,21 @@ class _Site:
             "reason": row["reason"],
             "revision": row["revision"],
             "suggestion": json.loads(row["suggestion"] or "null") if row["suggested"] else None,
-            "answered": answered,
-            "left": self.store.left(who),
         }
+
+    def _progress(self, who: Annotator) -> dict:
+        count, answered = self.store.answered(who)
+        return {"count": count, "answered": answered, "left": self.store.left(who)}
 
     def _next(self, who: Annotator) -> dict:
         try:
             row = self.store.next_item(who)
         except Refused as error:
-            return {"item": None, "message": str(error), "answered": self.store.answered(who), "left": 0}
+            return self._progress(who) | {"item": None, "message": str(error)}
         if row is not None:
             return self._shown(row, who)
         message = "You have seen all pictures that are open. Thank you! New ones appear here when there are any."
-        return {"item": None, "message": message, "answered": self.store.answered(who), "left": 0}
+        return self._progress(who) | {"item": None, "message": message}
 
     async def next(self, request: Request) -> Response:
         return JSONResponse(await run_in_threadpool(self._next, await self._who(request)))
@@ -238,15 +259,16 @@ class _Site:
 
     async def draft(self, request: Request) -> Response:
         who, body = await self._who(request, changes=True), await _body(request)
-        await run_in_threadpool(self.store.draft, request.path_params["item"], who, body.get("draft"))
-        return JSONResponse({"kept": True})
+        revision = _revision(body)
+        held = await run_in_threadpool(self.store.draft, request.path_params["item"], who, body.get("draft"), revision)
+        return JSONResponse({"held": held})
 
     async def end(self, request: Request) -> Response:
         who, body = await self._who(request, changes=True), await _body(request)
         item, action = request.path_params["item"], request.path_params["action"]
-        revision, seconds = body.get("revision", 0), body.get("seconds", 0)
-        if type(revision) is not int or not 0 <= revision < 2**31 or seconds not in kinds.SECONDS:
-            raise UserError(f"revision, seconds: got {revision!r:.40} and {seconds!r:.40}, expected numbers, 0 or more")
+        revision, seconds = _revision(body), body.get("seconds", 0)
+        if seconds not in kinds.SECONDS:
+            raise UserError(f"seconds: got {seconds!r:.40}, expected {kinds.SECONDS}")
         if action == "answer":
             ended = functools.partial(self.store.answer, item, who, body.get("answer"))
         elif action == "skip" and isinstance(body.get("reason"), str):
@@ -258,7 +280,15 @@ class _Site:
 
     async def picture(self, request: Request) -> Response:
         who = await self._who(request)
-        file = await run_in_threadpool(self.store.picture, request.path_params["item"], request.path_params["number"], who)
+        number = request.path_params["number"]
+        return self._sent(await run_in_threadpool(self.store.picture, request.path_params["item"], number, who))
+
+    async def original(self, request: Request) -> Response:
+        await self._who(request, administrator=True)
+        number = request.path_params["number"]
+        return self._sent(await run_in_threadpool(self.store.original, request.path_params["item"], number))
+
+    def _sent(self, file: pathlib.Path) -> Response:
         if not file.is_file():
             raise Refused(404, "The picture's file is gone.")
         return FileResponse(file, headers={"cache-control": "private, max-age=3600"})
@@ -278,6 +308,13 @@ class _Site:
         else:
             raise Refused(404, "There is no such action.")
         return JSONResponse({"done": True})
+
+
+def _revision(body: dict) -> int:
+    revision = body.get("revision", 0)
+    if type(revision) is not int or not 0 <= revision < 2**31:
+        raise UserError(f"revision: got {revision!r:.40}, expected a whole number, 0 or more")
+    return revision
 
 
 async def _body(request: Request) -> dict:
@@ -311,9 +348,12 @@ class _Guard:
                 message = message | {"headers": [*message["headers"], *more]}
             await send(message)
 
-        address = request.client.host if request.client else ""
-        wait = self.site.of_address.wait(address) or self.site.of_annotator.wait(request.cookies.get(COOKIE, address))
-        if wait:
+        address, key = request.client.host if request.client else "", request.cookies.get(self.site.cookie, "")
+        who = await run_in_threadpool(self.site.store.enter, key) if key else None
+        wait = self.site.of_annotator.wait(who.name) if who else self.site.of_address.wait(address)
+        if any(number >= 2**31 for number in map(int, re.findall(r"/(\d{1,4000})(?=/|$)", scope["path"]))):
+            response = _said(404, "There is no such page.")
+        elif wait:
             response = _said(429, "Too many requests at once. Wait a moment.", {"retry-after": str(int(wait) + 1)})
         elif not self.site.accounts and request.url.hostname not in self.site.hosts:
             response = _said(421, "This server is for its own machine alone.")
@@ -323,7 +363,11 @@ class _Guard:
 
 
 def _said(status: int, message: str, headers: dict | None = None) -> JSONResponse:
-    return JSONResponse({"error": message}, status, headers)
+    return JSONResponse({"error": command.printable(message)}, status, headers)
+
+
+def _fault(request: Request, error: Exception) -> Response:
+    return _said(500, "A fault of the server; its log has the reason. Your work is kept in this browser.")
 
 
 def _is_page(request: Request) -> bool:
@@ -377,9 +421,12 @@ def is_loopback(host: str) -> bool:
     return host == "localhost"
 
 
-def run(application: Starlette, bound: socket.socket) -> None:
-    """Serves until SIGINT or SIGTERM; requests that have begun are finished."""
-    config = uvicorn.Config(
-        application, log_level="warning", access_log=False, timeout_graceful_shutdown=5, proxy_headers=False
-    )
+def run(application: Starlette, bound: socket.socket, proxy: bool = False) -> None:
+    """Serves until SIGINT or SIGTERM; requests that have begun are finished.
+
+    Args:
+      proxy: a server of this machine passes the requests on, and says in X-Forwarded-For whose they are.
+    """
+    options = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 5}
+    config = uvicorn.Config(application, proxy_headers=proxy, forwarded_allow_ips="127.0.0.1", **options)
     uvicorn.Server(config).run(sockets=[bound])

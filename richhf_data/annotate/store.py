@@ -34,6 +34,8 @@ PICTURES = "pictures"  # the folder with copies of the pictures, named by uid
 VERSION = 1
 _APPLICATION = 0x52414846  # "RAHF": what SQLite keeps as application_id
 _BUSY_SECONDS = 30
+HISTORY = 300  # answers that an annotator can go back to
+_WORK = "SELECT work.*, annotators.name FROM work JOIN annotators ON annotators.id = annotator"
 
 _SCHEMA = """
 CREATE TABLE project (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
@@ -42,6 +44,7 @@ CREATE TABLE items (
   uid TEXT NOT NULL UNIQUE,
   prompt TEXT NOT NULL,
   pictures TEXT NOT NULL,           -- JSON: names of files in the folder of pictures
+  digest TEXT NOT NULL,             -- of the pictures as they were read
   names TEXT NOT NULL,              -- JSON: the sets that the pictures are of, side by side
   wanted INTEGER NOT NULL,
   taken INTEGER NOT NULL DEFAULT 0,     -- places: leased, done, skipped
@@ -51,13 +54,14 @@ CREATE TABLE items (
   priority REAL NOT NULL DEFAULT 0
 ) STRICT;
 CREATE INDEX open_items ON items (taken DESC, priority DESC, id) WHERE taken < wanted AND gold IS NULL;
+CREATE INDEX gold_items ON items (id) WHERE gold IS NOT NULL;
 CREATE TABLE annotators (
   id INTEGER PRIMARY KEY,
   name TEXT NOT NULL UNIQUE,
   generation INTEGER NOT NULL DEFAULT 0,  -- of the link: a new one ends the earlier ones
   administrator INTEGER NOT NULL DEFAULT 0,
   revoked INTEGER NOT NULL DEFAULT 0,
-  admitted INTEGER NOT NULL DEFAULT 0   -- past the qualification, by an administrator
+  admitted INTEGER                  -- 1 past the qualification, 0 not, NULL not yet known
 ) STRICT;
 CREATE TABLE work (
   item INTEGER NOT NULL REFERENCES items (id),
@@ -128,7 +132,6 @@ class Annotator:
     id: int
     name: str
     administrator: bool
-    admitted: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +142,7 @@ class New:
     prompt: str
     pictures: tuple[str, ...]
     names: tuple[str, ...] = ()
+    digest: str = ""
     gold: Mapping | None = None
     suggestion: Mapping | None = None
     priority: float = 0.0
@@ -169,6 +173,8 @@ class Store:
             self._open(file, given)
         except BaseException as error:
             self._db.close()
+            if isinstance(error, sqlite3.OperationalError):
+                raise UserError(f"workdir: {file}: {error}; make room there, or the right to write") from error
             if isinstance(error, sqlite3.DatabaseError):
                 raise UserError(
                     f"workdir: {file}: {error}; expected a project of this command; take another folder"
@@ -197,14 +203,17 @@ class Store:
         self.secret = bytes.fromhex(found.pop("secret"))
         found.pop("paused")
         self.settings = Settings(**found | {"questions": tuple(found["questions"])})
-        for name, value in (given or {}).items():
+        if not given:
+            return
+        for name, value in given.items():
             if name in ("kind", "questions") and value != getattr(self.settings, name):
                 there = getattr(self.settings, name)
                 raise UserError(f"{name}: got {value!r}, expected {there!r}, that of the project in {self.folder}")
-        self.settings = dataclasses.replace(self.settings, **given or {})
+        before, self.settings = self.settings, dataclasses.replace(self.settings, **given)
         with self._transaction() as db:
-            for key, value in dataclasses.asdict(self.settings).items():
+            for key, value in given.items():
                 db.execute("UPDATE project SET value = ? WHERE key = ?", (json.dumps(value), key))
+            db.execute("UPDATE items SET wanted = ? WHERE wanted = ?", (self.settings.wanted, before.wanted))
 
     def close(self) -> None:
         """Closes the database; what was begun by another thread is finished first."""
@@ -241,35 +250,43 @@ class Store:
         with self._transaction() as db:
             db.execute("UPDATE project SET value = ? WHERE key = 'paused'", (json.dumps(paused),))
 
-    def add(self, items: Sequence[New], wanted: int | None = None) -> int:
-        """Adds items that are not there yet; returns how many.
+    def digests(self) -> dict[str, str]:
+        """uid -> the digest of the pictures of each item that is there."""
+        return {row["uid"]: row["digest"] for row in self._rows("SELECT uid, digest FROM items")}
+
+    def add(self, items: Sequence[New]) -> int:
+        """Adds items; of those that are there, takes over the known answer, the suggestion and the priority.
+
+        Returns:
+          how many are new.
 
         Raises:
-          UserError: a uid that is there with another prompt.
+          UserError: a uid that is there with another prompt or other pictures.
         """
         added = 0
         with self._transaction() as db:
             for item in items:
-                there = db.execute("SELECT prompt FROM items WHERE uid = ?", (item.uid,)).fetchone()
-                if there and there["prompt"] != item.prompt:
-                    expected = f"that of the project, {there['prompt'][:80]!r}; name the picture otherwise"
-                    raise UserError(f"{item.uid}: got the prompt {item.prompt[:80]!r}, expected {expected}")
-                if there:
-                    continue
+                there = db.execute("SELECT * FROM items WHERE uid = ?", (item.uid,)).fetchone()
                 gold, suggestion = (None if one is None else json.dumps(one) for one in (item.gold, item.suggestion))
-                row = (
-                    item.uid,
-                    item.prompt,
-                    json.dumps(item.pictures),
-                    json.dumps(item.names),
-                    wanted or self.settings.wanted,
-                )
+                if there is None:
+                    files, names = json.dumps(item.pictures), json.dumps(item.names)
+                    row = (item.uid, item.prompt, files, item.digest, names, self.settings.wanted, gold, suggestion)
+                    db.execute(
+                        "INSERT INTO items (uid, prompt, pictures, digest, names, wanted, gold, suggestion, priority) "
+                        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                        (*row, item.priority),
+                    )
+                    added += 1
+                    continue
+                for name in ("prompt", "digest"):
+                    if there[name] != getattr(item, name):
+                        what = f"the prompt {item.prompt[:80]!r}" if name == "prompt" else "another picture"
+                        raise UserError(f"{item.uid}: got {what}, expected that of the project; name the picture otherwise")
                 db.execute(
-                    "INSERT INTO items (uid, prompt, pictures, names, wanted, gold, suggestion, priority) "
-                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                    (*row, gold, suggestion, item.priority),
+                    "UPDATE items SET gold = coalesce(?, gold), suggestion = coalesce(?, suggestion), priority = ? "
+                    "WHERE id = ?",
+                    (gold, suggestion, item.priority or there["priority"], there["id"]),
                 )
-                added += 1
         return added
 
     def refuse(self, name: str, reason: str) -> None:
@@ -339,8 +356,8 @@ class Store:
         with self._transaction() as db:
             db.execute("UPDATE work SET state = 'expired' WHERE state = 'leased' AND expires < ?", (now,))
             own = db.execute(
-                "SELECT item, state FROM work JOIN items ON id = item WHERE annotator = ? AND (state = 'leased' OR "
-                "(state = 'expired' AND (taken < wanted OR gold IS NOT NULL))) "
+                "SELECT item, state FROM work JOIN items ON id = item WHERE annotator = ? "
+                "AND state IN ('leased', 'expired') AND (state = 'leased' OR taken < wanted OR gold IS NOT NULL) "
                 "ORDER BY state = 'leased' DESC, began LIMIT 1",
                 (annotator.id,),
             ).fetchone()
@@ -351,12 +368,8 @@ class Store:
             item = own["item"] if own else self._choose(db, annotator)
             if item is None:
                 return None
-            shown = (
-                self.settings.suggest
-                and db.execute("SELECT suggestion IS NOT NULL AND gold IS NULL FROM items WHERE id = ?", (item,)).fetchone()[
-                    0
-                ]
-            )
+            (suggested,) = db.execute("SELECT suggestion IS NOT NULL FROM items WHERE id = ?", (item,)).fetchone()
+            shown = self.settings.suggest and suggested
             db.execute(
                 "INSERT INTO work (item, annotator, state, began, expires, suggested) VALUES (?, ?, 'leased', ?, ?, ?) "
                 "ON CONFLICT (item, annotator) DO UPDATE SET state = 'leased', expires = excluded.expires",
@@ -367,37 +380,44 @@ class Store:
     def _choose(self, db: sqlite3.Connection, annotator: Annotator) -> int | None:
         """The id of an item that the annotator has not seen: a gold one if it is its turn, else the one that is furthest."""
         seen = "id NOT IN (SELECT item FROM work WHERE annotator = :annotator)"
-        gold = db.execute(
-            f"SELECT id FROM items WHERE gold IS NOT NULL AND {seen} ORDER BY id LIMIT 1", {"annotator": annotator.id}
-        ).fetchone()
-        known = db.execute(
-            "SELECT answer, gold FROM work JOIN items ON id = item "
-            "WHERE annotator = ? AND gold IS NOT NULL AND state = 'done' ORDER BY ended",
-            (annotator.id,),
-        ).fetchall()
-        if len(known) < self.settings.qualify and gold:
-            return gold["id"]
-        tried = known[: self.settings.qualify]
-        if tried and not annotator.admitted and self._accuracy(tried) < self.settings.qualify_share:
+        values = {"annotator": annotator.id}
+        unseen = [row["id"] for row in db.execute(f"SELECT id FROM items WHERE gold IS NOT NULL AND {seen}", values)]
+        gold = min(unseen, key=lambda item: self._mac(f"gold {item} {annotator.id}"), default=None)
+        known = self._known(db, annotator)
+        (admitted,) = db.execute("SELECT admitted FROM annotators WHERE id = ?", (annotator.id,)).fetchone()
+        qualify = self.settings.qualify
+        if len(known) < qualify and gold:
+            return gold
+        if qualify and admitted == 0:
             raise Refused(403, "Thank you. Your answers differ from what this project looks for, so it ends here for you.")
         (others,) = db.execute(
             "SELECT count(*) FROM work JOIN items ON id = item WHERE annotator = ? AND gold IS NULL", (annotator.id,)
         ).fetchone()
-        due = others // max(self.settings.gold_every - 1, 1) > len(known) - self.settings.qualify
-        if gold and due:
-            return gold["id"]
+        if gold and others // (self.settings.gold_every - 1) > len(known) - qualify:
+            return gold
         row = db.execute(
             f"SELECT id FROM items WHERE taken < wanted AND gold IS NULL AND {seen} "
             "ORDER BY taken DESC, priority DESC, id LIMIT 1",
-            {"annotator": annotator.id},
+            values,
         ).fetchone()
         return row["id"] if row else None
 
-    def _accuracy(self, rows) -> float:
-        agreements = [
-            kinds.agreement(self.settings.kind, json.loads(row["answer"]), json.loads(row["gold"])) for row in rows
-        ]
-        return sum(agreements) / len(agreements)
+    def _known(self, db: sqlite3.Connection, annotator: Annotator) -> list[sqlite3.Row]:
+        """The gold items that the annotator ended, in that order."""
+        return db.execute(
+            "SELECT answer, gold FROM work JOIN items ON id = item "
+            "WHERE annotator = ? AND gold IS NOT NULL AND state IN ('done', 'skipped') ORDER BY ended",
+            (annotator.id,),
+        ).fetchall()
+
+    def _judge(self, db: sqlite3.Connection, annotator: Annotator) -> None:
+        """Decides once whether the annotator is admitted: after the last gold item of the qualification. A skip counts 0."""
+        known, kind = self._known(db, annotator)[: self.settings.qualify], self.settings.kind
+        if not self.settings.qualify or len(known) < self.settings.qualify:
+            return
+        shares = [kinds.agreement(kind, *map(json.loads, row)) if row["answer"] else 0.0 for row in known]
+        passed = int(sum(shares) / len(shares) >= self.settings.qualify_share)
+        db.execute("UPDATE annotators SET admitted = ? WHERE id = ? AND admitted IS NULL", (passed, annotator.id))
 
     def _item(self, db: sqlite3.Connection, item: int, annotator: int) -> sqlite3.Row | None:
         return db.execute(
@@ -417,34 +437,48 @@ class Store:
         return row
 
     def left(self, annotator: Annotator) -> int:
-        """How many items could still be given to the annotator now."""
-        query = "SELECT count(*) FROM items WHERE taken < wanted AND gold IS NULL AND id NOT IN "
-        return self._rows(query + "(SELECT item FROM work WHERE annotator = ? AND state != 'expired')", annotator.id)[0][0]
-
-    def answered(self, annotator: Annotator) -> list[int]:
-        """The items that the annotator answered or skipped, the latest last."""
-        rows = self._rows(
-            "SELECT item FROM work WHERE annotator = ? AND state IN ('done', 'skipped', 'late') ORDER BY ended, item",
-            annotator.id,
+        """How many items could still be given to the annotator now, with the one on the screen."""
+        query = "SELECT count(*) FROM items WHERE (taken < wanted OR gold IS NOT NULL) AND id NOT IN "
+        open_ones = self._rows(query + "(SELECT item FROM work WHERE annotator = ? AND state != 'expired')", annotator.id)[
+            0
+        ][0]
+        return (
+            open_ones + self._rows("SELECT count(*) FROM work WHERE annotator = ? AND state = 'leased'", annotator.id)[0][0]
         )
-        return [row["item"] for row in rows]
 
-    def draft(self, item: int, annotator: Annotator, draft) -> None:
-        """Keeps a draft and renews the lease.
+    def answered(self, annotator: Annotator) -> tuple[int, list[int]]:
+        """How many items the annotator answered or skipped, and the latest `HISTORY` of them, the last one last."""
+        query = "FROM work WHERE annotator = ? AND state IN ('done', 'skipped', 'late')"
+        rows = self._rows(f"SELECT item {query} ORDER BY ended DESC, item DESC LIMIT {HISTORY}", annotator.id)
+        count = self._rows(f"SELECT count(*) {query}", annotator.id)[0][0]
+        return count, [row["item"] for row in reversed(rows)]
+
+    def draft(self, item: int, annotator: Annotator, draft, revision: int) -> bool:
+        """Keeps a draft, and renews the lease, or takes it again if a place is free.
+
+        Args:
+          draft: None keeps the one that is there. revision: of the work as the browser read it; a draft of an earlier one is
+            dropped.
+
+        Returns:
+          whether the annotator still holds a place.
 
         Raises:
           Refused: the item was never on this annotator's screen.
         """
-        text = json.dumps(draft)
+        text = None if draft is None else json.dumps(draft)
         with self._transaction() as db:
             row = self._item(db, item, annotator.id)
             if row is None:
                 raise Refused(404, "There is no such picture for you.")
-            expires = self._clock() + self.settings.lease_seconds
-            db.execute(
-                "UPDATE work SET draft = ?, expires = ? WHERE item = ? AND annotator = ?",
-                (text, expires, item, annotator.id),
-            )
+            free = row["gold"] is not None or row["taken"] < row["wanted"]
+            state = "leased" if row["state"] == "expired" and free else row["state"]
+            if row["revision"] == revision:
+                db.execute(
+                    "UPDATE work SET draft = coalesce(?, draft), expires = ?, state = ? WHERE item = ? AND annotator = ?",
+                    (text, self._clock() + self.settings.lease_seconds, state, item, annotator.id),
+                )
+            return state != "expired"
 
     def answer(self, item: int, annotator: Annotator, value, revision: int, seconds: float) -> tuple[str, int]:
         """Keeps an answer, or replaces this annotator's earlier one; the same answer twice is kept once.
@@ -488,34 +522,51 @@ class Store:
                 "reason = ?, draft = NULL, revision = revision + 1 WHERE item = ? AND annotator = ?",
                 (state, self._clock(), seconds, answer, reason, item, annotator.id),
             )
+            if row["gold"] is not None:
+                self._judge(db, annotator)
             return state, row["revision"] + 1
 
     def picture(self, item: int, number: int, annotator: Annotator) -> pathlib.Path:
         """The file of a picture as the annotator sees them: side by side, 0 is the left one.
 
         Raises:
-          Refused: the annotator never had it on the screen, and is no administrator.
+          Refused: the annotator never had it on the screen.
         """
-        if annotator.administrator:
-            rows = self._rows("SELECT pictures FROM items WHERE id = ?", item)
-            files = json.loads(rows[0]["pictures"]) if rows else []
-        else:
-            files = json.loads(self.item(item, annotator)["pictures"])
-            files = files[::-1] if self.swapped(item, annotator.id) else files
+        row = self.item(item, annotator)
+        files = json.loads(row["pictures"])
+        return self._file(files[::-1] if self.swapped(item, annotator.id) else files, number)
+
+    def original(self, item: int, number: int) -> pathlib.Path:
+        """The file of a picture, for the administrator: side by side in the order of the sets."""
+        return self._file(json.loads(self.one(item)["pictures"]), number)
+
+    def _file(self, files: list[str], number: int) -> pathlib.Path:
         if not 0 <= number < len(files):
             raise Refused(404, "There is no such picture for you.")
         return self.folder / PICTURES / files[number]
 
     def swapped(self, item: int, annotator: int) -> bool:
         """Whether this annotator sees the two pictures of an item in the other order; always the same."""
-        digest = hmac.digest(self.secret, f"sides {item} {annotator}".encode(), "sha256")
-        return self.settings.kind == "side_by_side" and bool(digest[0] & 1)
+        return self.settings.kind == "side_by_side" and bool(self._mac(f"sides {item} {annotator}")[0] & 1)
+
+    def _mac(self, text: str) -> bytes:
+        return hmac.digest(self.secret, text.encode(), "sha256")
 
     # ---- For the administrator, and out -----------------------------------------------------------------------------
     def another_opinion(self, item: int) -> None:
         """Asks one more annotator about an item."""
         with self._transaction() as db:
             db.execute("UPDATE items SET wanted = max(wanted, finished) + 1 WHERE id = ?", (item,))
+
+    def snapshot(self) -> tuple[list[sqlite3.Row], list[sqlite3.Row]]:
+        """`items` and `work` of one moment."""
+        with self._lock:
+            self._db.execute("BEGIN")
+            try:
+                items = self._db.execute("SELECT * FROM items ORDER BY id").fetchall()
+                return items, self._db.execute(f"{_WORK} ORDER BY item, annotator").fetchall()
+            finally:
+                self._db.execute("COMMIT")
 
     def items(self) -> list[sqlite3.Row]:
         """All items, in the order in which they were added."""
@@ -531,8 +582,7 @@ class Store:
     def work(self, item: int | None = None) -> list[sqlite3.Row]:
         """The work of all annotators, with their names, or that on one item; ordered by item and annotator."""
         which = "" if item is None else "WHERE item = ?"
-        joined = "SELECT work.*, annotators.name FROM work JOIN annotators ON annotators.id = annotator"
-        return self._rows(f"{joined} {which} ORDER BY item, annotator", *(() if item is None else (item,)))
+        return self._rows(f"{_WORK} {which} ORDER BY item, annotator", *(() if item is None else (item,)))
 
 
 def _is_id(text: str) -> bool:
@@ -540,4 +590,4 @@ def _is_id(text: str) -> bool:
 
 
 def _annotator(row: sqlite3.Row) -> Annotator:
-    return Annotator(row["id"], row["name"], bool(row["administrator"]), bool(row["admitted"]))
+    return Annotator(row["id"], row["name"], bool(row["administrator"]))

@@ -24,8 +24,8 @@ async function call(method, path, body) {
   const headers = { accept: "application/json", "x-token": setup.token };
   if (body !== undefined) headers["content-type"] = "application/json";
   const response = await fetch(path, { method, headers, body: body === undefined ? undefined : JSON.stringify(body) });
-  const value = await response.json();
-  if (!response.ok) throw Object.assign(new Error(value.error || response.statusText), { status: response.status });
+  const value = await response.json().catch(() => ({}));
+  if (!response.ok) throw Object.assign(new Error(value.error || `${response.status} ${response.statusText}`), { status: response.status });
   return value;
 }
 
@@ -58,30 +58,37 @@ const kept = (name) => { try { return JSON.parse(localStorage.getItem(stored(nam
 const forget = (name) => localStorage.removeItem(stored(name));
 let draftTimer = null;
 
+let unsent = null; // {number, draft, revision}
+
 function changed() {
-  const draft = { answer, at: Date.now() };
-  keep(item.item, draft);
+  unsent = { number: item.item, draft: { answer, at: Date.now() }, revision: item.revision };
+  keep(item.item, unsent.draft);
   clearTimeout(draftTimer);
-  draftTimer = setTimeout(() => sendDraft(item.item, draft), 400);
+  draftTimer = setTimeout(sendDraft, 400);
   show();
 }
 
-async function sendDraft(number, draft) {
+async function sendDraft() { // what has not been sent yet; nothing of it only renews the lease
+  if (!item && !unsent) return;
+  clearTimeout(draftTimer);
+  const sent = unsent, { number, draft, revision } = unsent || { number: item.item, draft: null, revision: item.revision };
   try {
-    await call("PUT", `/api/item/${number}/draft`, { draft });
+    const { held } = await call("PUT", `/api/item/${number}/draft`, { draft, revision });
+    if (unsent === sent) unsent = null;
     offline(null);
-    if (item && item.item === number && !sending) say("saved");
+    if (!item || item.item !== number || sending) return;
+    if (!held) say("Others have this picture by now; your answer will be kept beside theirs.");
+    else if (draft) say("saved");
   } catch (error) {
     if (!passes(error)) { problem(error.message); return; }
     offline(error);
-    clearTimeout(draftTimer);
-    draftTimer = setTimeout(() => item && item.item === number && !sending && sendDraft(number, kept(number) || draft), 3000);
+    draftTimer = setTimeout(sendDraft, 3000);
   }
 }
 
 setInterval(() => { // a sign of life, so that nobody else gets the item
-  if (item && !document.hidden && !sending && item.state === "leased") sendDraft(item.item, { answer, at: Date.now() });
-}, 60000);
+  if (item && !sending && item.state === "leased") sendDraft();
+}, 1000 * setup.beat);
 
 // ---- Items ----------------------------------------------------------------------------------------------------------
 const blank = () => (rich ? { points: { implausibility: [], misalignment: [] }, words: [], nothing: [], scores: {} } : {});
@@ -92,7 +99,8 @@ function openItem(given) {
   $("empty").hidden = Boolean(item);
   problem("");
   [undone, done, chosen, cross, seconds, sending] = [[], [], null, null, 0, false];
-  answered = given.answered;
+  [answered, count] = [given.answered, given.count];
+  window.scrollTo(0, 0);
   if (!item) { $("message").textContent = given.message; navigation(); return; }
   const [mine, server] = [kept(item.item), item.draft];
   const draft = mine && (!server || mine.at >= server.at) ? mine : server;
@@ -101,14 +109,14 @@ function openItem(given) {
   if ($("prompt")) $("prompt").textContent = item.prompt;
   if (rich) { words(); picture(); } else { pictures(); }
   const n = answered.indexOf(item.item);
-  $("progress").textContent = n < 0 ? `${answered.length} done, ${item.left} to do` : `your answer ${n + 1} of ${answered.length}`;
+  $("progress").textContent = n < 0 ? `${count} done, ${item.left} to do` : `your answer ${count - answered.length + n + 1} of ${count}`;
   const again = { late: "Others finished this picture first; your answer is kept.", skipped: "You skipped this picture." }[item.state];
   say(again || (draft ? "your draft is back" : ""));
   show();
   if (rich) $("canvas").focus({ preventScroll: true });
 }
 
-let answered = []; // the items that one has answered, the latest last
+let answered = [], count = 0; // the latest items that one has answered, the last one last; how many there are in all
 const place = () => (item ? answered.indexOf(item.item) : -1);
 
 function navigation() {
@@ -119,6 +127,7 @@ function navigation() {
 
 async function go(step) {
   if (sending) return;
+  if (unsent) await sendDraft();
   const n = place();
   const to = n < 0 ? answered.length + (step < 0 ? -1 : 0) : n + step;
   try {
@@ -132,6 +141,7 @@ async function end(action, body) {
   if (!item || sending) return;
   sending = true;
   clearTimeout(draftTimer);
+  unsent = null;
   const pending = { item: item.item, action, body: { ...body, revision: item.revision, seconds: Math.round(10 * seconds) / 10 } };
   keep("pending", pending);
   say("sending…");
@@ -187,7 +197,10 @@ function show() {
   draw();
 }
 
+const ready = () => Boolean(item) && !sending && loaded;
+
 function change(edit) {
+  if (!ready()) return;
   undone.push(JSON.stringify(answer));
   done = [];
   edit();
@@ -196,7 +209,7 @@ function change(edit) {
 }
 
 function travel(from, to) {
-  if (!from.length) return;
+  if (!ready() || !from.length) return;
   to.push(JSON.stringify(answer));
   answer = JSON.parse(from.pop());
   chosen = null;
@@ -209,7 +222,7 @@ function missing() {
 }
 
 function submit() {
-  if (!item || sending) return;
+  if (!ready()) return;
   const left = missing();
   if (left.length) {
     const help = KINDS.some((name) => left.includes(name)) ? " Mark something, or say that there is nothing to mark." : "";
@@ -223,7 +236,7 @@ function submit() {
 }
 
 function choose(value) {
-  if (!item || sending) return;
+  if (!ready()) return;
   answer = setup.kind === "binary" ? { right: value === "true" } : { response: value };
   keep(item.item, { answer, at: Date.now() });
   show();
@@ -239,6 +252,7 @@ function words() {
     button.className = "word";
     button.textContent = text;
     button.dataset.place = number;
+    button.tabIndex = number ? -1 : 0; // tab reaches the words once; arrows move among them
     button.setAttribute("aria-pressed", "false");
     if (item.suggestion && (item.suggestion.words || []).includes(number)) button.classList.add("suggested");
     button.addEventListener("click", () => change(() => {
@@ -272,16 +286,34 @@ function score(name, value) {
 const image = new Image();
 const view = { zoom: 1, x: 0.5, y: 0.5 }; // the part of the picture in the canvas's middle
 
+let loaded = false; // all pictures of the item; nothing can be answered before
+
+function load(elements) {
+  loaded = false;
+  $("item").setAttribute("aria-busy", "true");
+  let missing = elements.length;
+  elements.forEach((element, number) => {
+    element.onload = () => {
+      missing -= 1;
+      loaded = !missing;
+      $("item").setAttribute("aria-busy", String(!loaded));
+      draw();
+    };
+    element.onerror = () => problem("The picture cannot be loaded. Check the connection and reload, or skip it as broken.");
+    element.removeAttribute("src");
+    element.src = item.pictures[number];
+  });
+}
+
 function pictures() {
-  const sides = setup.kind === "binary" ? ["left"] : ["left", "right"];
-  sides.forEach((side, number) => { $(side).src = item.pictures[number]; });
+  load(setup.kind === "binary" ? [$("left")] : [$("left"), $("right")]);
 }
 
 function picture() {
   Object.assign(view, { zoom: 1, x: 0.5, y: 0.5 });
-  image.onload = draw;
-  image.onerror = () => problem("The picture cannot be loaded. Check the connection and reload, or skip it as broken.");
-  image.src = item.pictures[0];
+  const canvas = $("canvas");
+  canvas.getContext("2d").clearRect(0, 0, canvas.width, canvas.height);
+  load([image]);
 }
 
 function geometry() { // of the picture on the canvas, in pixels of the page
@@ -329,7 +361,7 @@ function remove(point) {
 }
 
 function draw() {
-  if (!rich || !item || !image.complete || !image.naturalWidth) return;
+  if (!rich || !item || !loaded) return;
   const canvas = $("canvas"), dots = window.devicePixelRatio || 1;
   const { left, top, width, height, box } = geometry();
   if (canvas.width !== Math.round(box.width * dots) || canvas.height !== Math.round(box.height * dots)) {
@@ -393,7 +425,7 @@ function listenToPointers() {
   const canvas = $("canvas"), down = new Map();
   let held = null, moved = false, before = null, pinched = false;
   canvas.addEventListener("pointerdown", (event) => {
-    if (!item || event.button === 2) return;
+    if (!ready() || event.button === 2) return;
     canvas.setPointerCapture(event.pointerId);
     down.set(event.pointerId, event);
     if (down.size === 1) {
@@ -433,7 +465,7 @@ function listenToPointers() {
   canvas.addEventListener("pointercancel", up);
   canvas.addEventListener("contextmenu", (event) => {
     event.preventDefault();
-    remove(nearest(spot(event), Math.max(HIT, setup.radius * geometry().height)));
+    if (ready()) remove(nearest(spot(event), Math.max(HIT, setup.radius * geometry().height)));
   });
   canvas.addEventListener("wheel", (event) => {
     event.preventDefault();
@@ -453,12 +485,16 @@ function canvasKey(event) { // whether it was one of the picture's
     show();
   } else if (event.key === " " && cross) {
     add(cross);
-  } else if (event.key === "Tab" && !event.shiftKey && markKinds.length > 1) {
-    kind = markKinds[(markKinds.indexOf(kind) + 1) % markKinds.length];
-    show();
-    say(`marking ${kind}`);
+  } else if (event.key === "Tab" && markKinds[markKinds.indexOf(kind) + (event.shiftKey ? -1 : 1)]) { // the last one leaves
+    mark(markKinds[markKinds.indexOf(kind) + (event.shiftKey ? -1 : 1)]);
   } else { return false; }
   return true;
+}
+
+function mark(name) {
+  kind = name;
+  show();
+  say(`marking ${kind}`);
 }
 
 function wordKey(event) {
@@ -510,6 +546,7 @@ function richKey(event, control) {
   } else if (name === "Delete") remove(chosen);
   else if (name === "u" || (control && name === "z")) travel(undone, done);
   else if (name === "r" || (control && (name === "y" || name === "Z"))) travel(done, undone);
+  else if (name === "k" && kind) mark(markKinds[(markKinds.indexOf(kind) + 1) % markKinds.length]);
   else if (name === "n") nothing(kind || "misalignment");
   else if (name === "p") { cross = cross || { x: 0.5, y: 0.5 }; $("canvas").focus(); draw(); }
   else if (name === "w" && document.querySelector(".word")) document.querySelector(".word").focus();
@@ -525,6 +562,7 @@ document.addEventListener("keydown", key);
 document.addEventListener("click", (event) => { // by a pointer: enter shall submit, and not press the same button again
   const button = event.target.closest("button");
   if (event.detail && button) button.blur();
+  if (event.detail && event.target.matches(".score input, .score span")) document.activeElement.blur();
 });
 for (const name of ["pointermove", "keydown", "pointerdown", "wheel"]) {
   document.addEventListener(name, () => { lastActive = performance.now(); }, { passive: true });
@@ -564,4 +602,8 @@ window.addEventListener("storage", (event) => { // another window of the same an
   if (item && event.key === stored(item.item) && event.newValue === null && !sending) start();
 });
 const pending = kept("pending");
-if (pending) send(pending); else start();
+if (pending) {
+  $("empty").hidden = false;
+  $("message").textContent = "Sending your last answer…";
+  send(pending);
+} else { start(); }
