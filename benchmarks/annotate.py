@@ -147,7 +147,7 @@ def run(
             drawn[one.prompt] = one
             cv2.imwrite(str(folder / f"{one.uid}.png"), one.image[..., ::-1])
             lines.append(json.dumps({"image": f"{one.uid}.png", "prompt": one.prompt}))
-    (folder / "list.jsonl").write_text("\n".join(lines))
+    (folder / "list.jsonl").write_text("\n".join(lines), encoding="utf-8")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
