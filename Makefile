@@ -21,7 +21,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 
 test: lint
-	$(BIN)/python -m pytest -n 3 --dist=loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder
 
 # The image scan as an Apache Beam pipeline, on the direct runner: Beam wants other versions than constraints.txt.
 test-beam:

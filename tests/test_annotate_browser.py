@@ -186,6 +186,19 @@ def test_rich_by_keyboard_alone(site):
         assert page.locator(dialog).is_hidden()
 
 
+def test_the_other_keys(site):
+    """k, zoom in, out and fit, undo and redo with control, the score that was taken back."""
+    one = site()
+    page = one.page()
+    press(page, "p k + + Shift+ArrowRight Space - - 0")  # a step is as much shorter as the zoom is larger
+    press(page, "Space Control+z Control+z Control+y Control+z Control+Shift+z k n")
+    press(page, "5 Backspace 1 2 3 4 Enter")
+    submitted(page, 1)
+    (answer,) = one.answers()
+    near(answer["points"]["misalignment"], [[0.5 + 0.1 / 1.5**2, 0.5]])
+    assert answer["nothing"] == ["implausibility"] and list(answer["scores"].values()) == [1, 2, 3, 4]
+
+
 def test_zoomed_points_land_on_the_right_pixel(site):
     one = site()
     page = one.page()

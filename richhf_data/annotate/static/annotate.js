@@ -512,7 +512,7 @@ function key(event) {
     return;
   }
   const control = event.ctrlKey || event.metaKey;
-  if (event.altKey || (control && !["z", "Z", "y"].includes(event.key))) return;
+  if (event.altKey || (control && !["z", "y"].includes(event.key.toLowerCase()))) return;
   const target = event.target, onButton = target.matches("button:not(.word), a, summary");
   let took = true;
   if (!item) took = event.key === "ArrowLeft" ? Boolean(go(-1)) : dialogKey(event.key);
@@ -538,14 +538,14 @@ function dialogKey(name) {
 }
 
 function richKey(event, control) {
-  const name = event.key;
+  const name = event.key, lower = name.toLowerCase();
   if (name >= "1" && name <= "5") score(scoreNames.find((one) => !answer.scores[one]), Number(name));
   else if (name === "Backspace") {
     const last = scoreNames.filter((one) => answer.scores[one]).pop();
     if (last) change(() => { answer.scores = { ...answer.scores }; delete answer.scores[last]; });
   } else if (name === "Delete") remove(chosen);
-  else if (name === "u" || (control && name === "z")) travel(undone, done);
-  else if (name === "r" || (control && (name === "y" || name === "Z"))) travel(done, undone);
+  else if (name === "u" || (control && lower === "z" && !event.shiftKey)) travel(undone, done);
+  else if (name === "r" || (control && (lower === "y" || lower === "z"))) travel(done, undone);
   else if (name === "k" && kind) mark(markKinds[(markKinds.indexOf(kind) + 1) % markKinds.length]);
   else if (name === "n") nothing(kind || "misalignment");
   else if (name === "p") { cross = cross || { x: 0.5, y: 0.5 }; $("canvas").focus(); draw(); }
