@@ -272,9 +272,10 @@ def test_nothing_is_answered_before_the_picture_is_there(site):
     page.route("**/picture/**", lambda route: waiting.append(route))
     page.keyboard.press("1")
     page.wait_for_selector("text=2 done")
-    page.wait_for_timeout(300)
+    while not waiting:
+        page.wait_for_timeout(50)
     press(page, "2 2")  # what is on the screen is not there yet
-    assert waiting and not page.locator("#left").evaluate("image => image.complete && image.naturalWidth")
+    assert not page.locator("#left").evaluate("image => image.complete && image.naturalWidth")
     page.wait_for_timeout(300)
     assert len(one.answers()) == 2
     waiting[-1].continue_()
