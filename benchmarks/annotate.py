@@ -162,17 +162,15 @@ def run(
 
     server = start()
     try:
-        while not (folder / "project" / store.FILE).exists():
-            time.sleep(0.1)
         deadline = time.monotonic() + 120
-        while True:
-            with contextlib.closing(store.Store(folder / "project")) as project:
-                people = {row["name"]: row["id"] for row in project.annotators()}
-                if len(people) > annotators:
-                    keys, cookie = {name: project.key(people[name]) for name in names}, server_pages.cookie_name(project)
-                    break
-            assert time.monotonic() < deadline, "the server did not start"
+        while True:  # it listens when the project is made and its annotators are invited
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            assert time.monotonic() < deadline and server.poll() is None, "the server did not start"
             time.sleep(0.1)
+        with contextlib.closing(store.Store(folder / "project")) as project:
+            people = {row["name"]: row["id"] for row in project.annotators()}
+            keys, cookie = {name: project.key(people[name]) for name in names}, server_pages.cookie_name(project)
         team = Team(port, drawn, patience, lease, cookie)
         threads = [threading.Thread(target=annotate, args=(team, name, keys[name], i)) for i, name in enumerate(names)]
         for thread in threads:

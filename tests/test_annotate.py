@@ -256,11 +256,12 @@ def test_the_overview_flags_who_works_badly(tmp_path):
 
 # ---- Projects -------------------------------------------------------------------------------------------------------
 def test_a_folder_of_another_project_is_refused(tmp_path):
-    store.Store(tmp_path / "one", {"kind": "binary"}).close()
+    store.Store(tmp_path / "one", {"kind": "binary", "question": "Which isn't it?"}).close()
     with pytest.raises(UserError, match="kind: got 'rich', expected 'binary', that of the project in"):
         store.Store(tmp_path / "one", {"kind": "rich"})
     with contextlib.closing(store.Store(tmp_path / "one", {"wanted": 5})) as again:
         assert (again.settings.kind, again.settings.wanted) == ("binary", 5)
+        assert again.settings.question == "Which isn't it?"
     with contextlib.closing(sqlite3.connect(tmp_path / "one" / store.FILE)) as database:
         database.execute("PRAGMA user_version = 99")
     with pytest.raises(UserError, match="has version 99, expected 1; use the code that wrote it"):

@@ -144,15 +144,15 @@ def add(store: Store, found: Sequence[Source], gold: Mapping[str, Mapping] | Non
     """
     _check_different(found)
     gold, items = gold or {}, []
-    if unknown := [uid for uid in gold if uid not in {one.uid for one in found}]:
-        raise UserError(f"gold: got answers about {unknown[0]!r}, expected a picture of --images")
+    if unknown := gold.keys() - {one.uid for one in found}:
+        raise UserError(f"gold: got answers about {min(unknown)!r}, expected a picture of --images")
     there = store.digests()
     for one in tqdm(found, desc="pictures", unit="picture"):
-        read = _read(store, one)
+        read = _read(store, one, there.get(one.uid))
         if read is not None:
-            data, digest = read
-            file = () if one.uid in there else (_copied(store, one.uid, data),)
-            items.append(New(one.uid, one.prompt, file, digest=digest, gold=gold.get(one.uid), **one.more))
+            digest, plain = read
+            files = () if one.uid in there else (_copied(store, one.uid, plain),)
+            items.append(New(one.uid, one.prompt, files, digest=digest, gold=gold.get(one.uid), **one.more))
     return store.add(items)
 
 
@@ -175,28 +175,28 @@ def add_pairs(store: Store, sets: Mapping[str, Sequence[Source]]) -> int:
         raise UserError(f"images: {first} and {second} have no prompt in common, expected pictures of the same prompts")
     items, there = [], store.digests()
     for one, other in tqdm(pairs, desc="pairs", unit="pair"):
-        uid, read = f"{first}/{one.uid} {second}/{other.uid}", [_read(store, each) for each in (one, other)]
+        uid = f"{first}/{one.uid} {second}/{other.uid}"
+        known = there.get(uid, " ").split(" ")
+        read = [_read(store, each, digest) for each, digest in zip((one, other), known, strict=True)]
         if None not in read:
-            files = () if uid in there else tuple(_copied(store, digest, data) for data, digest in read)
-            digest = " ".join(digest for _, digest in read)
-            items.append(New(uid, one.prompt, files, names=(first, second), digest=digest))
+            files = () if uid in there else tuple(_copied(store, *each) for each in read)
+            items.append(New(uid, one.prompt, files, names=(first, second), digest=" ".join(digest for digest, _ in read)))
     return store.add(items)
 
 
-def _read(store: Store, one: Source) -> tuple[bytes, str] | None:
-    """The encoded picture and its digest; None, and a note, for one that is no picture."""
+def _read(store: Store, one: Source, known: str | None) -> tuple[str, bytes | None] | None:
+    """A picture's digest, and as browsers show it, unless the digest is known; None, and a note, for what is no picture."""
     try:
         data = one.data if isinstance(one.data, bytes) else images.read_bytes(one.data)
-        images.plain(data)
+        digest = hashlib.sha256(data).hexdigest()[:32]
+        return digest, None if digest == known else images.plain(data)[0]
     except UserError as error:
         store.refuse(one.uid, str(error))
         return None
-    return data, hashlib.sha256(data).hexdigest()[:32]
 
 
-def _copied(store: Store, name: str, data: bytes) -> str:
-    """The name of the copy in the project's folder."""
-    plain, _, _ = images.plain(data)
+def _copied(store: Store, name: str, plain: bytes) -> str:
+    """The name of the picture's file in the project's folder."""
     file = f"{name}.{'png' if images.extension(plain) == 'png' else 'jpg'}"
     paths.replace(store.folder / PICTURES / file, plain)
     return file

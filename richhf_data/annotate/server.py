@@ -23,22 +23,21 @@ import hmac
 import ipaddress
 import json
 import pathlib
-import re
 import socket
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-import jinja2
 import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.convertors import IntegerConvertor, register_url_convertor
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from richhf_data import command, jsonl, keywords, schema
+from richhf_data import command, drawing, jsonl, keywords, schema
 from richhf_data.annotate import kinds, overview
 from richhf_data.annotate.store import Annotator, Refused, Store
 from richhf_data.errors import UserError
@@ -85,19 +84,20 @@ def app(store: Store, accounts: bool, url: str = "", hosts: tuple[str, ...] = ()
         https alone. hosts: the names that a request may give as its Host, without accounts.
     """
     site = _Site(store, accounts, url.rstrip("/"), hosts)
+    register_url_convertor("id", _Id())
     get, post, put = ({"methods": [name]} for name in ("GET", "POST", "PUT"))
     routes = [
         Route("/", site.page, **get),
         Route("/enter/{key}", site.enter, **get),
         Route("/guidelines", site.guidelines, **get),
         Route("/api/next", site.next, **get),
-        Route("/api/item/{item:int}", site.item, **get),
-        Route("/api/item/{item:int}/draft", site.draft, **put),
-        Route("/api/item/{item:int}/{action:str}", site.end, **post),
-        Route("/picture/{item:int}/{number:int}", site.picture, **get),
+        Route("/api/item/{item:id}", site.item, **get),
+        Route("/api/item/{item:id}/draft", site.draft, **put),
+        Route("/api/item/{item:id}/{action}", site.end, **post),
+        Route("/picture/{item:id}/{number:id}", site.picture, **get),
         Route("/admin", site.admin, **get),
-        Route("/admin/item/{item:int}", site.admin_item, **get),
-        Route("/admin/picture/{item:int}/{number:int}", site.original, **get),
+        Route("/admin/item/{item:id}", site.admin_item, **get),
+        Route("/admin/picture/{item:id}/{number:id}", site.original, **get),
         Route("/api/admin/{action}", site.act, **post),
         Mount("/static", StaticFiles(directory=_FOLDER / "static")),
     ]
@@ -108,9 +108,15 @@ def app(store: Store, accounts: bool, url: str = "", hosts: tuple[str, ...] = ()
     return application
 
 
+class _Id(IntegerConvertor):
+    """A number of a row in a path; longer ones are of no page."""
+
+    regex = "[0-9]{1,9}"
+
+
 def cookie_name(store: Store) -> str:
     """The name of the session's cookie: cookies are of a host, on which each project has its own."""
-    return f"rahf_{hmac.digest(store.secret, b'cookie', 'sha256')[:6].hex()}"
+    return f"rahf_{store.mac('cookie')[:6].hex()}"
 
 
 class _Site:
@@ -119,25 +125,20 @@ class _Site:
         self.cookie = cookie_name(store)
         self.of_address, self.of_annotator = Rate(HOST_RATE, HOST_BURST), Rate(RATE, BURST)
         self._local = None if accounts else store.invite("local", administrator=True)
-        self.templates = jinja2.Environment(
-            loader=jinja2.FileSystemLoader(_FOLDER),
-            autoescape=True,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            undefined=jinja2.StrictUndefined,
-        )
+        self.templates = drawing.templates(_FOLDER)
 
     # ---- Who asks ---------------------------------------------------------------------------------------------------
-    def _key(self, request: Request) -> str:
-        return request.cookies.get(self.cookie, "") if self.accounts else self.store.key(self._local)
+    def visitor(self, cookies: Mapping[str, str]) -> tuple[str, Annotator | None]:
+        """The key of a request's cookie, and whose it is; without accounts those of "local"."""
+        key = cookies.get(self.cookie, "") if self.accounts else self.store.key(self._local)
+        return key, self.store.enter(key)
 
     def _token(self, key: str) -> str:
-        return hmac.digest(self.store.secret, f"token {key}".encode(), "sha256").hex()
+        return self.store.mac(f"token {key}").hex()
 
-    async def _who(self, request: Request, changes: bool = False, administrator: bool = False) -> Annotator:
-        """The annotator of a request. Raises Refused without one, or without the right."""
-        key = await run_in_threadpool(self._key, request)
-        who = await run_in_threadpool(self.store.enter, key)
+    def _who(self, request: Request, changes: bool = False, administrator: bool = False) -> Annotator:
+        """The annotator of a request, as `_Guard` found them. Raises Refused without one, or without the right."""
+        key, who = request.state.visitor
         if who is None:
             raise Refused(401, "You are not signed in, or your link has ended. Open your personal link again.")
         if administrator and not who.administrator:
@@ -161,12 +162,12 @@ class _Site:
         return response
 
     async def page(self, request: Request) -> Response:
-        who, settings = await self._who(request), self.store.settings
+        who, settings = self._who(request), self.store.settings
         setup = {
             "kind": settings.kind,
             "questions": settings.questions,
             "question": settings.question,
-            "token": self._token(await run_in_threadpool(self._key, request)),
+            "token": self._token(request.state.visitor[0]),
             "draft_name": f"{self._token('project')[:12]}-{who.id}",
             "radius": schema.POINT_RADIUS,
             "sides": list(schema.SIDES),
@@ -176,14 +177,14 @@ class _Site:
         return self.html("annotate.html.jinja", who=who, settings=settings, setup=setup, heatmaps=schema.HEATMAPS)
 
     async def guidelines(self, request: Request) -> Response:
-        await self._who(request)
+        self._who(request)
         return self.html("guidelines.html.jinja", settings=self.store.settings)
 
     async def admin(self, request: Request) -> Response:
-        await self._who(request, administrator=True)
+        self._who(request, administrator=True)
         found = await run_in_threadpool(overview.overview, self.store)
         links = {row["id"]: self.store.key(row["id"]) for row in self.store.annotators()} if self.accounts else {}
-        token = self._token(await run_in_threadpool(self._key, request))
+        token = self._token(request.state.visitor[0])
         base, start = self.url or str(request.base_url).rstrip("/"), request.query_params.get("from", "")
         start = int(start) if start.isascii() and start.isdecimal() and len(start) < 10 else 0
         values = {
@@ -197,7 +198,7 @@ class _Site:
         return self.html("admin.html.jinja", **values)
 
     async def admin_item(self, request: Request) -> Response:
-        await self._who(request, administrator=True)
+        self._who(request, administrator=True)
         number = request.path_params["item"]
         item = await run_in_threadpool(self.store.one, number)
         work = [row for row in await run_in_threadpool(self.store.work, number) if row["state"] != "leased"]
@@ -212,7 +213,7 @@ class _Site:
         values |= {"pictures": range(len(json.loads(item["pictures"]))), "scores": schema.SCORES}
         return self.html(
             "admin_item.html.jinja",
-            token=self._token(await run_in_threadpool(self._key, request)),
+            token=self._token(request.state.visitor[0]),
             radius=100 * schema.POINT_RADIUS,
             settings=self.store.settings,
             **values,
@@ -250,21 +251,21 @@ class _Site:
         return self._progress(who) | {"item": None, "message": message}
 
     async def next(self, request: Request) -> Response:
-        return JSONResponse(await run_in_threadpool(self._next, await self._who(request)))
+        return JSONResponse(await run_in_threadpool(self._next, self._who(request)))
 
     async def item(self, request: Request) -> Response:
-        who = await self._who(request)
+        who = self._who(request)
         row = await run_in_threadpool(self.store.item, request.path_params["item"], who)
         return JSONResponse(await run_in_threadpool(self._shown, row, who))
 
     async def draft(self, request: Request) -> Response:
-        who, body = await self._who(request, changes=True), await _body(request)
+        who, body = self._who(request, changes=True), await _body(request)
         revision = _revision(body)
         held = await run_in_threadpool(self.store.draft, request.path_params["item"], who, body.get("draft"), revision)
         return JSONResponse({"held": held})
 
     async def end(self, request: Request) -> Response:
-        who, body = await self._who(request, changes=True), await _body(request)
+        who, body = self._who(request, changes=True), await _body(request)
         item, action = request.path_params["item"], request.path_params["action"]
         revision, seconds = _revision(body), body.get("seconds", 0)
         if seconds not in kinds.SECONDS:
@@ -279,12 +280,12 @@ class _Site:
         return JSONResponse({"state": state, "revision": revision, "next": await run_in_threadpool(self._next, who)})
 
     async def picture(self, request: Request) -> Response:
-        who = await self._who(request)
+        who = self._who(request)
         number = request.path_params["number"]
         return self._sent(await run_in_threadpool(self.store.picture, request.path_params["item"], number, who))
 
     async def original(self, request: Request) -> Response:
-        await self._who(request, administrator=True)
+        self._who(request, administrator=True)
         number = request.path_params["number"]
         return self._sent(await run_in_threadpool(self.store.original, request.path_params["item"], number))
 
@@ -295,7 +296,7 @@ class _Site:
 
     # ---- The administrator's actions --------------------------------------------------------------------------------
     async def act(self, request: Request) -> Response:
-        await self._who(request, changes=True, administrator=True)
+        self._who(request, changes=True, administrator=True)
         body, action, store = await _body(request), request.path_params["action"], self.store
         number, name = body.get("id"), body.get("name")
         if action in ("pause", "resume"):
@@ -348,12 +349,11 @@ class _Guard:
                 message = message | {"headers": [*message["headers"], *more]}
             await send(message)
 
-        address, key = request.client.host if request.client else "", request.cookies.get(self.site.cookie, "")
-        who = await run_in_threadpool(self.site.store.enter, key) if key else None
+        key, who = await run_in_threadpool(self.site.visitor, request.cookies)
+        request.state.visitor = key, who
+        address = request.client.host if request.client else ""
         wait = self.site.of_annotator.wait(who.name) if who else self.site.of_address.wait(address)
-        if any(number >= 2**31 for number in map(int, re.findall(r"/(\d{1,4000})(?=/|$)", scope["path"]))):
-            response = _said(404, "There is no such page.")
-        elif wait:
+        if wait:
             response = _said(429, "Too many requests at once. Wait a moment.", {"retry-after": str(int(wait) + 1)})
         elif not self.site.accounts and request.url.hostname not in self.site.hosts:
             response = _said(421, "This server is for its own machine alone.")

@@ -185,16 +185,14 @@ class Store:
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")  # an answer that was confirmed survives a loss of power
         self._db.execute("PRAGMA foreign_keys = ON")
-        (application,) = self._db.execute("PRAGMA application_id").fetchone()
-        (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        empty = not self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-        if empty and given is not None:
-            begin = f"PRAGMA application_id = {_APPLICATION}; PRAGMA user_version = {VERSION};"
-            self._db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} {begin} COMMIT;")
-            values = dataclasses.asdict(Settings(**given)) | {"secret": secrets.token_hex(32), "paused": False}
-            with self._transaction() as db:
-                pairs = [(key, json.dumps(value)) for key, value in values.items()]
-                db.executemany("INSERT INTO project VALUES (?, ?)", pairs)
+        self._db.execute("BEGIN")  # so that all three are of one moment
+        application, version, tables = (
+            self._db.execute(query).fetchone()[0]
+            for query in ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
+        )
+        self._db.execute("COMMIT")
+        if not tables and given is not None:
+            self._create(Settings(**given))
         elif application != _APPLICATION:
             raise UserError(f"workdir: {file} is the database of another program, expected a project; take another folder")
         elif version != VERSION:
@@ -214,6 +212,14 @@ class Store:
             for key, value in given.items():
                 db.execute("UPDATE project SET value = ? WHERE key = ?", (json.dumps(value), key))
             db.execute("UPDATE items SET wanted = ? WHERE wanted = ?", (self.settings.wanted, before.wanted))
+
+    def _create(self, settings: Settings) -> None:
+        """Makes the tables and the settings in one transaction."""
+        values = dataclasses.asdict(settings) | {"secret": secrets.token_hex(32), "paused": False}
+        texts = {key: json.dumps(value).replace("'", "''") for key, value in values.items()}
+        rows = ", ".join(f"('{key}', '{text}')" for key, text in texts.items())
+        begin = f"PRAGMA application_id = {_APPLICATION}; PRAGMA user_version = {VERSION};"
+        self._db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} INSERT INTO project VALUES {rows}; {begin} COMMIT;")
 
     def close(self) -> None:
         """Closes the database; what was begun by another thread is finished first."""
@@ -316,14 +322,16 @@ class Store:
     def key(self, annotator: int) -> str:
         """The secret part of an annotator's link. It cannot be guessed; `renew` and `revoke` end it."""
         (row,) = self._rows("SELECT generation FROM annotators WHERE id = ?", annotator)
-        mac = hmac.digest(self.secret, f"link {annotator} {row['generation']}".encode(), "sha256")
+        mac = self.mac(f"link {annotator} {row['generation']}")
         return f"{annotator}-{mac[:24].hex()}"
 
     def enter(self, key: str) -> Annotator | None:
         """The annotator of a link's key; None if there is none, or it was revoked."""
         number = key.partition("-")[0]
         rows = self._rows("SELECT * FROM annotators WHERE id = ? AND NOT revoked", int(number)) if _is_id(number) else []
-        return _annotator(rows[0]) if rows and hmac.compare_digest(self.key(rows[0]["id"]).encode(), key.encode()) else None
+        if not rows or not hmac.compare_digest(self.key(rows[0]["id"]).encode(), key.encode()):
+            return None
+        return Annotator(rows[0]["id"], rows[0]["name"], bool(rows[0]["administrator"]))
 
     def renew(self, annotator: int) -> None:
         """Ends an annotator's link in favour of a new one, and undoes a revocation."""
@@ -382,7 +390,7 @@ class Store:
         seen = "id NOT IN (SELECT item FROM work WHERE annotator = :annotator)"
         values = {"annotator": annotator.id}
         unseen = [row["id"] for row in db.execute(f"SELECT id FROM items WHERE gold IS NOT NULL AND {seen}", values)]
-        gold = min(unseen, key=lambda item: self._mac(f"gold {item} {annotator.id}"), default=None)
+        gold = min(unseen, key=lambda item: self.mac(f"gold {item} {annotator.id}"), default=None)
         known = self._known(db, annotator)
         (admitted,) = db.execute("SELECT admitted FROM annotators WHERE id = ?", (annotator.id,)).fetchone()
         qualify = self.settings.qualify
@@ -419,10 +427,12 @@ class Store:
         passed = int(sum(shares) / len(shares) >= self.settings.qualify_share)
         db.execute("UPDATE annotators SET admitted = ? WHERE id = ? AND admitted IS NULL", (passed, annotator.id))
 
-    def _item(self, db: sqlite3.Connection, item: int, annotator: int) -> sqlite3.Row | None:
-        return db.execute(
-            "SELECT * FROM work JOIN items ON id = item WHERE item = ? AND annotator = ?", (item, annotator)
-        ).fetchone()
+    def _item(self, db: sqlite3.Connection, item: int, annotator: int) -> sqlite3.Row:
+        query = "SELECT * FROM work JOIN items ON id = item WHERE item = ? AND annotator = ?"
+        row = db.execute(query, (item, annotator)).fetchone()
+        if row is None:
+            raise Refused(404, "There is no such picture for you.")
+        return row
 
     def item(self, item: int, annotator: Annotator) -> sqlite3.Row:
         """An item that the annotator has or had on the screen, with their work.
@@ -431,20 +441,17 @@ class Store:
           Refused: there is none.
         """
         with self._lock:
-            row = self._item(self._db, item, annotator.id)
-        if row is None:
-            raise Refused(404, "There is no such picture for you.")
-        return row
+            return self._item(self._db, item, annotator.id)
 
     def left(self, annotator: Annotator) -> int:
         """How many items could still be given to the annotator now, with the one on the screen."""
-        query = "SELECT count(*) FROM items WHERE (taken < wanted OR gold IS NOT NULL) AND id NOT IN "
-        open_ones = self._rows(query + "(SELECT item FROM work WHERE annotator = ? AND state != 'expired')", annotator.id)[
-            0
-        ][0]
-        return (
-            open_ones + self._rows("SELECT count(*) FROM work WHERE annotator = ? AND state = 'leased'", annotator.id)[0][0]
+        (row,) = self._rows(
+            "SELECT (SELECT count(*) FROM items WHERE (taken < wanted OR gold IS NOT NULL) AND id NOT IN "
+            "(SELECT item FROM work WHERE annotator = ?1 AND state != 'expired')) + "
+            "(SELECT count(*) FROM work WHERE annotator = ?1 AND state = 'leased')",
+            annotator.id,
         )
+        return row[0]
 
     def answered(self, annotator: Annotator) -> tuple[int, list[int]]:
         """How many items the annotator answered or skipped, and the latest `HISTORY` of them, the last one last."""
@@ -469,8 +476,6 @@ class Store:
         text = None if draft is None else json.dumps(draft)
         with self._transaction() as db:
             row = self._item(db, item, annotator.id)
-            if row is None:
-                raise Refused(404, "There is no such picture for you.")
             free = row["gold"] is not None or row["taken"] < row["wanted"]
             state = "leased" if row["state"] == "expired" and free else row["state"]
             if row["revision"] == revision:
@@ -492,11 +497,8 @@ class Store:
         Raises:
           UserError: a wrong answer. Refused: no such item, or it was answered in another window meanwhile.
         """
-        with self._lock:
-            row = self._item(self._db, item, annotator.id)
-        if row is None:
-            raise Refused(404, "There is no such picture for you.")
-        checked = json.dumps(kinds.check(self.settings.kind, self.settings.questions, row["prompt"], value))
+        prompt = self.item(item, annotator)["prompt"]
+        checked = json.dumps(kinds.check(self.settings.kind, self.settings.questions, prompt, value))
         return self._end(item, annotator, "done", revision, seconds, answer=checked)
 
     def skip(self, item: int, annotator: Annotator, reason: str, revision: int, seconds: float) -> tuple[str, int]:
@@ -508,8 +510,6 @@ class Store:
     def _end(self, item, annotator, state, revision, seconds, answer=None, reason=None) -> tuple[str, int]:
         with self._transaction() as db:
             row = self._item(db, item, annotator.id)
-            if row is None:
-                raise Refused(404, "There is no such picture for you.")
             if row["state"] in ("done", "skipped", "late"):
                 if (row["answer"], row["reason"]) == (answer, reason):
                     return row["state"], row["revision"]
@@ -547,9 +547,10 @@ class Store:
 
     def swapped(self, item: int, annotator: int) -> bool:
         """Whether this annotator sees the two pictures of an item in the other order; always the same."""
-        return self.settings.kind == "side_by_side" and bool(self._mac(f"sides {item} {annotator}")[0] & 1)
+        return self.settings.kind == "side_by_side" and bool(self.mac(f"sides {item} {annotator}")[0] & 1)
 
-    def _mac(self, text: str) -> bytes:
+    def mac(self, text: str) -> bytes:
+        """32 bytes that depend on the text and the project, and that nobody else can compute."""
         return hmac.digest(self.secret, text.encode(), "sha256")
 
     # ---- For the administrator, and out -----------------------------------------------------------------------------
@@ -587,7 +588,3 @@ class Store:
 
 def _is_id(text: str) -> bool:
     return text.isascii() and text.isdecimal() and len(text) < 10
-
-
-def _annotator(row: sqlite3.Row) -> Annotator:
-    return Annotator(row["id"], row["name"], bool(row["administrator"]))
