@@ -46,7 +46,7 @@ METRICS = ("nominal", "ordinal", "interval")
 RESAMPLES = 1000
 INTERVAL = (2.5, 97.5)  # percentiles
 MAP_SIZE = 64  # pixels of the compared maps, as in RichHF-Synth's reference results
-PAPER = {"equal": 0.25, "within_one": 0.85}  # about (arXiv 2312.10240 section 3.4)
+PAPER = {"equal": schema.RATERS_EQUAL, "within_one": schema.RATERS_WITHIN_ONE}
 FILES = ("agreement.md", "agreement.html", "agreement.json")
 _MAP_METRICS = {  # undefined for an empty truth
     "cc": metrics.cc,

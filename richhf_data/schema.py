@@ -66,6 +66,7 @@ RAW_HEATMAPS = {"implausibility": "artifact_map", "misalignment": "misalignment_
 RAW_MAP_SIZE = 512  # pixels, both sides
 
 LIKERT_LOW, LIKERT_HIGH = 1, 5
+RATERS_EQUAL, RATERS_WITHIN_ONE = 0.25, 0.85  # about: shares of pictures with three equal scores, within a point (3.4)
 POINT_RADIUS = 1 / 20  # of the image height: radius of the disk around an annotator's point (paper section 3.1)
 
 SIDES = {  # responses to two pictures side by side; positive: the right one is better

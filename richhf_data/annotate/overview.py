@@ -65,11 +65,8 @@ def _annotators(store: Store, items, work) -> list[dict[str, Any]]:
         by_annotator[row["annotator"]].append(row)
         if row["state"] == "done":
             by_item[row["item"]].append(row)
-    marks = {row["annotator"]: [] for row in work}
-    for row in work:
-        if row["state"] == "done" and kind == "rich":
-            marks[row["annotator"]].append(_marks(row["answer"]))
-    every = [count for counts in marks.values() for count in counts]
+    every = [_marks(row["answer"]) for row in work if row["state"] == "done"] if kind == "rich" else []
+    usual = statistics.fmean(every) if every else 0.0
     for person in store.annotators():
         own = by_annotator[person["id"]]
         done = [row for row in own if row["state"] == "done"]
@@ -93,7 +90,7 @@ def _annotators(store: Store, items, work) -> list[dict[str, Any]]:
             "seconds": statistics.median(seconds) if seconds else None,
             "gold": statistics.fmean(gold) if gold else None,
             "agreement": statistics.fmean(others) if others else None,
-            "flags": _flags(kind, done, seconds, marks.get(person["id"], []), every),
+            "flags": _flags(kind, done, seconds, usual),
         })  # fmt: skip
     return found
 
@@ -102,7 +99,7 @@ def _marks(answer) -> int:
     return sum(map(len, answer["points"].values())) + len(answer.get(kinds.WORDS, ()))
 
 
-def _flags(kind: str, done, seconds, marks, every) -> list[str]:
+def _flags(kind: str, done, seconds, usual: float) -> list[str]:
     if len(done) < ENOUGH:
         return []
     flags = ["too quick"] if seconds and statistics.median(seconds) < QUICK[kind] else []
@@ -113,7 +110,7 @@ def _flags(kind: str, done, seconds, marks, every) -> list[str]:
         scores = {row["answer"]["scores"].get(name) for row in done}
         if scores != {None} and len(scores) == 1:
             flags.append(f"always the same {name}")
-    usual = statistics.fmean(every)
+    marks = [_marks(row["answer"]) for row in done]
     if usual > 0.5 and not any(marks):
         flags.append("marks nothing")
     if usual > 0 and statistics.fmean(marks) > 2 * usual:

@@ -11,11 +11,12 @@
 import tabulate
 from absl import flags
 
-from richhf_data import command, paths, ranges
+from richhf_data import command, paths, ranges, schema
 from richhf_data.synthetic import grammar
 from richhf_data.synthetic.write import write
 
-PAPER = {"all three raters equal": 0.25, "within one point": 0.85, "score mean": 0.633, "score deviation": 0.205}
+PAPER = {"all three raters equal": schema.RATERS_EQUAL, "within one point": schema.RATERS_WITHIN_ONE}
+PAPER |= {"score mean": 0.633, "score deviation": 0.205}
 
 
 def main():
