@@ -19,15 +19,14 @@ import numpy as np
 from absl import flags
 
 from rahf import export, predictor, pretrained, weights, workdirs
-from rahf.models.clip import TOKENIZER_FILES
 from rahf.models.rahf import RAHFConfig
 from rahf.pretrained import Pretrained
 from rahf.readers import READERS
-from richhf_data import command, json_files, paths, ranges
+from richhf_data import clip_tokenizer, command, json_files, paths, ranges
 from richhf_data import vocabulary as vocabularies
 from richhf_data.errors import UserError
 
-FILES = {"vit": (), "t5": (), "clip": TOKENIZER_FILES, "rahf": ("vocabulary.model", "predict.stablehlo")}  # besides:
+FILES = {"vit": (), "t5": (), "clip": clip_tokenizer.FILES, "rahf": ("vocabulary.model", "predict.stablehlo")}  # besides:
 COMMON = ("weights.safetensors", "config.json")  # the last one marks a complete folder
 
 
@@ -60,7 +59,7 @@ def convert(source: str, path, output, vocabulary=None, timeout: float = weights
             export.export_stablehlo(converted, partial / "predict.stablehlo")
         if converted.kind == "clip":
             folder = pathlib.Path(path) if pathlib.Path(path).is_dir() else pathlib.Path(path).parent
-            for name in TOKENIZER_FILES:
+            for name in clip_tokenizer.FILES:
                 if (folder / name).is_file():
                     paths.replace(partial / name, (folder / name).read_bytes())
         pretrained.write(converted, partial)

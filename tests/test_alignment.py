@@ -14,8 +14,9 @@ from benchmarks.alignment.optimise import optimise
 from rahf.diffusion import folder as diffusers
 from rahf.diffusion.unet import UNetConfig
 from rahf.diffusion.vae import VAEConfig
-from rahf.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, Tokenizer
+from rahf.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from rahf.reward import embed, prompts
+from richhf_data import clip_tokenizer
 from richhf_data.synthetic import render
 
 WORDS = prompts.Words(("one", "three"), ("red", "green"), ("car", "butterfly/butterflies"), ("in the snow", "on the moon"))
@@ -154,7 +155,7 @@ def test_judge_names_wrong_input(fitted, tmp_path):
 # ---- Tokeniser, CLIP, VAE, folder -----------------------------------------------------------------------------------
 def test_tokenizer_makes_one_id_of_every_word_and_gives_the_text_back(tmp_path):
     size = foundation.write_tokenizer(tmp_path)
-    tokenizer, texts = Tokenizer(tmp_path), [prompts.text(prompt) for prompt in drawings.WORDS.all()]
+    tokenizer, texts = clip_tokenizer.Tokenizer(tmp_path), [prompts.text(prompt) for prompt in drawings.WORDS.all()]
     assert [tokenizer.num_ids(text) for text in texts] == [len(text.split()) + 2 for text in texts]
     assert max(map(tokenizer.num_ids, texts)) <= foundation.TEXT_LENGTH
     ids = tokenizer(texts, foundation.TEXT_LENGTH)

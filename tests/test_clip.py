@@ -14,8 +14,8 @@ import transformers
 from tiny_diffusion import write_tokenizer
 
 from rahf import names, readers
-from rahf.models import clip
 from rahf.models.clip import CLIP, VIT_L14, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from richhf_data import clip_tokenizer
 from richhf_data.errors import UserError
 
 TINY = CLIPConfig(
@@ -303,7 +303,7 @@ def test_a_damaged_tokenizer_is_named_or_read(name, content, tmp_path):
     write_tokenizer(tmp_path)
     (tmp_path / name).write_text(content)
     try:
-        assert clip.Tokenizer(tmp_path).num_ids("red cat") > 1
+        assert clip_tokenizer.Tokenizer(tmp_path).num_ids("red cat") > 1
     except UserError as error:
         assert str(tmp_path) in str(error)
 
@@ -322,13 +322,13 @@ def test_a_tokenizers_folder_runs_no_code(tmp_path, monkeypatch, named):
     (tmp_path / "config.json").write_text(json.dumps({"auto_map": {"AutoConfig": "own_tokenizer.X"}}))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
-    clip.Tokenizer(tmp_path)(["cat"])
+    clip_tokenizer.Tokenizer(tmp_path)(["cat"])
     assert not (tmp_path / "marker").exists() and "own_tokenizer" not in sys.modules
 
 
 def test_tokenizer_merges_pads_and_cuts(tmp_path):
     ids = write_tokenizer(tmp_path)
-    tokenizer = clip.Tokenizer(tmp_path)
+    tokenizer = clip_tokenizer.Tokenizer(tmp_path)
     start, end = ids["<|startoftext|>"], ids["<|endoftext|>"]
     assert tokenizer.eos_id == end
     cat, red = [ids["cat</w>"]], [ids["re"], ids["d</w>"]]
@@ -337,4 +337,4 @@ def test_tokenizer_merges_pads_and_cuts(tmp_path):
     assert [tokenizer.num_ids(text) for text in ("red cat", "cat " * 9)] == [5, 11]
     (tmp_path / "merges.txt").unlink()
     with pytest.raises(ValueError, match=r"has neither tokenizer.json nor vocab.json with merges.txt"):
-        clip.Tokenizer(tmp_path)
+        clip_tokenizer.Tokenizer(tmp_path)

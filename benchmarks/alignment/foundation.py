@@ -22,11 +22,11 @@ from rahf.diffusion import folder as diffusers
 from rahf.diffusion.schedule import Schedule
 from rahf.diffusion.unet import UNetConfig
 from rahf.diffusion.vae import VAE, VAEConfig
-from rahf.models.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, Tokenizer
+from rahf.models.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from rahf.models.layers import normalize_image
 from rahf.reward import embed, prompts
 from rahf.weights import Tensor
-from richhf_data import paths
+from richhf_data import clip_tokenizer, paths
 
 TEXT_LENGTH = 12  # the longest prompt takes 8: six words, start and end
 MAX_SCALE = float(np.log(100))  # of CLIP's temperature, as in its paper
@@ -86,7 +86,7 @@ def fit_clip(
     folder = pathlib.Path(folder)
     (folder / "config.json").unlink(missing_ok=True)  # its presence marks a finished folder
     config = config(write_tokenizer(folder, words), images.shape[1])
-    module, ids = CLIP(config), Tokenizer(folder)(texts, config.text.length)
+    module, ids = CLIP(config), clip_tokenizer.Tokenizer(folder)(texts, config.text.length)
     params = nn.unbox(jax.jit(module.init)(jax.random.key(seed), images[:1], ids[:1]))["params"]
 
     def loss(params, batch, key):

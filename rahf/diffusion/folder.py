@@ -28,11 +28,11 @@ from rahf import checkpoints, names, readers, weights
 from rahf.diffusion.schedule import SPACINGS, Schedule
 from rahf.diffusion.unet import UNet, UNetConfig
 from rahf.diffusion.vae import VAE, VAEConfig
-from rahf.models.clip import CLIP, TOKENIZER_FILES, TOKENIZER_OPTIONS, VIT_L14, CLIPConfig, Tokenizer
+from rahf.models.clip import CLIP, VIT_L14, CLIPConfig
 from rahf.models.parameters import param_shapes
 from rahf.pretrained import matched
 from rahf.weights import Tensor, Tensors
-from richhf_data import checked, json_files, paths
+from richhf_data import checked, clip_tokenizer, json_files, paths
 from richhf_data.errors import UserError
 
 INDEX = "model_index.json"
@@ -61,7 +61,7 @@ WEIGHTS = [  # in order of preference
     for variant in ("", ".fp16")
     for file in (f"{name}{variant}.{ending}", f"{name}.{ending}.index{variant}.json")
 ]
-VOCABULARY = (*TOKENIZER_FILES, *TOKENIZER_OPTIONS)
+VOCABULARY = (*clip_tokenizer.FILES, *clip_tokenizer.OPTIONS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +124,8 @@ class StableDiffusion:
     vocabulary: pathlib.Path
 
     @functools.cached_property
-    def tokenizer(self) -> Tokenizer:
-        return Tokenizer(self.vocabulary)
+    def tokenizer(self) -> clip_tokenizer.Tokenizer:
+        return clip_tokenizer.Tokenizer(self.vocabulary)
 
     def text_ids(self, prompts, truncate: bool = False) -> np.ndarray:
         """Tokenizes prompts: int32[B, L], L = the text encoder's positions (77).

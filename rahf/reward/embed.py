@@ -20,9 +20,9 @@ import PIL.Image
 from tqdm.auto import tqdm
 
 from rahf import pretrained, weights
-from rahf.models.clip import CLIP, TOKENIZER_FILES, CLIPConfig, Tokenizer
+from rahf.models.clip import CLIP, CLIPConfig
 from rahf.models.parameters import param_shapes
-from richhf_data import checked, paths, schema
+from richhf_data import checked, clip_tokenizer, paths, schema
 from richhf_data import images as richhf_images
 from richhf_data.errors import UserError
 
@@ -45,8 +45,8 @@ class Clip:
     def __init__(self, folder):
         folder = pathlib.Path(folder)
         self.config = checked.conform(CLIPConfig, pretrained.read(folder, "clip").config["clip"])
-        self.tokenizer = Tokenizer(folder)
-        self.digest = _digest([folder / name for name in ("config.json", "weights.safetensors", *TOKENIZER_FILES)])
+        self.tokenizer = clip_tokenizer.Tokenizer(folder)
+        self.digest = _digest([folder / name for name in ("config.json", "weights.safetensors", *clip_tokenizer.FILES)])
         module, size = CLIP(self.config), self.config.vision.image_size
         image, ids = np.zeros((1, size, size, 3), np.float32), np.zeros((1, self.config.text.length), np.int32)
         shapes = param_shapes(module.init, image, ids)
