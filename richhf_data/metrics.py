@@ -14,9 +14,13 @@ Conventions for cases that the papers leave open:
   keywords              a precision or a recall of 0 / 0 is 0; nan if no target has labels; a token that cannot be written
                         (white space alone) counts as aligned
   captions              (of captioning datasets; in no paper) F1 of the words of prediction and caption, as multisets
+  not predicted         nan
+
+`per_example` gives what each example contributes, and `summarise` makes the metrics of it, for all examples or resamples.
 """
 
 import collections
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -36,6 +40,7 @@ FLAT = 1e-6  # values that differ by less than this fraction of the largest coun
 HEATMAP_METRICS = ("mse", "mse_empty", "cc", "kld", "sim", "nss", "auc_judd")
 KEYWORD_METRICS = ("precision", "recall", "f1")
 
+_BINS = 1 << 16  # of `_counts_below`
 _CHUNK_PIXELS = 1 << 20  # 8 MiB per float64 temporary, whatever the size of the set
 
 
@@ -112,8 +117,8 @@ def auc_judd(prediction: np.ndarray, truth: np.ndarray, indices: Sequence[int] |
     Equal predictions are ordered by uniform noise in [0, 1e-7), drawn from a generator seeded by the image's index.
 
     With F fixations in falling order and f_j negatives at or above the j-th, as a rate, the trapezoids add up to
-    1 - (f_1 + ... + f_{F-1} + f_F / 2) / F: one sort of an image's negatives, and no loop over thresholds. (The PyTorch
-    code counts one false positive too many at each threshold, a difference of 1 / number of negatives.)
+    1 - (f_1 + ... + f_{F-1} + f_F / 2) / F: no loop over thresholds. (The PyTorch code counts one false positive too
+    many at each threshold, a difference of 1 / number of negatives.)
 
     Args:
       indices: the n images' places in the whole set, which seed their noise; default 0 ... n - 1.
@@ -130,11 +135,32 @@ def auc_judd(prediction: np.ndarray, truth: np.ndarray, indices: Sequence[int] |
             continue
         noise = np.random.default_rng((TIE_SEED, int(index))).random(fixated.size)
         noisy = p[row] + noise * TIE_NOISE
-        negatives = np.sort(noisy[~fixated])
         fixations = np.sort(noisy[fixated])  # rising: searchsorted is faster on neighbours
-        false_positive_rates = 1.0 - np.searchsorted(negatives, fixations, side="left") / negatives.size
+        negatives = noisy[~fixated]
+        false_positive_rates = 1.0 - _counts_below(negatives, fixations) / negatives.size
         values[row] = 1.0 - (false_positive_rates.sum() - 0.5 * false_positive_rates[0]) / count
     return values
+
+
+def _counts_below(values, thresholds):
+    """How many values are below each of the rising thresholds, without sorting those that are far from all of them.
+
+    Bins divide the span of the thresholds. Only the values of a bin with a threshold are sorted.
+    """
+    if len(values) < _BINS:
+        return np.searchsorted(np.sort(values), thresholds, side="left")
+    span = thresholds[-1] - thresholds[0]
+    scale = _BINS / span if span > 0 else 0.0
+
+    def bins(numbers):  # 0 below the first threshold, the last bin far above the last one
+        return np.clip((numbers - thresholds[0]) * scale + 1, 0, _BINS + 3).astype(np.int32)
+
+    places, own = bins(values), bins(thresholds)
+    occupied = np.zeros(_BINS + 4, bool)
+    occupied[own] = True
+    near = np.sort(values[occupied[places]])
+    far = np.where(occupied, 0, np.bincount(places, minlength=_BINS + 4)).cumsum()  # of the values up to each bin
+    return far[own] + np.searchsorted(near, thresholds, side="left")
 
 
 def _pixels(prediction, truth):
@@ -145,7 +171,7 @@ def _pixels(prediction, truth):
     if truth.shape != prediction.shape:
         raise UserError(f"truth: got shape {truth.shape}, expected the prediction's {prediction.shape}")
     n = len(prediction)
-    return prediction.reshape(n, -1).astype(np.float64), truth.reshape(n, -1).astype(np.float64)
+    return tuple(side.reshape(n, -1).astype(np.float64, copy=False) for side in (prediction, truth))
 
 
 def _constant(rows):
@@ -165,6 +191,29 @@ def _dot(a, b):
 # ------------------------------------------------------------------------------------------------------ a whole set
 
 
+@dataclasses.dataclass(frozen=True)
+class PerExample:
+    """What each of n examples contributes to the metrics; nan where the target is absent or was not predicted.
+
+    Attributes:
+      true_scores, predicted_scores: float64[n, 4].
+      heatmaps: {name of `HEATMAP_METRICS`: float64[n, 2]}, nan also where the metric is undefined.
+      constant_maps: bool[n, 2], whether the predicted map is constant; False without one.
+      keywords: float64[n, 3], of the misaligned tokens: both predicted and true, predicted, true.
+      captions: float64[n], the words' F1.
+    """
+
+    true_scores: np.ndarray
+    predicted_scores: np.ndarray
+    heatmaps: dict[str, np.ndarray]
+    constant_maps: np.ndarray
+    keywords: np.ndarray
+    captions: np.ndarray
+
+    def __len__(self):
+        return len(self.captions)
+
+
 def evaluate(
     targets: Sequence[Mapping[str, Any]], predictions: Sequence[Mapping[str, Any]], written: Callable[[str], str] = str
 ) -> dict[str, float]:
@@ -176,7 +225,9 @@ def evaluate(
         0 = misaligned or 1 = aligned) or None; and caption str if the decoder's target is a caption. Values that a mask
         excludes are ignored. A row without any target is padding and is ignored.
       predictions: as many, in the same order: scores float32[4], heatmaps float32[h, w, 2] in [0, 1] with the target's
-        size, labelled_prompt str ("a yellow_0 cat"). Sizes may differ between examples.
+        size, labelled_prompt str ("a yellow_0 cat"). Each is None if it was not predicted, and a score_mask bool[4] or a
+        heatmap_mask bool[2] says so of a single score or map. In place of labelled_prompt there may be labels, one for each
+        token of the prompt: 0, 1, or None for a token that was not copied. Sizes may differ between examples.
       written: how the decoder's vocabulary writes a text (`Vocabulary.written`), because words are compared as they are
         written; by default unchanged.
 
@@ -198,48 +249,109 @@ def evaluate(
     Raises:
       UserError: lengths or shapes do not match, or a prediction is not finite or out of range.
     """
-    if len(targets) != len(predictions):
-        raise UserError(f"predictions: got {len(predictions)} for {len(targets)} targets, expected one each")
+    _check_all(targets, predictions)
     pairs = []
-    for i, (target, prediction) in enumerate(zip(targets, predictions, strict=True)):
-        _check(i, target, prediction)
+    for target, prediction in zip(targets, predictions, strict=True):
         has_text = target["labels"] is not None or target.get("caption") is not None
         if np.any(target["score_mask"]) or np.any(target["heatmap_mask"]) or has_text:
             pairs.append((target, prediction))
+    values = _per_example(pairs, range(len(pairs)), written)
+    summary = summarise(values, np.ones((1, len(pairs))), undefined=0.0)
+    return {key: float(value[0]) for key, value in summary.items()} | {"num_examples": float(len(pairs))}
+
+
+def per_example(
+    targets: Sequence[Mapping[str, Any]],
+    predictions: Sequence[Mapping[str, Any]],
+    indices: Sequence[int] | None = None,
+    written: Callable[[str], str] = str,
+) -> PerExample:
+    """What each example contributes to the metrics.
+
+    Args:
+      targets, predictions, written: as in `evaluate`.
+      indices: the examples' places in the whole set, which seed AUC-Judd's noise; default 0 ... n - 1.
+
+    Raises:
+      UserError: as `evaluate`.
+    """
+    _check_all(targets, predictions)
+    indices = range(len(targets)) if indices is None else indices
+    return _per_example(list(zip(targets, predictions, strict=True)), indices, written)
+
+
+def concatenate(parts: Sequence[PerExample]) -> PerExample:
+    """One `PerExample` of several, in their order."""
+
+    def joined(field):
+        return np.concatenate([getattr(part, field) for part in parts])
+
+    heatmaps = {key: np.concatenate([part.heatmaps[key] for part in parts]) for key in HEATMAP_METRICS}
+    others = ("true_scores", "predicted_scores", "constant_maps", "keywords", "captions")
+    return PerExample(heatmaps=heatmaps, **{field: joined(field) for field in others})
+
+
+def summarise(values: PerExample, weights: np.ndarray, undefined: float = np.nan) -> dict[str, np.ndarray]:
+    """The metrics of resampled sets of examples.
+
+    Args:
+      values: of n examples.
+      weights: [R, n], how often each example is in each of R sets; all 1 for the examples themselves.
+      undefined: the value of what a constant prediction or truth leaves undefined: its score correlations; CC, NSS and
+        AUC-Judd if every predicted map of marked pictures is constant; a precision or a recall of 0 / 0, `micro` alone. The
+        conventions of the module, `evaluate`'s, are 0 (and AUC-Judd as it is).
+
+    Returns:
+      The keys of `evaluate` but num_examples; each float64[R], nan without anything to measure.
+    """
+    weights = np.asarray(weights, np.float64)
     return {
-        **_evaluate_scores(pairs),
-        **_evaluate_heatmaps(pairs),
-        **_evaluate_keywords(pairs, written),
-        **_evaluate_captions(pairs, written),
-        "num_examples": float(len(pairs)),
+        **_summarise_scores(values, weights, undefined),
+        **_summarise_heatmaps(values, weights, undefined),
+        **_summarise_keywords(values, weights, undefined),
+        **_summarise_captions(values, weights),
     }
+
+
+def _check_all(targets, predictions):
+    if len(targets) != len(predictions):
+        raise UserError(f"predictions: got {len(predictions)} for {len(targets)} targets, expected one each")
+    for i, (target, prediction) in enumerate(zip(targets, predictions, strict=True)):
+        _check(i, target, prediction)
 
 
 def _check(i, target, prediction):
     for name, length in (("score", len(SCORES)), ("heatmap", len(HEATMAPS))):
-        if np.shape(target[f"{name}_mask"]) != (length,):
-            got = np.shape(target[f"{name}_mask"])
-            raise UserError(f"targets[{i}]['{name}_mask']: got shape {got}, expected ({length},)")
+        for side, row in (("targets", target), ("predictions", prediction)):
+            mask = row[f"{name}_mask"] if side == "targets" else row.get(f"{name}_mask", np.ones(length))
+            if np.shape(mask) != (length,):
+                raise UserError(f"{side}[{i}]['{name}_mask']: got shape {np.shape(mask)}, expected ({length},)")
     for side, row in (("targets", target), ("predictions", prediction)):
+        if row["scores"] is None and side == "predictions":
+            continue
         if np.shape(row["scores"]) != (len(SCORES),):
             raise UserError(f"{side}[{i}]['scores']: got shape {np.shape(row['scores'])}, expected ({len(SCORES)},)")
-        bad = ~np.isfinite(row["scores"]) & np.asarray(target["score_mask"], bool)
+        there = np.asarray(target["score_mask"], bool)
+        bad = ~np.isfinite(row["scores"]) & there & np.asarray(row.get("score_mask", there), bool)
         if bad.any():
             k = int(np.argmax(bad))
             raise UserError(f"{side}[{i}]['scores']: got {SCORES[k]} = {row['scores'][k]}, expected a finite number")
     if not np.any(target["heatmap_mask"]):
         return
-    truth, predicted = np.asarray(target["heatmaps"]), np.asarray(prediction["heatmaps"])
+    truth = np.asarray(target["heatmaps"])
     if truth.dtype != np.uint8 or truth.ndim != 3 or truth.shape[2] != len(HEATMAPS) or truth.size == 0:
         raise UserError(
             f"targets[{i}]['heatmaps']: got {truth.dtype}{list(truth.shape)}, expected uint8[h, w, {len(HEATMAPS)}]"
         )
+    if prediction["heatmaps"] is None:
+        return
+    predicted = np.asarray(prediction["heatmaps"])
     if predicted.shape != truth.shape:
         raise UserError(
             f"predictions[{i}]['heatmaps']: got shape {predicted.shape}, expected the target's {truth.shape}; resize it"
         )
     for k, name in enumerate(HEATMAPS):
-        if target["heatmap_mask"][k]:
+        if _has_map(target, prediction, k):
             low, high = float(predicted[..., k].min()), float(predicted[..., k].max())
             if not (low >= 0.0 and high <= 1.0):  # false for nan too
                 raise UserError(
@@ -247,50 +359,53 @@ def _check(i, target, prediction):
                 )
 
 
-def _evaluate_scores(pairs):
-    import scipy.stats  # a second: every command would pay for it
-
-    metrics = {}
-    for k, name in enumerate(SCORES):
-        kept = [(t["scores"][k], p["scores"][k]) for t, p in pairs if t["score_mask"][k]]
-        truth, predicted = np.asarray(kept, np.float64).reshape(-1, 2).T
-        for key, correlation in (("plcc", scipy.stats.pearsonr), ("srcc", scipy.stats.spearmanr)):
-            if len(kept) < 2:
-                value = np.nan
-            elif _constant(truth) or _constant(predicted):
-                value = 0.0
-            else:
-                value = correlation(truth, predicted).statistic
-            metrics[f"score/{key}/{name}"] = float(value)
-    return metrics
+def _has_map(target, prediction, k):
+    predicted = prediction["heatmaps"] is not None and prediction.get("heatmap_mask", (True,) * len(HEATMAPS))[k]
+    return bool(target["heatmap_mask"][k] and predicted)
 
 
-def _evaluate_heatmaps(pairs):
-    metrics = {}
-    for k, name in enumerate(HEATMAPS):
-        values = {key: np.full(len(pairs), np.nan) for key in HEATMAP_METRICS}
+def _per_example(pairs, indices, written):
+    everything = np.ones(len(SCORES), bool)
+    true_scores, predicted_scores = np.full((2, len(pairs), len(SCORES)), np.nan)
+    for row, (target, prediction) in enumerate(pairs):
+        there = np.asarray(target["score_mask"], bool)
+        true_scores[row, there] = np.asarray(target["scores"])[there]
+        if prediction["scores"] is not None:
+            there = there & np.asarray(prediction.get("score_mask", everything), bool)
+            predicted_scores[row, there] = np.asarray(prediction["scores"])[there]
+    return PerExample(
+        true_scores,
+        predicted_scores,
+        *_heatmap_values(pairs, indices),
+        np.array([_keyword_counts(*pair, written) for pair in pairs], np.float64).reshape(-1, 3),
+        np.array([_caption_f1(*pair, written) for pair in pairs], np.float64),
+    )
+
+
+def _heatmap_values(pairs, indices):
+    shape = len(pairs), len(HEATMAPS)
+    values, constant = {key: np.full(shape, np.nan) for key in HEATMAP_METRICS}, np.zeros(shape, bool)
+    for k in range(len(HEATMAPS)):
         for rows in _chunks(pairs, k):
             truth = np.stack([pairs[row][0]["heatmaps"][..., k] for row in rows]).astype(np.float64) / 255
-            predicted = np.stack([pairs[row][1]["heatmaps"][..., k] for row in rows])
+            predicted = np.stack([pairs[row][1]["heatmaps"][..., k] for row in rows]).astype(np.float64)  # once for all
             empty = truth.max(axis=(1, 2)) <= 0
-            values["mse"][rows] = mse(predicted, truth)
-            values["mse_empty"][rows] = np.where(empty, values["mse"][rows], np.nan)
+            constant[rows, k] = _constant(predicted.reshape(len(rows), -1))
+            values["mse"][rows, k] = mse(predicted, truth)
+            values["mse_empty"][rows, k] = np.where(empty, values["mse"][rows, k], np.nan)
             if marked := [row for row, is_empty in zip(rows, empty, strict=True) if not is_empty]:
                 predicted, truth = predicted[~empty], truth[~empty]
                 for key, metric in (("cc", cc), ("kld", kld), ("sim", sim), ("nss", nss)):
-                    values[key][marked] = metric(predicted, truth)
-                values["auc_judd"][marked] = auc_judd(predicted, truth, marked)
-        for key in HEATMAP_METRICS:
-            defined = values[key][np.isfinite(values[key])]
-            metrics[f"heatmap/{key}/{name}"] = float(defined.mean()) if defined.size else float("nan")
-    return metrics
+                    values[key][marked, k] = metric(predicted, truth)
+                values["auc_judd"][marked, k] = auc_judd(predicted, truth, [indices[row] for row in marked])
+    return values, constant
 
 
 def _chunks(pairs, k):
     """Lists of rows that have heatmap k. The maps of a list have one size and at most `_CHUNK_PIXELS` pixels, or one row."""
     by_shape: dict[tuple[int, ...], list[int]] = {}
-    for row, (target, _) in enumerate(pairs):
-        if target["heatmap_mask"][k]:
+    for row, (target, prediction) in enumerate(pairs):
+        if _has_map(target, prediction, k):
             by_shape.setdefault(np.shape(target["heatmaps"])[:2], []).append(row)
     for (height, width), rows in by_shape.items():
         step = max(1, _CHUNK_PIXELS // (height * width))
@@ -298,50 +413,137 @@ def _chunks(pairs, k):
             yield rows[start : start + step]
 
 
-def _evaluate_keywords(pairs, written):
-    counts = []  # of true positives, predicted positives, positives, per prompt
-    for target, prediction in pairs:
-        if target["labels"] is None:
-            continue
-        tokens = keywords.tokenize(target["prompt"])
-        if len(tokens) != len(target["labels"]):
+def _keyword_counts(target, prediction, written):
+    """True positives, predicted positives, positives; nan without labels or a prediction."""
+    tokens = keywords.tokenize(target["prompt"])
+    for side, row in (("labels", target), ("predicted labels", prediction)):
+        if row.get("labels") is not None and len(row["labels"]) != len(tokens):
             raise UserError(
-                f"labels: got {len(target['labels'])} for the {len(tokens)} tokens of prompt {target['prompt']!r}, "
+                f"{side}: got {len(row['labels'])} for the {len(tokens)} tokens of prompt {target['prompt']!r}, "
                 "expected one each (None if they are unknown)"
             )
-        writable = np.array([bool(keywords.written_words(token, written)) for token in tokens], bool)
-        truth = (np.asarray(target["labels"]) == keywords.MISALIGNED) & writable
+    if target["labels"] is None:
+        return np.nan, np.nan, np.nan
+    if prediction.get("labels") is not None:
+        read = prediction["labels"]
+    elif prediction.get("labelled_prompt") is not None:
         read = keywords.read_labels(prediction["labelled_prompt"], tokens, written)
-        predicted = np.array([label == keywords.MISALIGNED for label in read], bool)  # not copied (None): not predicted
-        counts.append(((truth & predicted).sum(), predicted.sum(), truth.sum()))
-    if not counts:
-        return {f"keywords/{kind}/{key}": float("nan") for kind in ("micro", "per_prompt") for key in KEYWORD_METRICS}
-    counts = np.asarray(counts, np.float64)
-    micro = _precision_recall_f1(*counts.sum(axis=0))
-    per_prompt = np.mean([_precision_recall_f1(*row) for row in counts], axis=0)
+    else:
+        return np.nan, np.nan, np.nan
+    writable = np.array([bool(keywords.written_words(token, written)) for token in tokens], bool)
+    truth = (np.asarray(target["labels"]) == keywords.MISALIGNED) & writable
+    predicted = np.array([label == keywords.MISALIGNED for label in read], bool)  # not copied (None): not predicted
+    return (truth & predicted).sum(), predicted.sum(), truth.sum()
+
+
+def _caption_f1(target, prediction, written):
+    if target.get("caption") is None or prediction.get("labelled_prompt") is None:
+        return np.nan
+    truth = collections.Counter(keywords.written_words(target["caption"], written))
+    predicted = collections.Counter(keywords.words(prediction["labelled_prompt"]))
+    counts = [(truth & predicted).total(), predicted.total(), truth.total()]
+    return _precision_recall_f1(np.array(counts, np.float64))[2]
+
+
+def means(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weighted means of what is not nan: [n, K], [R, n] -> float64[R, K]; nan of nothing."""
+    there = np.isfinite(values)
+    with np.errstate(invalid="ignore"):
+        return weights @ np.where(there, values, 0.0) / (weights @ there.astype(np.float64))
+
+
+def _summarise_scores(values, weights, undefined):
+    found = {}
+    for k, name in enumerate(SCORES):
+        truth, predicted = values.true_scores[:, k], values.predicted_scores[:, k]
+        known = np.isfinite(truth) & np.isfinite(predicted)
+        truth, predicted, own = truth[known], predicted[known], weights[:, known]
+        for key, correlation in (("plcc", _pearson), ("srcc", _spearman)):
+            value = np.full(len(weights), np.nan)
+            if known.sum() >= 2:
+                value = correlation(truth, predicted, own)
+                value = np.where(_constant_in(truth, own) | _constant_in(predicted, own), undefined, value)
+            found[f"score/{key}/{name}"] = value
+    return found
+
+
+def _pearson(x, y, weights):
+    """Pearson's correlation of n pairs with each row of weights [R, n]: float64[R]."""
+    x, y = x - x.mean(), y - y.mean()  # of all: the resampled means are near 0, so that little cancels
+    sums = weights @ np.stack([x, y, x * x, y * y, x * y], axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        x, y, xx, yy, xy = (sums / weights.sum(axis=1, keepdims=True)).T
+        return np.clip((xy - x * y) / np.sqrt((xx - x * x) * (yy - y * y)), -1, 1)
+
+
+def _spearman(x, y, weights):
+    """The same of the ranks, which are those within each resample; equal values share their mean rank."""
+    x, y = _centred_ranks(x, weights), _centred_ranks(y, weights)
+    xx, yy, xy = (np.einsum("rn,rn,rn->r", weights, *pair) for pair in ((x, x), (y, y), (x, y)))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.clip(xy / np.sqrt(xx * yy), -1, 1)
+
+
+def _centred_ranks(values, weights):
+    """The rank of each value in each resample less the mean rank: float64[R, n]."""
+    _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)  # groups of equal values, rising
+    first = np.cumsum(sizes) - sizes
+    counts = np.add.reduceat(weights[:, np.argsort(group, kind="stable")], first, axis=1)
+    total = weights.sum(axis=1, keepdims=True)
+    return (np.cumsum(counts, axis=1) - (counts - 1) / 2 - (total + 1) / 2)[:, group]
+
+
+def _constant_in(values, weights):
+    """bool[R]: whether the values in each resample are equal, as `_constant`."""
+    there = weights > 0
+    low = np.where(there, values, np.inf).min(axis=1)
+    high = np.where(there, values, -np.inf).max(axis=1)
+    with np.errstate(invalid="ignore"):
+        return high - low <= FLAT * np.maximum(np.abs(low), np.abs(high))
+
+
+def _summarise_heatmaps(values, weights, undefined):
+    found = {}
+    for k, name in enumerate(HEATMAPS):
+        averages = means(np.stack([values.heatmaps[key][:, k] for key in HEATMAP_METRICS], axis=1), weights).T
+        marked = np.isfinite(values.heatmaps["kld"][:, k])
+        all_constant = marked.any() and values.constant_maps[marked, k].all()
+        for key, average in zip(HEATMAP_METRICS, averages, strict=True):
+            if np.isnan(undefined) and all_constant and key in ("cc", "nss", "auc_judd"):
+                average = np.full_like(average, undefined)
+            found[f"heatmap/{key}/{name}"] = average
+    return found
+
+
+def _summarise_keywords(values, weights, undefined):
+    known = np.isfinite(values.keywords).all(axis=1)
+    counts, own = values.keywords[known], weights[:, known]
+    if known.any():
+        micro = _precision_recall_f1(own @ counts, undefined)
+        per_prompt = means(np.stack(_precision_recall_f1(counts), axis=1), own).T
+    else:
+        micro = per_prompt = np.full((len(KEYWORD_METRICS), len(weights)), np.nan)
     return {
-        f"keywords/{kind}/{key}": float(value)
-        for kind, values in (("micro", micro), ("per_prompt", per_prompt))
-        for key, value in zip(KEYWORD_METRICS, values, strict=True)
+        f"keywords/{kind}/{key}": value
+        for kind, three in (("micro", micro), ("per_prompt", per_prompt))
+        for key, value in zip(KEYWORD_METRICS, three, strict=True)
     }
 
 
-def _evaluate_captions(pairs, written):
-    values = []
-    for target, prediction in pairs:
-        if target.get("caption") is None:
-            continue
-        truth = collections.Counter(keywords.written_words(target["caption"], written))
-        predicted = collections.Counter(keywords.words(prediction["labelled_prompt"]))
-        values.append(_precision_recall_f1((truth & predicted).total(), predicted.total(), truth.total())[2])
-    return {"caption/word_f1": float(np.mean(values))} if values else {}
+def _summarise_captions(values, weights):
+    if not np.isfinite(values.captions).any():
+        return {}
+    return {"caption/word_f1": means(values.captions[:, None], weights)[:, 0]}
 
 
-def _precision_recall_f1(true_positives, predicted, positives):
-    precision = true_positives / predicted if predicted else 0.0
-    recall = true_positives / positives if positives else 0.0
-    f1 = 2 * true_positives / (predicted + positives) if predicted + positives else 0.0
-    return precision, recall, f1
+def _precision_recall_f1(counts, undefined=0.0):
+    """[..., 3], true positives, predicted positives and positives -> three [...]; 0 / 0 is `undefined`."""
+    both, predicted, positives = np.moveaxis(counts, -1, 0)
+
+    def ratio(part, whole):
+        return np.divide(part, whole, out=np.full(np.shape(whole), undefined), where=whole > 0)
+
+    return ratio(both, predicted), ratio(both, positives), ratio(2 * both, predicted + positives)
 
 
 # ------------------------------------------------------------------------------------------------ baseline and tables
