@@ -23,7 +23,8 @@ from rahf import compile as compiling
 from rahf import experiments
 from rahf.diffusion import folder, sample
 from rahf.diffusion.guide import Guidance
-from rahf.models.rahf import RAHF, RAHFConfig, dummy_inputs
+from rahf.models import critics
+from rahf.models.rahf import RAHF, RAHFConfig
 from richhf_data import command, ranges
 
 ROWS = {  # name -> options of `Guidance`
@@ -54,7 +55,7 @@ def measure(options: dict | None, size: int, steps: int) -> tuple[float, float]:
     if options:
         of_config = experiments.load("rahf_base")
         model_config = RAHFConfig.from_dict(of_config.model.to_dict())
-        module, inputs = RAHF(model_config), dummy_inputs(model_config, of_config.data.text_length)
+        module, inputs = RAHF(model_config), critics.dummy_inputs(model_config, of_config.data.text_length)
         critic = nn.unbox(jax.jit(module.init)(jax.random.key(1), *inputs))["params"]
         shapes = compiling.guidance_of(of_config)
         guide = Guidance(dataclasses.replace(shapes.score, params=critic), **options)

@@ -23,16 +23,12 @@ from rahf import experiments, partitioning, sources
 from rahf import program as programs
 from richhf_data import command, ranges
 
-VOCABULARY = 512  # ids of RichHF-Synth's at most
-
 
 def rahf_batches(config):
-    """Batches of RichHF-Synth, which never end. Its prompts have not the words for the largest vocabularies."""
+    """Batches of RichHF-Synth, which never end."""
     config.data.source, config.data.num_workers = "stream", 0
     with tempfile.TemporaryDirectory() as folder:
-        smaller = config.copy_and_resolve_references()
-        smaller.model.t5.vocab_size = min(VOCABULARY, config.model.t5.vocab_size)
-        vocabulary = sources.install_vocabulary(smaller, pathlib.Path(folder))
+        vocabulary = sources.install_vocabulary(config, pathlib.Path(folder))
         yield from sources.training_batches(config, vocabulary, start=0)
 
 
@@ -79,7 +75,7 @@ def main():
     best, size, device = min(seconds[1:]), config.train.batch_size, jax.devices()[0]
     peak, memory = peaks.flops(device.device_kind), device.memory_stats()
     table = [
-        ("config", config.model.get("variant", "Stable Diffusion")),
+        ("config", config.model.get("variant") or config.model.get("architecture", "Stable Diffusion")),
         ("devices", f"{jax.device_count()} x {device.device_kind}"),
         ("parameters", f"{sum(leaf.size for leaf in jax.tree.leaves(training.params)):,}"),
         ("batch", size),

@@ -16,6 +16,7 @@ def get_config():
     config.checkpoint_every = 1000
 
     config.model = dict(
+        architecture="rahf",  # the baselines: configs/baseline_resnet50.py, configs/baseline_clip.py
         variant="multi_head",
         image_size=224,  # pixels; not in the paper
         dtype="bfloat16",  # of the computation; parameters, losses and softmax are float32

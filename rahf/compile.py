@@ -29,7 +29,7 @@ from rahf import program as programs
 from rahf.diffusion import finetuning, folder, sample
 from rahf.diffusion.guide import Guidance
 from rahf.diffusion.schedule import plan
-from rahf.models.rahf import RAHF, RAHFConfig, dummy_inputs
+from rahf.models import critics
 from rahf.predictor import Predictor
 from rahf.reward.differentiable import Differentiable, rahf_score
 from richhf_data import command, ranges
@@ -130,12 +130,12 @@ def lowered(config, step: str, mesh, batch_size: int, picture: dict):
 
 def guidance_of(config) -> Guidance:
     """Guidance by the aesthetics of a config's RAHF, from shapes alone."""
-    model_config = RAHFConfig.from_dict(config.model.to_dict())
-    inputs = dummy_inputs(model_config, config.data.text_length)
-    params = nn.unbox(jax.eval_shape(RAHF(model_config).init, jax.random.key(0), *inputs))["params"]
+    model_config = critics.config_of(config.model.to_dict())
+    inputs = critics.dummy_inputs(model_config, config.data.text_length)
+    params = nn.unbox(jax.eval_shape(critics.module_of(model_config).init, jax.random.key(0), *inputs))["params"]
 
     def rows(prompts):
-        return np.zeros((len(prompts), model_config.num_texts, config.data.text_length), np.int32)
+        return np.repeat(inputs[1], len(prompts), axis=0)
 
     return Guidance(Differentiable(rahf_score(model_config, {"aesthetics": 1.0}), params, rows))
 

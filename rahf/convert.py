@@ -5,7 +5,7 @@
 
 writes DIR/weights.safetensors, with our parameter names, and DIR/config.json, the model's configuration. Training starts
 from such folders (pretrained.py) with `--config.init.vit=DIR` and `--config.init.t5=DIR`. A RAHF's folder also holds its
-vocabulary and predict.stablehlo (export.py), a CLIP's the files of its tokenizer.
+vocabulary and predict.stablehlo (export.py), a CLIP's and an ImageReward's the files of its tokenizer.
 
 Names and shapes are checked before anything is written. One tensor is in memory at a time. The files are written beside an
 earlier conversion's, in DIR/.partial, and take their places when all are complete.
@@ -14,59 +14,76 @@ earlier conversion's, in DIR/.partial, and take their places when all are comple
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 from absl import flags
 
 from rahf import export, predictor, pretrained, weights, workdirs
-from rahf.models.rahf import RAHFConfig
+from rahf.models import critics
 from rahf.pretrained import Pretrained
 from rahf.readers import READERS
+from rahf.reward import bert_tokenizer
 from richhf_data import clip_tokenizer, command, json_files, paths, ranges
 from richhf_data import vocabulary as vocabularies
 from richhf_data.errors import UserError
 
-FILES = {"vit": (), "t5": (), "clip": clip_tokenizer.FILES, "rahf": ("vocabulary.model", "predict.stablehlo")}  # besides:
+TOKENIZERS = {"clip": clip_tokenizer.FILES, "image_reward": bert_tokenizer.FILES}  # kind -> files
+FILES = dict.fromkeys(pretrained.SECTIONS, ()) | TOKENIZERS  # besides `COMMON`
+FILES |= {"rahf": ("vocabulary.model", *vocabularies.CLIP_FILES, "predict.stablehlo")}
 COMMON = ("weights.safetensors", "config.json")  # the last one marks a complete folder
 
 
-def convert(source: str, path, output, vocabulary=None, timeout: float = weights.TIMEOUT) -> Pretrained:
+def convert(source: str, path, output, vocabulary=None, timeout: float = weights.TIMEOUT, clip=None) -> Pretrained:
     """Reads weights and writes the folder `output`.
 
     Args:
       source: a key of `READERS`. path: the file or folder to read.
-      vocabulary: T5's SentencePiece model, for `source="rahf-pytorch"`.
+      vocabulary: T5's SentencePiece model, for `source="rahf-pytorch"`; for a CLIP or an ImageReward the folder of its
+        tokenizer, by default the input's. Without its files, what reads texts refuses the output.
       timeout: seconds that an address may take to answer, for `source="t5x"`.
+      clip: a folder of kind "clip", for `source="aesthetic"`.
 
     Raises:
-      UserError: an input that is not of the format `source`; a RAHF without a vocabulary, or with too large a one; an output
-        folder with a file of these names that is not an earlier conversion's; another process writes there.
+      UserError: an input that is not of the format `source`; a RAHF without a vocabulary, or with too large a one; a
+        vocabulary without a tokenizer's files; an output folder with a file of these names that is not an earlier
+        conversion's, or that is an input; another process writes there.
     """
-    options = {"timeout": timeout} if source == "t5x" else {}
+    options = {"t5x": {"timeout": timeout}, "aesthetic": {"clip": clip}}.get(source, {})
     converted, output = READERS[source](path, **options), pathlib.Path(output)
     paths.finish_exchange(output)
-    replaced = _replaced(converted.kind, path, output)
+    replaced = _replaced(converted.kind, [path, *([clip] if clip else [])], output)
+    tokenizer = _tokenizer(converted.kind, path, vocabulary)
     if converted.kind == "rahf":
         if source == "workdir":
-            vocabulary = workdirs.verified(pathlib.Path(path) / "vocabulary.model")
+            vocabulary = workdirs.vocabulary(path)
         elif not vocabulary:
             raise UserError(f"vocabulary: got none, {path} needs the SentencePiece model of its T5; pass --vocabulary=PATH")
-        vocabulary = vocabularies.Vocabulary(vocabulary)
-        predictor.check_vocabulary(RAHFConfig.from_dict(converted.config["model"]), vocabulary)
+        else:
+            vocabulary = vocabularies.Vocabulary(vocabulary)
+        model, length = critics.config_of(converted.config["model"]), converted.config["data"]["text_length"]
+        predictor.check_vocabulary(model, vocabulary, length)
     with paths.exchanging(output, replaced) as partial:
         if converted.kind == "rahf":
-            vocabulary.copy(partial / "vocabulary.model")
+            vocabulary.copy(partial)
             export.export_stablehlo(converted, partial / "predict.stablehlo")
-        if converted.kind == "clip":
-            folder = pathlib.Path(path) if pathlib.Path(path).is_dir() else pathlib.Path(path).parent
-            for name in clip_tokenizer.FILES:
-                if (folder / name).is_file():
-                    paths.replace(partial / name, (folder / name).read_bytes())
+        for file in tokenizer:
+            paths.replace(partial / file.name, file.read_bytes())
         pretrained.write(converted, partial)
     return converted
 
 
-def _replaced(kind: str, path, output: pathlib.Path) -> tuple[str, ...]:
+def _tokenizer(kind: str, path, vocabulary) -> list[pathlib.Path]:
+    """The files of its tokenizer that a conversion copies. Raises UserError for a vocabulary that has none of them."""
+    path = pathlib.Path(vocabulary or path)
+    folder = path if path.is_dir() else path.parent
+    found = [folder / name for name in TOKENIZERS.get(kind, ()) if (folder / name).is_file()]
+    if kind in TOKENIZERS and vocabulary and not found:
+        raise UserError(f"vocabulary: {vocabulary} has none of {', '.join(TOKENIZERS[kind])}, expected a tokenizer's folder")
+    return found
+
+
+def _replaced(kind: str, inputs: Sequence, output: pathlib.Path) -> tuple[str, ...]:
     """The names of the files that a conversion writes, and of an earlier one's in `output`, with the mark last.
 
     Raises:
@@ -77,15 +94,16 @@ def _replaced(kind: str, path, output: pathlib.Path) -> tuple[str, ...]:
     earlier = (*FILES[found], *COMMON) if found in FILES else ()
     if foreign := [name for name in reversed(written) if os.path.lexists(output / name) and name not in earlier]:
         raise UserError(f"output: {output} holds a {foreign[0]} that rahf.convert did not write; choose another folder")
-    if os.path.realpath(path) in {os.path.realpath(output / name) for name in ("", *written)}:
-        raise UserError(f"output: {output} holds the input {path}; choose another folder")
+    for path in inputs:
+        if os.path.realpath(path) in {os.path.realpath(output / name) for name in ("", *written)}:
+            raise UserError(f"output: {output} holds the input {path}; choose another folder")
     return tuple(name for name in dict.fromkeys((*earlier, *written)) if name != mark.name) + (mark.name,)
 
 
 def main():
     """The command."""
     args = flags.FLAGS
-    converted = convert(args.source, args.input, args.output, args.vocabulary, args.timeout)
+    converted = convert(args.source, args.input, args.output, args.vocabulary, args.timeout, args.clip)
     parameters = sum(int(np.prod(tensor.shape)) for tensor in converted.tensors.values())
     found = f": {converted.found}" if converted.found else ""
     config = json.dumps(converted.config, indent=2)
@@ -96,7 +114,13 @@ if __name__ == "__main__":
     flags.DEFINE_enum("source", None, list(READERS), "The format of the input.")
     flags.DEFINE_string("input", None, "A file, a folder, or a gs:// address of a T5X checkpoint.")
     flags.DEFINE_string("output", None, "The folder to write.")
-    flags.DEFINE_string("vocabulary", None, "rahf-pytorch: T5's SentencePiece model, or a tokenizer folder that has it.")
+    flags.DEFINE_string(
+        "vocabulary",
+        None,
+        "rahf-pytorch: T5's SentencePiece model, or a tokenizer folder that has it. clip-hf, open-clip, image-reward: the "
+        "folder of the tokenizer, by default the input's.",
+    )
+    flags.DEFINE_string("clip", None, "aesthetic: the CLIP under the head, a folder that this command wrote.")
     ranges.flag("timeout", weights.TIMEOUT, "t5x: seconds that an address may take to answer.", ranges.Range(1, 1e6))
     flags.mark_flags_as_required(["source", "input", "output"])
     command.run(main)

@@ -101,8 +101,11 @@ class _DatasetSplit:
             del model_feature_shapes
             examples = list(dataset.as_numpy_iterator())
             rows = predict((features for _, features in examples), len(examples))
-            ids = [(int(index), row["keyword_ids"]) for (index, _), row in zip(examples, rows, strict=True)]
-            return ids, {name: [row[name] for row in rows] for name in ("scores", "heatmaps")}
+            ids = [
+                (int(index), () if row["keyword_ids"] is None else row["keyword_ids"])
+                for (index, _), row in zip(examples, rows, strict=True)
+            ]
+            return ids, {name: [row[name] for row in rows] for name in ("scores", "heatmaps", "labelled_prompt")}
 
         future, _ = self._evaluator.evaluate(compute_metrics=True, predict_with_aux_fn=predict_with_aux)
         return {name: float(value) for name, value in future.result()[self._task.name].items()}
@@ -207,6 +210,8 @@ def evaluate(workdir, split: str, num_examples: int | None = None, config=None) 
     if jax.process_index() > 0:
         return results
     references = evaluation.references()
+    if "heatmaps" not in model.model_config.parts:  # the targets' size is arbitrary
+        references = {row: {k: v for k, v in of.items() if not k.startswith("heatmap/")} for row, of in references.items()}
     table = metrics.table({"this model": results} | references)
     folder = paths.absolute(workdir) / "eval"
     json_files.write(folder / f"{split}.json", results)

@@ -94,7 +94,7 @@ def rahf_loss(
     """The weighted sum of score MSE, heatmap MSE and keyword cross-entropy.
 
     Args:
-      outputs: the model's forward pass on `batch`.
+      outputs: the model's forward pass on `batch`. What it does not predict has no loss and no metric.
       batch: `scores`, `score_mask`, `heatmaps`, `heatmap_mask` and `keyword_ids` of richhf_data/schema.py.
       normalisers: `loss_normalisers` of the optimiser's batch, of which `batch` is a part or the whole.
       weights: `score`, `heatmap`, `keyword`.
@@ -112,12 +112,14 @@ def rahf_loss(
         raise UserError(f"loss weights: got {sorted(weights)}, expected exactly {sorted(DEFAULT_WEIGHTS)}")
     divide = {name: jnp.maximum(normalisers[name], 1.0) for name in DEFAULT_WEIGHTS}  # 0 / 1 without targets
 
-    keyword_sum, correct = keyword_loss_sum(outputs.keyword_logits, batch["keyword_ids"], count_padding)
-    losses = {
-        "score": score_loss_sum(outputs.scores, batch["scores"], batch["score_mask"]) / divide["score"],
-        "heatmap": heatmap_loss_sum(outputs.heatmaps, batch["heatmaps"], batch["heatmap_mask"]) / divide["heatmap"],
-        "keyword": keyword_sum / divide["keyword"],
-    }
+    losses, metrics = {}, {}
+    if outputs.scores is not None:
+        losses["score"] = score_loss_sum(outputs.scores, batch["scores"], batch["score_mask"]) / divide["score"]
+    if outputs.heatmaps is not None:
+        total = heatmap_loss_sum(outputs.heatmaps, batch["heatmaps"], batch["heatmap_mask"])
+        losses["heatmap"] = total / divide["heatmap"]
+    if outputs.keyword_logits is not None:
+        total, correct = keyword_loss_sum(outputs.keyword_logits, batch["keyword_ids"], count_padding)
+        losses["keyword"], metrics["keyword_accuracy"] = total / divide["keyword"], correct / divide["keyword"]
     loss = sum(weights[name] * value for name, value in losses.items())
-    metrics = {"loss": loss, **{f"loss_{name}": value for name, value in losses.items()}}
-    return loss, metrics | {"keyword_accuracy": correct / divide["keyword"]}
+    return loss, {"loss": loss, **{f"loss_{name}": value for name, value in losses.items()}, **metrics}

@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from rahf.models.blip import ImageRewardConfig
 from rahf.models.clip import CLIPConfig
 from rahf.models.rahf import RAHFConfig
+from rahf.models.resnet import ResNetConfig
 from rahf.models.t5 import T5Config
 from rahf.models.vit import ViTConfig
 
@@ -36,6 +38,11 @@ def leading(x):
 def convolution(x):
     """Layout of torch's `Conv2d`: theirs is [out, in, h, w], ours [h, w, in, out]."""
     return x.transpose(2, 3, 1, 0)
+
+
+def patches(x):
+    """Layout of a `Conv2d` of patches: theirs is [out, in, h, w], ours [h * w * in, out]."""
+    return convolution(x).reshape(-1, x.shape[0])
 
 
 def same_names(ours: Iterable[str]) -> TensorMap:
@@ -113,6 +120,41 @@ def vit_from_hugging_face(config: ViTConfig, prefix: str = "") -> TensorMap:
     return {name: (prefix + theirs, layout) for name, (theirs, layout) in table.items()}
 
 
+def hugging_face_resnet_name(name: str) -> str:
+    """Translates the name of a ResNet's tensor of Hugging Face to torchvision's, which timm has as well."""
+    name = name.removeprefix("resnet.")
+    for old, new in (
+        (r"^embedder\.embedder\.convolution\.", "conv1."),
+        (r"^embedder\.embedder\.normalization\.", "bn1."),
+        (r"^encoder\.stages\.(\d+)\.layers\.", lambda m: f"layer{int(m[1]) + 1}."),
+        (r"\.shortcut\.convolution\.", ".downsample.0."),
+        (r"\.shortcut\.normalization\.", ".downsample.1."),
+        (r"\.layer\.(\d)\.convolution\.", lambda m: f".conv{int(m[1]) + 1}."),
+        (r"\.layer\.(\d)\.normalization\.", lambda m: f".bn{int(m[1]) + 1}."),
+        (r"^classifier\.1\.", "fc."),
+    ):
+        name = re.sub(old, new, name)
+    return name
+
+
+def resnet_from_torchvision(config: ResNetConfig) -> TensorMap:
+    """For a ResNet of torchvision or timm."""
+
+    def conv_norm(ours, conv, norm):
+        table = _norm(f"{ours}/norm", norm) | {f"{ours}/conv/kernel": (f"{conv}.weight", convolution)}
+        return table | {f"{ours}/norm/{name}": (f"{norm}.running_{name}", same) for name in ("mean", "var")}
+
+    table = conv_norm("stem", "conv1", "bn1")
+    for i, depth in enumerate(config.depths):
+        for j in range(depth):
+            ours, theirs = f"stage_{i}_block_{j}", f"layer{i + 1}.{j}"
+            for k in range(3):
+                table |= conv_norm(f"{ours}/conv_{k}", f"{theirs}.conv{k + 1}", f"{theirs}.bn{k + 1}")
+            if j == 0:  # a stage changes the width
+                table |= conv_norm(f"{ours}/shortcut", f"{theirs}.downsample.0", f"{theirs}.downsample.1")
+    return table
+
+
 def t5_from_t5x(ours: Iterable[str]) -> TensorMap:
     """For a T5 of T5X. In its scanned layers, kernels keep the axis of the heads: [D, A, K], and [A, K, D] for `out`."""
     table = same_names(ours)
@@ -165,10 +207,6 @@ def t5_from_hugging_face(config: T5Config, prefix: str = "") -> TensorMap:
 
 def clip_from_hugging_face(config: CLIPConfig) -> TensorMap:
     """For a `CLIPModel` of Hugging Face."""
-
-    def patches(x):  # [D, 3, patch, patch] -> [patch * patch * 3, D]
-        return x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0])
-
     table = {
         "cls": ("vision_model.embeddings.class_embedding", lambda x: x.reshape(1, 1, -1)),
         "patch_embedding/kernel": ("vision_model.embeddings.patch_embedding.weight", patches),
@@ -190,6 +228,96 @@ def clip_from_hugging_face(config: CLIPConfig) -> TensorMap:
             for part, name in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"), ("out", "out_proj")):
                 table |= dense(f"{ours}/{part}", f"{theirs}.self_attn.{name}")
     return table
+
+
+def _third(i: int, layout: Layout) -> Layout:
+    """Layout of query (i = 0), key or value, whose tensors torch keeps as one."""
+    return lambda x: layout(np.split(x, 3)[i])
+
+
+def clip_from_open_clip(config: CLIPConfig) -> TensorMap:
+    """For OpenCLIP's `CLIP` with two plain transformers."""
+    table = {
+        "cls": ("visual.class_embedding", lambda x: x.reshape(1, 1, -1)),
+        "patch_embedding/kernel": ("visual.conv1.weight", patches),
+        "token_embedding": ("token_embedding.weight", same),
+        "image_projection/kernel": ("visual.proj", same),
+        "text_projection/kernel": ("text_projection", same),
+        "logit_scale": ("logit_scale", lambda x: x.reshape(())),
+    }
+    table |= _norm("vision/pre_norm", "visual.ln_pre") | _norm("vision/final_norm", "visual.ln_post")
+    table |= _norm("text/final_norm", "ln_final")
+    for tower, prefix, depth in (("vision", "visual.", config.vision.depth), ("text", "", config.text.depth)):
+        table[f"{tower}/pos_embedding"] = (f"{prefix}positional_embedding", leading)
+        for i in range(depth):
+            ours, theirs = f"{tower}/block_{i}", f"{prefix}transformer.resblocks.{i}"
+            table |= _norm(f"{ours}/attention_norm", f"{theirs}.ln_1") | _norm(f"{ours}/mlp_norm", f"{theirs}.ln_2")
+            table |= dense(f"{ours}/wi", f"{theirs}.mlp.c_fc") | dense(f"{ours}/wo", f"{theirs}.mlp.c_proj")
+            table |= dense(f"{ours}/out", f"{theirs}.attn.out_proj")
+            for number, part in enumerate(("query", "key", "value")):
+                table[f"{ours}/{part}/kernel"] = (f"{theirs}.attn.in_proj_weight", _third(number, transposed))
+                table[f"{ours}/{part}/bias"] = (f"{theirs}.attn.in_proj_bias", _third(number, same))
+    return table
+
+
+def linear_layers(ours: str, theirs: Iterable[str]) -> TensorMap:
+    """Our `LinearLayers` from torch's `Linear`s of these names, in their order; "" for a tensor without a prefix."""
+    table = {}
+    for i, name in enumerate(theirs):
+        table |= dense(f"{ours}/layer_{i}", name)
+    return {ours: (name.removeprefix("."), layout) for ours, (name, layout) in table.items()}
+
+
+IMAGE_REWARD_HEAD = [f"mlp.layers.{i}" for i in (0, 2, 4, 6, 7)]  # dropout is between the first four
+# BLIP's projections for contrastive learning, what else its checkpoints hold, and a buffer.
+IMAGE_REWARD_UNUSED = r"blip\.((vision|text)_proj|itm_head|text_decoder|\w+_m)\..*|blip\.(\w+_queue|queue_ptr|temp)"
+IMAGE_REWARD_UNUSED += r"|blip\.text_encoder\.(embeddings\.position_ids|pooler\..*)"
+
+
+def image_reward(config: ImageRewardConfig) -> TensorMap:
+    """For the model of the package `image-reward`."""
+    vision, text = "blip.visual_encoder", "blip.text_encoder"
+    heads, head_dim = config.vision.num_heads, config.vision.width // config.vision.num_heads
+
+    def into_heads(x):  # [A * K, D] -> [D, A, K]
+        return x.T.reshape(-1, heads, head_dim)
+
+    table = {
+        "vision/cls": (f"{vision}.cls_token", same),
+        "vision/pos_embedding": (f"{vision}.pos_embed", same),
+        "vision/embedding/kernel": (f"{vision}.patch_embed.proj.weight", convolution),
+        "vision/embedding/bias": (f"{vision}.patch_embed.proj.bias", same),
+        "text/token_embedding": (f"{text}.embeddings.word_embeddings.weight", same),
+        "text/pos_embedding": (f"{text}.embeddings.position_embeddings.weight", leading),
+    }
+    table |= _norm("vision/Transformer/encoder_norm", f"{vision}.norm") | _norm("text/norm", f"{text}.embeddings.LayerNorm")
+    for i in range(config.vision.depth):
+        ours, theirs = f"vision/Transformer/encoderblock_{i}", f"{vision}.blocks.{i}"
+        attention = f"{ours}/MultiHeadDotProductAttention_0"
+        table |= _norm(f"{ours}/LayerNorm_0", f"{theirs}.norm1") | _norm(f"{ours}/LayerNorm_1", f"{theirs}.norm2")
+        table |= dense(f"{ours}/MlpBlock_0/Dense_0", f"{theirs}.mlp.fc1")
+        table |= dense(f"{ours}/MlpBlock_0/Dense_1", f"{theirs}.mlp.fc2")
+        for number, part in enumerate(("query", "key", "value")):
+            table[f"{attention}/{part}/kernel"] = (f"{theirs}.attn.qkv.weight", _third(number, into_heads))
+            table[f"{attention}/{part}/bias"] = (
+                f"{theirs}.attn.qkv.bias",
+                _third(number, lambda x: x.reshape(heads, head_dim)),
+            )
+        table[f"{attention}/out/kernel"] = (
+            f"{theirs}.attn.proj.weight",
+            lambda x: x.T.reshape(heads, head_dim, -1),
+        )
+        table[f"{attention}/out/bias"] = (f"{theirs}.attn.proj.bias", same)
+    for i in range(config.text.depth):
+        ours, theirs = f"text/block_{i}", f"{text}.encoder.layer.{i}"
+        table |= dense(f"{ours}/wi", f"{theirs}.intermediate.dense") | dense(f"{ours}/wo", f"{theirs}.output.dense")
+        table |= _norm(f"{ours}/mlp_norm", f"{theirs}.output.LayerNorm")
+        for part, module in (("self", "attention"), ("cross", "crossattention")):
+            for name in ("query", "key", "value"):
+                table |= dense(f"{ours}/{part}_{name}", f"{theirs}.{module}.self.{name}")
+            table |= dense(f"{ours}/{part}_out", f"{theirs}.{module}.output.dense")
+            table |= _norm(f"{ours}/{part}_norm", f"{theirs}.{module}.output.LayerNorm")
+    return table | linear_layers("head", IMAGE_REWARD_HEAD)
 
 
 def _conv(ours: str, theirs: str, norm: str = "") -> TensorMap:

@@ -90,9 +90,9 @@ def make_optimizer(config, num_steps: int) -> optax.GradientTransformationExtraA
     else:
         raise UserError(f"optimizer.kind: got {config.kind!r}, expected 'adamw' or 'muon'")
     steps = [_clipped(config.clip_norm), optimizer]
-    multipliers = dict(config.get("learning_rate_multipliers", dict.fromkeys(PARTS, 1.0)))  # RAHF's alone has parts
-    if set(multipliers) != set(PARTS):
-        raise UserError(f"optimizer.learning_rate_multipliers: got {sorted(multipliers)}, expected {sorted(PARTS)}")
+    multipliers = dict(config.get("learning_rate_multipliers", {}))  # critics alone have parts
+    if unknown := set(multipliers) - set(PARTS):
+        raise UserError(f"optimizer.learning_rate_multipliers: got {sorted(unknown)}, expected some of {', '.join(PARTS)}")
     if any(multiplier != 1.0 for multiplier in multipliers.values()):
         steps.append(_scaled_by_part(multipliers))
     optimizer = optax.chain(*steps)
@@ -103,11 +103,11 @@ def make_optimizer(config, num_steps: int) -> optax.GradientTransformationExtraA
     return optimizer
 
 
-PARTS = ("vit", "t5", "heads")
+PARTS = ("vit", "t5", "resnet", "clip", "heads")
 
 
 def part_of(path) -> str:
-    """Which of `PARTS` a parameter belongs to: `heads` is all besides the ViT and T5."""
+    """Which of `PARTS` a parameter belongs to: `heads` is all besides the encoders."""
     return path[0].key if path[0].key in PARTS else "heads"
 
 
@@ -124,12 +124,20 @@ def stop_frozen(params, freeze: Sequence[str]):
     )
 
 
-def check_freeze(params, freeze: Sequence[str]) -> None:
-    """Refuses a name under which no parameter lies: UserError."""
+def with_frozen(old, new, freeze: Sequence[str]):
+    """New parameters, the frozen ones as they were."""
+    return jax.tree_util.tree_map_with_path(lambda path, x, y: x if is_frozen(path, freeze) else y, old, new)
+
+
+def check_parts(params, config) -> None:
+    """Refuses a name in `freeze` or `learning_rate_multipliers` under which no parameter lies: UserError."""
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    for prefix in freeze:
+    for prefix in config.freeze:
         if not any(is_frozen(path, (prefix,)) for path in paths):
             raise UserError(f"optimizer.freeze: nothing lies under {prefix!r}, expected one of {sorted(params)} or deeper")
+    parts = {part_of(path) for path in paths}
+    if unknown := sorted(set(config.get("learning_rate_multipliers", {})) - parts):
+        raise UserError(f"optimizer.learning_rate_multipliers: got {unknown}, the model has {', '.join(sorted(parts))}")
 
 
 def _clipped(limit: float) -> optax.GradientTransformationExtraArgs:
@@ -146,7 +154,7 @@ def _clipped(limit: float) -> optax.GradientTransformationExtraArgs:
 
 def _scaled_by_part(multipliers) -> optax.GradientTransformation:
     def scale(updates, params):
-        return jax.tree_util.tree_map_with_path(lambda path, update: multipliers[part_of(path)] * update, updates)
+        return jax.tree_util.tree_map_with_path(lambda path, update: multipliers.get(part_of(path), 1.0) * update, updates)
 
     return optax.stateless(scale)
 

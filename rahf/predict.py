@@ -201,12 +201,14 @@ def predict_items(model: predictor.Model, examples: Iterable[dict], batch_size: 
 
 def _item(model: predictor.Model, example: dict, row: dict) -> dict:
     """An item of rahf/report.py: an example with a row of `Predictor.predict_rows`."""
+    scores, heatmaps, labelled = (row[name] for name in ("scores", "heatmaps", "labelled_prompt"))
     tokens = keywords.tokenize(example["prompt"])
+    labels = [keywords.ALIGNED] * len(tokens)
     return example | {
-        "scores": dict(zip(schema.SCORES, row["scores"].tolist(), strict=True)),
-        "heatmaps": {name: row["heatmaps"][..., i] for i, name in enumerate(schema.HEATMAPS)},
-        "labelled_prompt": row["labelled_prompt"],
-        "labels": keywords.read_labels(row["labelled_prompt"], tokens, model.vocabulary.written),
+        "scores": {} if scores is None else dict(zip(schema.SCORES, scores.tolist(), strict=True)),
+        "heatmaps": {} if heatmaps is None else {name: heatmaps[..., i] for i, name in enumerate(schema.HEATMAPS)},
+        "labelled_prompt": labelled,
+        "labels": labels if labelled is None else keywords.read_labels(labelled, tokens, model.vocabulary.written),
     }
 
 
@@ -268,13 +270,13 @@ class _Writer:
         for name, file in files.items():
             image = np.round(item["heatmaps"][name] * 255).astype(np.uint8)
             paths.replace(self._output / file, images.png(image))
-        tokens = keywords.tokenize(item["prompt"])
+        words = keywords.misaligned_words(keywords.tokenize(item["prompt"]), report.predicted_labels(item))
         line = {
             "image": item["name"],
             "prompt": item["prompt"],
             "scores": {name: round(float(value), 6) for name, value in item["scores"].items()},
             "labelled_prompt": item["labelled_prompt"],
-            "keywords": keywords.misaligned_words(tokens, report.predicted_labels(item)),
+            "keywords": words if item["labelled_prompt"] is not None else None,
             "heatmaps": files,
         }
         return {"line": line, "view": report.view(number, item) if "image" in item else None}

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import flax.traverse_util
 import jax
@@ -19,7 +19,8 @@ from flax import linen as nn
 
 from rahf import ahead, checkpoints, partitioning, sources, weights, workdirs
 from rahf.fingerprint import fingerprint
-from rahf.models import rahf as rahf_model
+from rahf.models import critics
+from rahf.models.baselines import CLIPCriticConfig
 from richhf_data import jsonl, keywords, paths, schema
 from richhf_data import vocabulary as vocabularies
 from richhf_data.errors import UserError
@@ -27,7 +28,7 @@ from richhf_data.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Feedback:
-    """What RAHF says of B images.
+    """What a critic says of B images. A baseline predicts a part of it: the rest is {} or None.
 
     Attributes:
       scores: name of `schema.SCORES` -> float32[B] in [0, 1], higher is better.
@@ -38,26 +39,26 @@ class Feedback:
 
     scores: dict[str, np.ndarray]
     heatmaps: dict[str, np.ndarray]
-    labelled_prompts: list[str]
-    keywords: list[list[str]]
+    labelled_prompts: list[str] | None
+    keywords: list[list[str]] | None
 
 
 class Predictor:
-    """RAHF's forward pass, compiled for one config and one mesh. The parameters are an argument of its calls.
+    """A critic's forward pass, compiled for one config and one mesh. The parameters are an argument of its calls.
 
     Attributes:
-      config: of the run. model_config: RAHFConfig. vocabulary: None is enough to compile.
+      config: of the run. model_config: of critics.config_of. vocabulary: None is enough to compile.
       params: the parameters that it expects, as shapes with shardings: sharded over the mesh axis `model`, replicated over
         `data`.
     """
 
     def __init__(self, config, vocabulary: vocabularies.Vocabulary | None, mesh=None):
         self.config, self.vocabulary = config, vocabulary
-        self.model_config = rahf_model.RAHFConfig.from_dict(config.model.to_dict())
+        self.model_config = critics.config_of(config.model.to_dict())
         self._mesh = partitioning.make_mesh() if mesh is None else mesh
         self._rows = partitioning.batch_sharding(self._mesh)
-        module = rahf_model.RAHF(self.model_config)
-        inputs = rahf_model.dummy_inputs(self.model_config, config.data.text_length)
+        module = critics.module_of(self.model_config)
+        inputs = critics.dummy_inputs(self.model_config, config.data.text_length)
         boxed = jax.eval_shape(lambda key: module.init(key, *inputs)["params"], jax.random.key(0))
         shardings = partitioning.param_shardings(self._mesh, boxed)
         self.params = partitioning.placed_shapes(nn.unbox(boxed), shardings)
@@ -100,7 +101,7 @@ class Predictor:
 
         Yields:
           One dictionary a row: scores float32[4] and heatmaps float32[h, w, 2], both in [0, 1], keyword_ids int32[T] and the
-          labelled_prompt that they spell.
+          labelled_prompt that they spell; None for what the model does not predict.
 
         Raises:
           UserError: a prediction that is not finite.
@@ -144,7 +145,8 @@ class Predictor:
 
         with contextlib.closing(ahead.taken(begun(), 1)) as results:
             for key, names, outputs in results:
-                yield key, [self._row(*row) for row in zip(names, *jax.device_get(outputs), strict=False)]
+                outputs = [itertools.repeat(None) if output is None else output for output in jax.device_get(outputs)]
+                yield key, [self._row(*row) for row in zip(names, *outputs, strict=False)]
 
     def _begin(self, params, rows: Sequence[dict], size: int) -> tuple[jax.Array, ...]:
         """The forward pass of some rows as a batch of `size`; does not wait for the devices."""
@@ -153,18 +155,18 @@ class Predictor:
         own = {name: schema.pad_rows(array, size)[local] for name, array in stacked.items()}
         return self._forward(params, **partitioning.shard_batch(own, self._rows))
 
-    def _row(self, name: str, scores: np.ndarray, heatmaps: np.ndarray, ids: np.ndarray) -> dict:
-        if not np.isfinite(scores).all() or not np.isfinite(heatmaps).all():
+    def _row(self, name: str, scores: np.ndarray | None, heatmaps: np.ndarray | None, ids: np.ndarray | None) -> dict:
+        if not all(np.isfinite(values).all() for values in (scores, heatmaps) if values is not None):
             raise UserError(
                 f"prediction: got scores or heatmaps that are not finite for {name}; the weights are damaged, or "
                 "too large for model.dtype: train or convert them again"
             )
-        spelt = self.vocabulary.decode(ids)
+        spelt = None if ids is None else self.vocabulary.decode(ids)
         return {"scores": scores, "heatmaps": heatmaps, "keyword_ids": ids, "labelled_prompt": spelt}
 
 
 class Model:
-    """A RAHF with its parameters and vocabulary, ready to predict.
+    """A critic with its parameters and vocabulary, ready to predict.
 
     Attributes:
       predictor, params: the compiled forward pass, and the parameters in its places.
@@ -174,6 +176,14 @@ class Model:
         self.predictor, self.params = predictor, params
         self.config, self.model_config, self.vocabulary = predictor.config, predictor.model_config, predictor.vocabulary
 
+    def require(self, name: str, *parts: str) -> None:
+        """Refuses a model that does not predict these parts of `schema.PARTS`: UserError that begins with `name`."""
+        if missing := [part for part in parts if part not in self.model_config.parts]:
+            raise UserError(
+                f"{name}: the model predicts {' and '.join(self.model_config.parts)}, expected one that predicts "
+                f"{' and '.join(missing)} too, such as RAHF"
+            )
+
     @functools.cached_property
     def identity(self) -> str:
         """Depends on all that the predictions depend on: the parameters, the model, its text lengths and the vocabulary."""
@@ -182,7 +192,10 @@ class Model:
     def identity_parts(self) -> list:
         """What `identity` is made of."""
         lengths = {name: self.config.data[name] for name in ("text_length", "keyword_length")}
-        return [sorted(checkpoints.digests(self.params).items()), self.model_config, lengths, self.vocabulary.digest]
+        model = dataclasses.asdict(self.model_config)
+        if model["architecture"] == "rahf":
+            del model["architecture"]  # identities are older than the name
+        return [sorted(checkpoints.digests(self.params).items()), model, lengths, self.vocabulary.digest]
 
     def prepare(self, image: np.ndarray, prompt: str) -> dict:
         """One row of a batch from an RGB image uint8[H, W, 3] of any size and its prompt.
@@ -214,8 +227,8 @@ class Model:
         return self.config.data.get("truncate_long_prompts", False)
 
     def is_too_long(self, prompt: str) -> bool:
-        """Whether a prompt is longer than the model's text length."""
-        return self._num_ids(prompt) > self.config.data.text_length
+        """Whether a prompt is longer than the model's text length. A model that reads no text cuts all that it is given."""
+        return self.model_config.vocab_size is not None and self._num_ids(prompt) > self.config.data.text_length
 
     def _num_ids(self, prompt: str) -> int:
         return max(map(self.vocabulary.num_ids, schema.task_prompts(prompt, self.model_config.variant)))
@@ -242,7 +255,7 @@ class Model:
         pairs = enumerate(zip(images, prompts, strict=True))
         with contextlib.closing(ahead.mapped(prepare, pairs, batch_size)) as inputs:
             rows = list(self.predict_rows(inputs, batch_size))
-        return _feedback(rows, prompts, self.vocabulary.written)
+        return _feedback(rows, prompts, self)
 
     def predict_rows(self, examples: Iterable[dict], batch_size: int) -> Iterator[dict]:
         """`Predictor.predict_rows` with the model's parameters."""
@@ -253,21 +266,23 @@ class Model:
         return self.predictor.predict_batches(self.params, batches, batch_size)
 
 
-def _feedback(rows: Sequence[dict], prompts: Sequence[str], written: Callable[[str], str]) -> Feedback:
+def _feedback(rows: Sequence[dict], prompts: Sequence[str], model: "Model") -> Feedback:
     """Collects `predict_rows`' rows."""
-    size = rows[0]["heatmaps"].shape[:2] if rows else (0, 0)
-    scores = np.asarray([row["scores"] for row in rows], np.float32).reshape(-1, len(schema.SCORES))
-    heatmaps = np.asarray([row["heatmaps"] for row in rows], np.float32).reshape(-1, *size, len(schema.HEATMAPS))
-    words = []
-    for row, prompt in zip(rows, prompts, strict=True):
+    parts, scores, heatmaps = model.model_config.parts, {}, {}
+    if "scores" in parts:
+        values = np.asarray([row["scores"] for row in rows], np.float32).reshape(-1, len(schema.SCORES))
+        scores = {name: values[:, i] for i, name in enumerate(schema.SCORES)}
+    if "heatmaps" in parts:
+        size = rows[0]["heatmaps"].shape[:2] if rows else (0, 0)
+        values = np.asarray([row["heatmaps"] for row in rows], np.float32).reshape(-1, *size, len(schema.HEATMAPS))
+        heatmaps = {name: values[..., i] for i, name in enumerate(schema.HEATMAPS)}
+    if "keywords" not in parts:
+        return Feedback(scores, heatmaps, None, None)
+    labelled, words = [row["labelled_prompt"] for row in rows], []
+    for text, prompt in zip(labelled, prompts, strict=True):
         tokens = keywords.tokenize(prompt)
-        words.append(keywords.misaligned_words(tokens, keywords.read_labels(row["labelled_prompt"], tokens, written)))
-    return Feedback(
-        scores={name: scores[:, i] for i, name in enumerate(schema.SCORES)},
-        heatmaps={name: heatmaps[..., i] for i, name in enumerate(schema.HEATMAPS)},
-        labelled_prompts=[row["labelled_prompt"] for row in rows],
-        keywords=words,
-    )
+        words.append(keywords.misaligned_words(tokens, keywords.read_labels(text, tokens, model.vocabulary.written)))
+    return Feedback(scores, heatmaps, labelled, words)
 
 
 def load(workdir, config=None) -> Model:
@@ -281,7 +296,7 @@ def load(workdir, config=None) -> Model:
     """
     workdir = paths.absolute(workdir)
     config = workdirs.read_config(workdir) if config is None else config
-    predictor = Predictor(config, vocabularies.Vocabulary(workdirs.verified(workdir / "vocabulary.model")))
+    predictor = Predictor(config, workdirs.vocabulary(workdir))
     if (file := workdir / "weights.safetensors").is_file():
         if "://" in str(workdir):
             raise UserError(f"workdir: {workdir} holds weights of rahf.convert, expected them on a disk; copy the folder")
@@ -302,12 +317,30 @@ def _read_params(file, targets):
     return weights.read_params(file, targets, lambda array, target: partitioning.place(array, target.sharding))
 
 
-def check_vocabulary(model_config: rahf_model.RAHFConfig, vocabulary: vocabularies.Vocabulary) -> None:
-    """Refuses a vocabulary with more pieces than the model has embeddings."""
-    if vocabulary.size > model_config.t5.vocab_size:
+def check_vocabulary(model_config: critics.CriticConfig, vocabulary: vocabularies.Vocabulary, text_length: int) -> None:
+    """Refuses a vocabulary or a text length that the model cannot read: UserError.
+
+    Args:
+      text_length: of the config's `data`.
+    """
+    size, is_clip = model_config.vocab_size, isinstance(model_config, CLIPCriticConfig)
+    of_clip = isinstance(vocabulary, vocabularies.CLIPVocabulary)
+    if of_clip and "keywords" in model_config.parts:
+        raise UserError(f"vocabulary: {vocabulary.path} is a CLIP's, expected a SentencePiece model, which writes keywords")
+    if size is not None and vocabulary.size > size:
         raise UserError(
             f"vocabulary: {vocabulary.path} has {vocabulary.size} pieces, the model embeds "
-            f"model.t5.vocab_size={model_config.t5.vocab_size}; raise it, or train a smaller vocabulary"
+            f"model.{'clip.text' if is_clip else 't5'}.vocab_size={size}; raise it, or train a smaller vocabulary"
+        )
+    if is_clip and vocabulary.end_id != model_config.clip.text.eos_id:
+        raise UserError(
+            f"vocabulary: {vocabulary.path} ends a text with the id {vocabulary.end_id}, the model reads its text at "
+            f"model.clip.text.eos_id={model_config.clip.text.eos_id}; set it, or take the tokenizer of the CLIP"
+        )
+    if is_clip and text_length > (most := model_config.clip.text.length + of_clip):
+        raise UserError(
+            f"data.text_length: got {text_length}, the CLIP reads at most {most}; where prompts are longer, set "
+            "--config.data.truncate_long_prompts=True"
         )
 
 

@@ -1,7 +1,7 @@
 """Reads and writes the folders of rahf.convert, and starts training from them.
 
     weights.safetensors    float32 tensors with our parameter names
-    config.json            `kind` ("vit", "t5", "clip" or "rahf") and the model's configuration; written last
+    config.json            `kind` (of `SECTIONS`) and the model's configuration; written last
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import json
 import pathlib
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import flax.traverse_util
 import jax
@@ -17,21 +18,26 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from rahf import names, partitioning, weights
+from rahf.models import critics
+from rahf.models.blip import ImageRewardConfig
 from rahf.models.clip import CLIPConfig
-from rahf.models.rahf import RAHFConfig
+from rahf.models.resnet import ResNetConfig
 from rahf.models.t5 import T5Config
 from rahf.models.vit import ViTConfig
 from rahf.weights import Tensor, Tensors
 from richhf_data import checked, json_files
-from richhf_data.checked import Pixels
+from richhf_data.checked import Pixels, Size
 from richhf_data.errors import UserError
 
 MAX_NAMED = 5  # mismatches that a message lists
 SECTIONS = {  # kind -> what its config.json has to hold
     "vit": {"vit": ViTConfig, "image_size": Pixels},
     "t5": {"t5": T5Config},
+    "resnet": {"resnet": ResNetConfig},
     "clip": {"clip": CLIPConfig},
-    "rahf": {"model": RAHFConfig},
+    "aesthetic": {"clip": CLIPConfig, "hidden": tuple[Size, ...]},
+    "image_reward": {"image_reward": ImageRewardConfig},
+    "rahf": {"model": dict[str, Any]},
 }
 
 
@@ -40,7 +46,7 @@ class Pretrained:
     """Weights of a model or of a part of it, with our names.
 
     Attributes:
-      kind: "vit", "t5", "clip" or "rahf".
+      kind: of `SECTIONS`; "rahf" is a whole critic.
       config: the configuration, as JSON.
       tensors: our parameter name, joined by "/" -> tensor.
       found: the architecture in words, where the source does not name it.
@@ -70,10 +76,12 @@ def read(folder, kind: str) -> Pretrained:
     config = json_files.read(file) if file.is_file() else {}
     if (found := config.pop("kind", None)) != kind:
         holds = f"holds a {found}" if found else "is no folder that rahf.convert wrote"
-        raise UserError(f"init.{kind}: {folder} {holds}, expected one that it wrote from a {kind}")
+        raise UserError(f"init.{kind}: {folder} {holds}, expected one whose kind is {kind}")
     with json_files.named(file):
         for name, hint in SECTIONS[kind].items():
             checked.conform(hint, config.get(name), name)
+        if kind == "rahf":
+            critics.config_of(config["model"])
     return Pretrained(kind, config, weights.open_safetensors(pathlib.Path(folder) / "weights.safetensors"))
 
 
@@ -119,21 +127,21 @@ def matched(
 
 
 # ---- Start of a training --------------------------------------------------------------------------------------------
-def starting_tensors(init: Mapping[str, str], ours: Mapping, config: RAHFConfig) -> Tensors:
+def starting_tensors(init: Mapping[str, str], ours: Mapping, config: critics.CriticConfig) -> Tensors:
     """Opens the folders of a config's `init` section and checks them against the model; reads no values.
 
-    `vit` and `t5` take precedence over `rahf`. Position embeddings are resampled to the config's image size. A class token
-    is dropped if the model has none.
+    An encoder's takes precedence over `rahf`, a whole critic. The position embeddings of a ViT are resampled to the config's
+    image size. A class token is dropped if the model has none.
 
     Args:
-      init: "rahf", "vit", "t5" -> a folder, or "". ours: the model's parameters, with shapes.
+      init: "rahf", "vit", "t5", "resnet", "clip" -> a folder, or "". ours: the model's parameters, with shapes.
 
     Raises:
       UserError: a folder of another kind or size, or of a model that computes something else (another GELU, for example).
     """
     ours, out = flax.traverse_util.flatten_dict(ours, sep="/"), {}
-    for kind in ("rahf", "vit", "t5"):
-        if init[kind]:
+    for kind in ("rahf", "vit", "t5", "resnet", "clip"):
+        if init.get(kind):
             pretrained, prefix = read(init[kind], kind), "" if kind == "rahf" else f"{kind}/"
             what = f"init.{kind}: {init[kind]}"
             _check_same_function(pretrained, config, what)
@@ -150,10 +158,10 @@ def initialise(params, tensors: Tensors):
 
 
 # Options that may differ from those the weights were made with; for a ViT alone, `class_token` may as well.
-FREE = {"image_size", "dtype", "dropout", "remat", "scan", "strips", "mask_padding"}
+FREE = {"image_size", "dtype", "dropout", "remat", "scan", "strips", "mask_padding", "frozen_norm"}
 
 
-def _check_same_function(pretrained: Pretrained, config: RAHFConfig, what: str) -> None:
+def _check_same_function(pretrained: Pretrained, config: critics.CriticConfig, what: str) -> None:
     theirs = pretrained.config["model"] if pretrained.kind == "rahf" else pretrained.config
     ours = json.loads(json.dumps(dataclasses.asdict(config)))
     theirs = flax.traverse_util.flatten_dict({name: theirs[name] for name in theirs if name in ours}, sep=".")

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from rahf import experiments, optimizers, partitioning
 from rahf.models.attention import IMPLEMENTATIONS
+from rahf.models.resnet import STATISTICS, with_statistics
 from richhf_data import ranges
 from richhf_data.errors import UserError
 
@@ -43,7 +44,8 @@ class Program:
     Attributes:
       init: key -> fresh parameters, boxed with their logical axis names (`flax.linen.with_logical_partitioning`).
       loss: (params, rows, normalisers, key) -> (loss, metrics with "loss"). Those of the parts of a batch add up to those of
-        the whole.
+        the whole. Where the metrics hold `STATISTICS`, a tree of running statistics, their mean over the parts takes the
+        place of the parameters of these names.
       normalisers: batch -> what the losses of its parts are divided by.
       batch_shapes: rows of the global batch -> {name: (shape, dtype)} of the batch.
       remat: the config keys that say whether a part is recomputed in the backward pass.
@@ -148,7 +150,7 @@ def assemble(
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
 
     boxed = jax.eval_shape(program.init, init_key)
-    optimizers.check_freeze(nn.unbox(boxed), config.optimizer.freeze)
+    optimizers.check_parts(nn.unbox(boxed), config.optimizer)
     state = _abstract_state(boxed, optimizer, config, mesh)
     rows = partitioning.batch_sharding(mesh)
     batch = {
@@ -232,12 +234,15 @@ def _make_update(program: Program, optimizer, schedule, config, mesh) -> Callabl
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, metrics))
             (grads, metrics), _ = jax.lax.scan(accumulate, zeros, (rows, jnp.arange(microbatches)))
 
+        statistics = jax.tree.map(lambda x: x / microbatches, metrics.pop(STATISTICS, {}))
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
 
         def updated(old, grads):
             updates, opt_state = optimizer.update(grads, old["opt_state"], old["params"], norm=norm)
             params = optax.apply_updates(old["params"], updates)
+            if statistics:
+                params = optimizers.with_frozen(old["params"], with_statistics(params, statistics), config.optimizer.freeze)
             new = {"params": params, "opt_state": opt_state}
             if "ema" in old:
                 decay = config.optimizer.ema_decay

@@ -13,7 +13,7 @@ from etils import epath
 
 from rahf import hosts, workdirs
 from rahf.fingerprint import fingerprint
-from rahf.models.rahf import RAHFConfig
+from rahf.models import critics
 from richhf_data import json_files, paths, ranges, schema, synthetic
 from richhf_data import vocabulary as vocabularies
 from richhf_data.errors import UserError
@@ -21,25 +21,37 @@ from richhf_data.synthetic import stream
 
 SOURCES = ranges.OneOf(("seqio", "stream"))
 VOCABULARY_PROMPTS = 4000  # drawn to train the vocabulary of a run from `stream`
+VOCABULARY_SIZE = 512  # ids of it at most: the prompts have no more
 
 
-def install_vocabulary(config, workdir) -> vocabularies.Vocabulary:
+def install_vocabulary(config, workdir) -> vocabularies.Vocabulary | vocabularies.CLIPVocabulary:
     """The run's vocabulary, copied or trained into the workdir, so that the workdir alone can predict.
 
+    It is `data.vocabulary`; or that of the CLIP, or of the baseline with a CLIP, that the run starts from; or the dataset's.
+
     Raises:
-      UserError: `data.vocabulary`, or the dataset's own, is missing; the workdir's is damaged.
+      UserError: it is missing; the workdir's is damaged.
     """
-    path = paths.absolute(workdir) / "vocabulary.model"
-    if jax.process_index() == 0 and not path.exists():
-        if config.data.vocabulary or config.data.source == "seqio":
-            source = config.data.vocabulary or epath.Path(evaluation_dir(config)) / "vocabulary.model"
-            vocabularies.Vocabulary(source).copy(path)
+    workdir = paths.absolute(workdir)
+    files = [workdir / name for name in (*vocabularies.CLIP_FILES, "vocabulary.model")]
+    complete = (workdir / "vocabulary.model").exists() or any(map(workdirs.is_sealed, files))
+    if jax.process_index() == 0 and not complete:
+        model = critics.config_of(config.model.to_dict())
+        if given := config.data.vocabulary or config.init.get("clip"):
+            vocabularies.of(given).copy(workdir)
+        elif model.architecture == "clip" and config.init.rahf:
+            workdirs.vocabulary(config.init.rahf).copy(workdir)
+        elif config.data.source == "seqio":
+            vocabularies.of(epath.Path(evaluation_dir(config)) / "vocabulary.model").copy(workdir)
         else:
             prompts = synthetic.train_prompts(VOCABULARY_PROMPTS, seed=config.seed)
-            vocabularies.train(prompts, path, config.model.t5.vocab_size)
-        workdirs.seal(path)
+            size = min(VOCABULARY_SIZE, model.vocab_size or VOCABULARY_SIZE)
+            vocabularies.train(prompts, workdir / "vocabulary.model", size)
+        for file in files:
+            if file.exists():
+                workdirs.seal(file)
     hosts.wait("vocabulary")
-    return vocabularies.Vocabulary(workdirs.verified(path))
+    return workdirs.vocabulary(workdir)
 
 
 def training_batches(
@@ -71,14 +83,14 @@ def training_batches(
 
 def image_arguments(config) -> dict:
     """The sizes that the model sees and predicts, pixels."""
-    model = RAHFConfig.from_dict(config.model.to_dict())
+    model = critics.config_of(config.model.to_dict())
     return {"image_size": model.image_size, "heatmap_size": model.heatmap_size}
 
 
 def text_arguments(config) -> dict:
     """The variant and the lengths that texts are tokenised for."""
     return {
-        "variant": config.model.variant,
+        "variant": critics.config_of(config.model.to_dict()).variant,
         "text_length": config.data.text_length,
         "keyword_length": config.data.keyword_length,
     }
@@ -86,7 +98,7 @@ def text_arguments(config) -> dict:
 
 def batch_shapes(config, batch_size: int) -> dict[str, tuple[tuple[int, ...], str]]:
     """{name: (shape, dtype)} of a training batch (schema.py)."""
-    sizes, texts = image_arguments(config), schema.num_texts(config.model.variant)
+    sizes, texts = image_arguments(config), schema.num_texts(text_arguments(config)["variant"])
     image, maps, rows = sizes["image_size"], sizes["heatmap_size"], batch_size
     return {
         "image": ((rows, image, image, 3), "uint8"),
@@ -193,6 +205,13 @@ def _mixture(config) -> dict[str, float]:
     return dict(pairs)
 
 
+def _unread(config) -> tuple[str, ...]:
+    """The lengths of texts that the model does not read."""
+    model = critics.config_of(config.model.to_dict())
+    reads = {"text_length": model.vocab_size is not None, "keyword_length": "keywords" in model.parts}
+    return tuple(name for name, is_read in reads.items() if not is_read)
+
+
 def _register(config, data_dir, vocabulary, augment: bool):
     from richhf_data import tasks
 
@@ -201,6 +220,7 @@ def _register(config, data_dir, vocabulary, augment: bool):
         vocabulary_path=vocabulary.path,
         augment=augment,
         truncate_long_prompts=config.data.truncate_long_prompts,
+        unread=_unread(config),
         **image_arguments(config),
         **text_arguments(config),
     )

@@ -80,7 +80,11 @@ def main() -> None:
     table = PictureTable(args.images)
     output = table.checked_output(args.output)
     other = predictor.load(args.other) if args.other else None
-    suggest(table, predictor.load(args.workdir), other, args.threshold)
+    critic = predictor.load(args.workdir)
+    for flag, model, parts in (("workdir", critic, ("heatmaps", "keywords")), ("other", other, ("scores", "heatmaps"))):
+        if model:
+            model.require(flag, *parts)
+    suggest(table, critic, other, args.threshold)
     table.write(table.rows, output)
     print(f"{output}: {len(table.rows)} pictures")
 

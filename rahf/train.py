@@ -1,4 +1,4 @@
-"""Trains RAHF: the whole story, from top to bottom.
+"""Trains RAHF, or a baseline: the whole story, from top to bottom.
 
     python -m rahf.train --config=rahf_synth_tiny --workdir=DIR [--config.key=value ...]
 
@@ -6,6 +6,7 @@ A run that was killed resumes from its last checkpoint when the same command is 
 numbers of a step depend on the seed and the step alone. SIGTERM (exit code 75) and SIGINT (130) save before they end it.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -28,10 +29,11 @@ from rahf import (
     workdirs,
 )
 from rahf import program as programs
-from rahf.models import rahf as rahf_model
+from rahf.models import critics
+from rahf.models.resnet import STATISTICS
 from richhf_data import command, ranges
 
-# Of a config, for `experiments.check_ranges`; the model's own numbers are checked by `RAHFConfig`.
+# Of a config, for `experiments.check_ranges`; the model's own numbers are checked by `critics.config_of`.
 RANGES = programs.RANGES | evaluate.RANGES | {
     "data.num_workers": ranges.NUMBER_OF_PROCESSES,
     "eval.every": ranges.COUNT,
@@ -52,30 +54,36 @@ RESUME_MAY_DIFFER = (
 
 def check(config) -> None:
     """Refuses a value that is missing or out of its range: UserError."""
-    rahf_model.RAHFConfig.from_dict(config.model.to_dict())
+    critics.config_of(config.model.to_dict())
     experiments.check_ranges(config, RANGES)
 
 
 def program(config) -> programs.Program:
-    """RAHF as a config says, to be assembled (program.py)."""
-    model_config = rahf_model.RAHFConfig.from_dict(config.model.to_dict())
-    model = rahf_model.RAHF(model_config)
+    """RAHF or a baseline as a config says, to be assembled (program.py)."""
+    model_config = critics.config_of(config.model.to_dict())
+    if "resnet" in config.optimizer.freeze:  # with its running statistics
+        resnet = dataclasses.replace(model_config.resnet, frozen_norm=True)
+        model_config = dataclasses.replace(model_config, resnet=resnet)
+    model = critics.module_of(model_config)
     loss_weights, count_padding = config.train.loss_weights.to_dict(), config.train.count_padding
 
     def init(key):
-        return model.init(key, *rahf_model.dummy_inputs(model_config, config.data.text_length))["params"]
+        return model.init(key, *critics.dummy_inputs(model_config, config.data.text_length))["params"]
 
     def loss(params, rows, normalisers, key):
         inputs = rows["image"], rows["text_ids"], rows["keyword_ids"]
-        outputs = model.apply({"params": params}, *inputs, train=True, rngs={"dropout": key})
-        return losses.rahf_loss(outputs, rows, normalisers, loss_weights, count_padding)
+        outputs, statistics = model.apply(
+            {"params": params}, *inputs, train=True, rngs={"dropout": key}, mutable=[STATISTICS]
+        )
+        loss, metrics = losses.rahf_loss(outputs, rows, normalisers, loss_weights, count_padding)
+        return loss, metrics | statistics  # under the name STATISTICS, if the model has any
 
     return programs.Program(
         init=init,
         loss=loss,
         normalisers=functools.partial(losses.loss_normalisers, count_padding=count_padding),
         batch_shapes=functools.partial(sources.batch_shapes, config),
-        remat=("model.vit.remat", "model.t5.remat", "model.heatmap_head.remat"),
+        remat=tuple(f"model.{part}.remat" for part in ("vit", "t5", "heatmap_head") if part in config.model),
     )
 
 
@@ -89,7 +97,7 @@ def train(config, workdir) -> dict[str, float]:
     # ---- Model, mesh, training step ---------------------------------------------------------------------------------
     check(config)
     checkpoints.check_path(workdir)
-    model_config = rahf_model.RAHFConfig.from_dict(config.model.to_dict())
+    model_config = critics.config_of(config.model.to_dict())
     training = programs.assemble(program(config), config)
 
     # ---- Workdir, vocabulary, data ----------------------------------------------------------------------------------
@@ -99,7 +107,7 @@ def train(config, workdir) -> dict[str, float]:
     data = sources.identity(config)
     workdir = workdirs.open_workdir(workdir, config, RESUME_MAY_DIFFER)
     vocabulary = sources.install_vocabulary(config, workdir)
-    predictor.check_vocabulary(model_config, vocabulary)
+    predictor.check_vocabulary(model_config, vocabulary, config.data.text_length)
     workdirs.record(workdir / "data.json", data | {"vocabulary": vocabulary.digest}, "data")
     print_run(workdir, training)
 

@@ -4,7 +4,8 @@
     workdir/data.json            which data it reads: datasets and vocabulary (rahf.train)
     workdir/rewards.json         what weights its images and their pixels (rahf.diffusion.train)
     workdir/vocabulary.model     the SentencePiece model that maps its text to ids
-    workdir/digests.json         SHA-256 of config.json and of vocabulary.model
+    workdir/tokenizer.json, ...  in place of it, the tokenizer of a CLIP that is fine-tuned
+    workdir/digests.json         SHA-256 of config.json and of the vocabulary's files
     workdir/checkpoints/, best/  see checkpoints.py
     workdir/damaged/             checkpoints whose contents changed after they were saved
     workdir/bad_batches/         batches whose loss or gradient was not finite
@@ -22,13 +23,16 @@ import ml_collections
 from etils import epath
 
 from rahf import experiments, hosts
-from rahf.models.rahf import RAHFConfig
+from rahf.models import critics
 from richhf_data import checked, json_files, paths
+from richhf_data import vocabulary as vocabularies
 from richhf_data.errors import UserError
 from richhf_data.ranges import Range
 
 # How a run is divided, logged and saved: no result depends on it.
 CONDUCT = ("mesh", "log_every", "checkpoint_every", "train.max_bad_steps")
+# Architecture -> the config that has every key.
+BASES = {"rahf": "rahf_base", "resnet": "baseline_resnet50", "clip": "baseline_clip"}
 
 
 def is_new(workdir) -> bool:
@@ -63,8 +67,17 @@ def open_workdir(workdir, config: ml_collections.ConfigDict, may_differ: Sequenc
 def seal(file: epath.Path) -> None:
     """Records the digest of a file that was written into a workdir, for `verified`."""
     record = file.parent / "digests.json"
-    known = json_files.read_as(dict[str, str], record) if record.exists() else {}
-    json_files.write(record, known | {file.name: hashlib.sha256(file.read_bytes()).hexdigest()})
+    json_files.write(record, _sealed(file) | {file.name: hashlib.sha256(file.read_bytes()).hexdigest()})
+
+
+def is_sealed(file: epath.Path) -> bool:
+    """Whether `seal` recorded the digest of a file of this name."""
+    return file.name in _sealed(file)
+
+
+def _sealed(file: epath.Path) -> dict[str, str]:
+    record = file.parent / "digests.json"
+    return json_files.read_as(dict[str, str], record) if record.exists() else {}
 
 
 def verified(file: epath.Path) -> epath.Path:
@@ -74,13 +87,27 @@ def verified(file: epath.Path) -> epath.Path:
       UserError: its content is not what was written.
     """
     record = file.parent / "digests.json"
-    written = json_files.read_as(dict[str, str], record).get(file.name) if file.exists() and record.exists() else None
+    written = _sealed(file).get(file.name) if file.exists() else None
     if written is not None and hashlib.sha256(file.read_bytes()).hexdigest() != written:
         raise UserError(
             f"workdir: {file} is damaged: its content is not what was written; put a copy back, or delete {record} if you "
             "changed it yourself"
         )
     return file
+
+
+def vocabulary(workdir) -> vocabularies.Vocabulary | vocabularies.CLIPVocabulary:
+    """The vocabulary of a workdir or of a folder that rahf.convert wrote.
+
+    Raises:
+      UserError: there is none, or it is damaged.
+    """
+    workdir = epath.Path(workdir)
+    if not (files := [workdir / name for name in vocabularies.CLIP_FILES if (workdir / name).is_file()]):
+        return vocabularies.Vocabulary(verified(workdir / "vocabulary.model"))
+    for file in files:
+        verified(file)
+    return vocabularies.CLIPVocabulary(workdir)
 
 
 def check_config(workdir, config: ml_collections.ConfigDict, may_differ: Sequence[str] = ()) -> None:
@@ -124,11 +151,11 @@ def record(file: epath.Path, found: Mapping, what: str) -> None:
 
 
 def read_config(workdir) -> ml_collections.ConfigDict:
-    """The locked config of a RAHF workdir, or of a folder that rahf.convert wrote.
+    """The locked config of a critic's workdir, or of a folder that rahf.convert wrote.
 
     Raises:
-      UserError: the folder is neither; a value of its config.json is missing, or of another type than in
-        configs/rahf_base.py.
+      UserError: the folder is neither; a value of its config.json is missing, or of another type than in its architecture's
+        config of `BASES`.
     """
     config = _read(workdir)
     if (kind := config.get("kind", "rahf")) != "rahf":
@@ -136,7 +163,8 @@ def read_config(workdir) -> ml_collections.ConfigDict:
     with json_files.named(epath.Path(workdir) / "config.json"):
         checked.conform(PredictorConfig, config, extra=True)
         config = _upgraded(config)
-        _check_types(config, experiments.load("rahf_base").to_dict(), whole="kind" not in config)
+        base = experiments.load(BASES[config["model"]["architecture"]]).to_dict()
+        _check_types(config, base, whole="kind" not in config)
     return ml_collections.ConfigDict(_with_tuples(config)).lock()
 
 
@@ -150,9 +178,9 @@ class Lengths:
 
 @dataclasses.dataclass(frozen=True)
 class PredictorConfig:
-    """What every config of a RAHF holds. A folder that rahf.convert wrote holds no more."""
+    """What every config of a critic holds. A folder that rahf.convert wrote holds no more."""
 
-    model: RAHFConfig
+    model: dict[str, Any]
     data: Lengths
 
 
@@ -186,7 +214,7 @@ def _upgraded(config: Mapping) -> dict:
     """A config with the names and the options of today; an option that an older config lacks has its default."""
     config = _renamed(config)
     if config.get("kind", "rahf") == "rahf" and "model" in config:
-        config["model"] = dataclasses.asdict(RAHFConfig.from_dict(config["model"]))
+        config["model"] = dataclasses.asdict(critics.config_of(config["model"]))
     if isinstance(config.get("mesh"), dict):
         config["mesh"].setdefault("attention", "auto")
     return config

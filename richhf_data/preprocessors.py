@@ -5,6 +5,8 @@ augmentation of the paper (arXiv 2312.10240, section 9). There is no flip, becau
 follows the resize because it is cheaper on the smaller image. All randomness is a function of the example's `seed`.
 """
 
+from collections.abc import Sequence
+
 from richhf_data import schema
 from richhf_data import vocabulary as vocabularies
 from richhf_data.tensorflow_cpu import seqio, tf
@@ -23,6 +25,49 @@ class SeqioVocabulary(seqio.SentencePieceVocabulary):
 
     def _decode(self, ids) -> str:
         return vocabularies.spell(self.tokenizer, [int(piece) for piece in ids])
+
+
+class TextTable(seqio.Vocabulary):
+    """CLIP's vocabulary for seqio, whose tokenizer TensorFlow does not have: a table of a dataset's texts.
+
+    Args:
+      texts: all that will be encoded. length: as of `CLIPVocabulary.pieces`.
+    """
+
+    def __init__(self, vocabulary: vocabularies.CLIPVocabulary, texts: Sequence[str], length: int):
+        super().__init__()
+        self._vocabulary = vocabulary
+        self._ids = tf.ragged.constant([vocabulary.pieces(text, length) for text in texts], tf.int32)
+        places = tf.lookup.KeyValueTensorInitializer(tf.constant(texts), tf.range(len(texts), dtype=tf.int64))
+        self._places = tf.lookup.StaticHashTable(places, default_value=len(texts))  # out of range: gathering it fails
+
+    @property
+    def _base_vocab_size(self) -> int:
+        return self._vocabulary.size
+
+    @property
+    def bos_id(self) -> int | None:
+        return None
+
+    @property
+    def eos_id(self) -> int:
+        return schema.EOS_ID
+
+    @property
+    def unk_id(self) -> int:
+        return schema.UNK_ID
+
+    def _encode(self, s: str) -> list[int]:
+        return self._encode_tf(tf.constant([s]))[0].numpy().tolist()
+
+    def _encode_tf(self, s: tf.Tensor) -> tf.RaggedTensor:
+        return tf.gather(self._ids, self._places.lookup(s))
+
+    def _decode(self, ids) -> str:
+        return self._vocabulary.decode(ids)
+
+    def _decode_tf(self, ids):
+        raise NotImplementedError("seqio decodes predictions outside of TensorFlow")
 
 
 @seqio.map_over_dataset
@@ -88,10 +133,14 @@ def resize(dataset: tf.data.Dataset, *, image_size: int, heatmap_size: int) -> t
     @seqio.map_over_dataset
     def resize_example(example):
         image = tf.image.resize(example["image"], [image_size, image_size], antialias=True)
-        heatmaps = tf.image.resize(example["heatmaps"], [heatmap_size, heatmap_size], method="area")
-        return example | {"image": _to_uint8(image), "heatmaps": _to_uint8(heatmaps)}
+        return example | {"image": _to_uint8(image), "heatmaps": resize_maps(example["heatmaps"], heatmap_size)}
 
     return resize_example(dataset)
+
+
+def resize_maps(heatmaps: tf.Tensor, size: int) -> tf.Tensor:
+    """uint8[H, W, 2] -> uint8[size, size, 2], averages over areas."""
+    return _to_uint8(tf.image.resize(heatmaps, [size, size], method="area"))
 
 
 def _to_uint8(image: tf.Tensor) -> tf.Tensor:

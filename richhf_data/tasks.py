@@ -42,6 +42,7 @@ class RichhfTask:
     vocabulary: str
     augment: bool
     truncate_long_prompts: bool
+    unread: tuple[str, ...]
 
     @property
     def seqio_task(self) -> seqio.Task:
@@ -72,6 +73,7 @@ def register(
     vocabulary_path=None,
     augment: bool = False,
     truncate_long_prompts: bool = False,
+    unread: tuple[str, ...] = (),
 ) -> RichhfTask:
     """Registers the seqio task of a built dataset. The same arguments give the same task again.
 
@@ -80,9 +82,10 @@ def register(
       variant: one of `schema.VARIANTS`.
       image_size, heatmap_size: pixels, both sides.
       text_length, keyword_length: ids, the end id included, of a prompt and of a labelled prompt.
-      vocabulary_path: a SentencePiece model; data_dir/vocabulary.model by default.
+      vocabulary_path: a SentencePiece model, or a folder with CLIP's tokenizer; data_dir/vocabulary.model by default.
       augment: crop and colour as for training (preprocessors.py). A task that augments has no metrics.
       truncate_long_prompts: cut texts that are longer than their length, with a warning, instead of refusing them.
+      unread: "text_length", "keyword_length", or both: of texts that the model does not read. Those are cut.
 
     Returns:
       The task; its name is `richhf_<variant>`, `_augment` if it augments, and a hash of the arguments.
@@ -104,23 +107,32 @@ def register(
         "vocabulary": str(path),
         "augment": augment,
         "truncate_long_prompts": truncate_long_prompts,
+        "unread": unread,
     }
     digest = zlib.crc32(json.dumps(arguments, sort_keys=True).encode())
     task = RichhfTask(f"richhf_{variant}{'_augment' if augment else ''}_{digest:08x}", **arguments)
     if task.name in seqio.TaskRegistry.names():
         return task
 
-    texts = vocabulary.Vocabulary(path)
-    _check_lengths(dataset.folder, texts, variant, text_length, keyword_length, truncate_long_prompts)
-    pieces = preprocessors.SeqioVocabulary(str(path))
-    cut = {"vocabulary": pieces, "truncate": truncate_long_prompts}
+    texts = vocabulary.of(path)
+    lengths = {"text_length": text_length, "keyword_length": keyword_length}
+    checked = {name: length for name, length in lengths.items() if name not in unread}
+    _check_lengths(dataset.folder, texts, variant, checked, truncate_long_prompts)
+    of_text, of_keywords = (
+        {
+            "vocabulary": _seqio_vocabulary(dataset.folder, texts, length),
+            "length": length,
+            "truncate": truncate_long_prompts or name in unread,
+        }
+        for name, length in lengths.items()
+    )
     steps = [
         preprocessors.decode,
         *([preprocessors.seed, preprocessors.crop] if augment else []),
         functools.partial(preprocessors.resize, image_size=image_size, heatmap_size=heatmap_size),
         *([preprocessors.colour] if augment else []),
-        functools.partial(preprocessors.texts, variant=variant, length=text_length, **cut),
-        functools.partial(preprocessors.keyword_target, length=keyword_length, **cut),
+        functools.partial(preprocessors.texts, variant=variant, **of_text),
+        functools.partial(preprocessors.keyword_target, **of_keywords),
     ]
     seqio.TaskRegistry.add(
         task.name,
@@ -128,8 +140,8 @@ def register(
         preprocessors=steps,
         output_features={
             "image": seqio.ContinuousFeature(rank=3, dtype=tf.uint8),
-            "text_ids": seqio.Feature(pieces, add_eos=False, rank=2),
-            "targets": seqio.Feature(pieces, add_eos=False),
+            "text_ids": seqio.Feature(of_text["vocabulary"], add_eos=False, rank=2),
+            "targets": seqio.Feature(of_keywords["vocabulary"], add_eos=False),
             "scores": seqio.ContinuousFeature(rank=1, dtype=tf.float32),
             "score_mask": seqio.ContinuousFeature(rank=1, dtype=tf.bool),
             "heatmaps": seqio.ContinuousFeature(rank=3, dtype=tf.uint8),
@@ -166,15 +178,14 @@ def evaluate(targets, predictions, aux_values, written=str) -> dict[str, float]:
 
     Args:
       targets: what `postprocess` returns.
-      predictions: labelled prompts, str.
-      aux_values: `scores` float32[n, 4] and `heatmaps` float32[n, h, h, 2], both in [0, 1].
+      predictions: labelled prompts, str, which seqio decoded.
+      aux_values: `scores` n times float32[4] and `heatmaps` n times float32[h, h, 2], both in [0, 1]. `labelled_prompt`, n
+        times str, takes the place of `predictions` where it is given. None for what is not predicted.
       written: as in `metrics.evaluate`.
     """
-    predictions = [
-        {"scores": scores, "heatmaps": heatmaps, "labelled_prompt": text}
-        for text, scores, heatmaps in zip(predictions, aux_values["scores"], aux_values["heatmaps"], strict=True)
-    ]
-    return metrics.evaluate(targets, predictions, written)
+    values = {"labelled_prompt": predictions} | aux_values
+    rows = zip(*values.values(), strict=True)
+    return metrics.evaluate(targets, [dict(zip(values, row, strict=True)) for row in rows], written)
 
 
 def report(data_dir) -> dict:
@@ -273,13 +284,22 @@ class BuiltSource(seqio.DataSource):
         return self.dataset.as_dataset(split=split, shuffle_files=shuffle, read_config=read)
 
 
+def _seqio_vocabulary(folder, texts: vocabulary.Vocabulary | vocabulary.CLIPVocabulary, length: int) -> seqio.Vocabulary:
+    if isinstance(texts, vocabulary.Vocabulary):
+        return preprocessors.SeqioVocabulary(texts.path)
+    known = {text for rows in builder.read_prompts(folder).values() for _, *both in rows for text in both}
+    return preprocessors.TextTable(texts, sorted(known), length)
+
+
 def _built(data_dir) -> epath.Path:
     return builder.open_built(data_dir).folder
 
 
-def _check_lengths(folder, pieces: vocabulary.Vocabulary, variant, text_length, keyword_length, truncate) -> None:
-    """Refuses texts that are too long, or logs them if they are to be truncated; logs texts with unknown characters."""
-    limits = {"text_length": text_length, "keyword_length": keyword_length}
+def _check_lengths(folder, pieces: vocabulary.Vocabulary, variant, limits, truncate) -> None:
+    """Refuses texts that are too long, or logs them if they are to be truncated; logs texts with unknown characters.
+
+    limits: the lengths that are read, by their names.
+    """
     too_long, unknown = {key: [] for key in limits}, []
     for rows in builder.read_prompts(folder).values():
         for uid, prompt, labelled in rows:
@@ -287,7 +307,7 @@ def _check_lengths(folder, pieces: vocabulary.Vocabulary, variant, text_length, 
                 unknown.append(uid)
             needed = max(map(pieces.num_ids, schema.task_prompts(prompt, variant)))
             for key, count in (("text_length", needed), ("keyword_length", pieces.num_ids(labelled))):
-                if count > limits[key]:
+                if key in limits and count > limits[key]:
                     too_long[key].append((count, uid))
     if unknown:
         logging.warning(

@@ -1,18 +1,20 @@
-"""SentencePiece vocabularies: T5's own from a file, or a small one trained on prompts. Imports no TensorFlow."""
+"""Vocabularies: SentencePiece, T5's own from a file or a small one trained on prompts; and CLIP's. Imports no TensorFlow."""
 
 import functools
 import hashlib
 import io
 import itertools
+import tempfile
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import sentencepiece
 from etils import epath
 
-from richhf_data import keywords, paths, schema
+from richhf_data import clip_tokenizer, keywords, paths, schema
 from richhf_data.errors import UserError
 
+CLIP_FILES = (*clip_tokenizer.OPTIONS, *reversed(clip_tokenizer.FILES))  # as they are written: the needed ones last
 UNKNOWN = "⁇"  # what an unknown id reads as; SentencePiece writes it between spaces
 
 
@@ -42,9 +44,9 @@ class Vocabulary:
         if ids != (schema.PAD_ID, schema.EOS_ID, schema.UNK_ID):
             raise UserError(f"vocabulary: {path} has (pad, eos, unk) = {ids}, expected (0, 1, 2) as T5's has")
 
-    def copy(self, path) -> None:
-        """Writes the SentencePiece model to `path`, whole or not at all."""
-        paths.replace(path, epath.Path(self.path).read_bytes())
+    def copy(self, folder) -> None:
+        """Writes the SentencePiece model to vocabulary.model in `folder`, whole or not at all."""
+        paths.replace(epath.Path(folder) / "vocabulary.model", epath.Path(self.path).read_bytes())
 
     @property
     def digest(self) -> str:
@@ -53,7 +55,10 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
+        """Of the ids."""
         return self._processor.vocab_size()
+
+    end_id = schema.EOS_ID
 
     def encode(self, text: str, length: int) -> np.ndarray:
         """int32[length]: the pieces and the end id, padded with zeros; a longer text loses its last pieces.
@@ -82,6 +87,80 @@ class Vocabulary:
     def decode(self, ids: Sequence[int]) -> str:
         """The text before the first end id, without padding; `UNKNOWN` for an unknown id and one out of range."""
         return spell(self._processor, np.asarray(ids).tolist())
+
+
+class CLIPVocabulary:
+    """CLIP's vocabulary with the methods of `Vocabulary`, for the fine-tuned CLIP.
+
+    The ids of a text are CLIP's, from its start id to its end id, then 1 and zeros as in `Vocabulary`. CLIP reads nothing
+    after its end id.
+
+    Args:
+      path: a Hugging Face folder with CLIP's tokenizer.
+    """
+
+    def __init__(self, path):
+        self.path = str(path)
+        with tempfile.TemporaryDirectory() as copy:
+            if "://" in self.path:
+                self.copy(copy)
+            self._tokenizer = clip_tokenizer.Tokenizer(copy if "://" in self.path else path)
+        self.size, self.end_id = self._tokenizer.size, self._tokenizer.eos_id
+
+    def copy(self, folder) -> None:
+        """Writes the tokenizer's files into `folder`, each whole or not at all."""
+        for name, content in self._files().items():
+            paths.replace(epath.Path(folder) / name, content)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the tokenizer's files."""
+        return hashlib.sha256(b"".join(name.encode() + content for name, content in self._files().items())).hexdigest()
+
+    def _files(self) -> dict[str, bytes]:
+        found = ((name, epath.Path(self.path) / name) for name in CLIP_FILES)
+        return {name: file.read_bytes() for name, file in found if file.is_file()}
+
+    def encode(self, text: str, length: int) -> np.ndarray:
+        """int32[length]: start, pieces, end, 1, zeros; a longer text loses its last pieces."""
+        ids = np.zeros(length, np.int32)
+        pieces = [*self.pieces(text, length), schema.EOS_ID]
+        ids[: len(pieces)] = pieces
+        return ids
+
+    def pieces(self, text: str, length: int) -> list[int]:
+        """The ids from start to end, at most `length` - 1."""
+        ids = self._tokenizer([text], length - 1)[0].tolist()
+        return ids[: ids.index(self.end_id) + 1]
+
+    def num_ids(self, text: str) -> int:
+        """The number of ids of `text`, with its start, its end, and the 1."""
+        return self._tokenizer.num_ids(text) + 1
+
+    def knows(self, text: str) -> bool:
+        """True: its pieces are bytes."""
+        del text
+        return True
+
+    def written(self, text: str) -> str:
+        """The text: nothing writes with this vocabulary."""
+        return text
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids."""
+        return self._tokenizer.decode(ids)
+
+
+def of(path) -> Vocabulary | CLIPVocabulary:
+    """The vocabulary of a SentencePiece model, or of a Hugging Face tokenizer folder: T5's or CLIP's.
+
+    Raises:
+      UserError: there is none.
+    """
+    folder = epath.Path(path)
+    if folder.is_dir() and not (folder / "spiece.model").is_file():
+        return CLIPVocabulary(path)
+    return Vocabulary(path)
 
 
 def spell(processor: sentencepiece.SentencePieceProcessor, ids: Sequence[int]) -> str:

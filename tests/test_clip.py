@@ -272,7 +272,7 @@ def test_clip_config_names_a_wrong_value(make, message):
     ],
 )
 def test_an_old_config_has_the_values_that_transformers_reads(file):
-    theirs, ours = transformers.CLIPConfig(**copy.deepcopy(file)), readers.clip_config_from_hugging_face(file)
+    theirs, ours = transformers.CLIPConfig(**copy.deepcopy(file)), readers.clip.clip_config_from_hugging_face(file)
     names = {"hidden_size": "width", "num_hidden_layers": "depth", "num_attention_heads": "num_heads"}
     names |= {"intermediate_size": "mlp_dim"}
     of_text = names | {"vocab_size": "vocab_size", "max_position_embeddings": "length", "eos_token_id": "eos_id"}

@@ -62,19 +62,22 @@ def release_tensors():
 
 def release(file):
     """The release's config from its tensors and from what the files beside it say. No values are read."""
-    notes = readers.release_notes(file.parent)
+    notes = readers.release.release_notes(file.parent)
     notes["vit"] = HEADS | notes["vit"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(readers, "param_shapes", lambda *arguments: {})
         patch.setattr(readers, "matched", lambda *arguments: {})
-        return readers.rahf_from_release(release_tensors(), notes, f"RAHF {file.parent}")
+        return readers.release.rahf_from_release(release_tensors(), notes, f"RAHF {file.parent}")
 
 
 VIT_OURS = pretrained.ViTConfig(patch_size=8, width=24, num_heads=2)
 CONFIGS = {  # name -> the file's values, what reads the file
-    "vit": (VIT | {"layer_norm_eps": 1e-12}, lambda file: readers.vit_config_from_hugging_face(*hugging_face(file, "vit"))),
+    "vit": (
+        VIT | {"layer_norm_eps": 1e-12},
+        lambda file: readers.encoders.vit_config_from_hugging_face(*hugging_face(file, "vit")),
+    ),
     "t5": (T5 | {"tie_word_embeddings": False, "relative_attention_num_buckets": 8}, lambda file: t5(file)),
-    "clip": (CLIP, lambda file: readers.clip_config_from_hugging_face(*hugging_face(file, "clip"))),
+    "clip": (CLIP, lambda file: readers.clip.clip_config_from_hugging_face(*hugging_face(file, "clip"))),
     "release": (RELEASE, lambda file: release(file)),
     "release, pixels": (PIXELS, lambda file: release(file)),
     "release, arguments": (ARGUMENTS, lambda file: release(file)),
@@ -95,11 +98,11 @@ FILES["release, arguments"] = "args_config.json"
 
 
 def hugging_face(file, kind):
-    return readers._hugging_face_config(file.parent, kind)
+    return readers.files.hugging_face_config(file.parent, kind)
 
 
 def t5(file):
-    return readers.t5_config_from_hugging_face(*hugging_face(file, "t5"))
+    return readers.encoders.t5_config_from_hugging_face(*hugging_face(file, "t5"))
 
 
 def keys(values, path=()):

@@ -11,7 +11,7 @@ from rahf import program as programs
 from rahf.models.rahf import RAHFConfig
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs"
-CONFIGS = sorted(path.stem for path in FOLDER.glob("rahf_*.py"))
+CONFIGS = sorted(path.stem for pattern in ("rahf_*.py", "baseline_*.py") for path in FOLDER.glob(pattern))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -51,7 +51,7 @@ HEADS = {"vit": {"num_attention_heads": 4}}
 
 def test_the_pytorch_release_is_reproduced_with_its_quirks(release):
     theirs, golden = release
-    converted = readers.rahf_from_release(theirs, HEADS, what="release")
+    converted = readers.release.rahf_from_release(theirs, HEADS, what="release")
     config = RAHFConfig.from_dict(converted.config["model"])
     assert config.mask_padding  # ours by default; the release attends to padding
     model, params = RAHF(dataclasses.replace(config, mask_padding=False)), {"params": tree(converted)}
@@ -120,7 +120,7 @@ def test_the_release_at_its_real_size_is_the_config_for_it(torch):
         shapes |= conv(f"{head}.last_conv1", 192, 192) | conv(f"{head}.last_conv2", 1, 192)
 
     tensors = {name: Tensor(shape, lambda shape=shape: np.broadcast_to(0, shape)) for name, shape in shapes.items()}
-    converted = readers.rahf_from_release(tensors, {}, "release")
+    converted = readers.release.rahf_from_release(tensors, {}, "release")
     config = RAHFConfig.from_dict(experiments.load("rahf_pytorch").model.to_dict())
     found = RAHFConfig.from_dict(converted.config["model"])
     assert found == dataclasses.replace(config, dtype=found.dtype)
@@ -161,7 +161,7 @@ def scanned(arrays, num_heads):
 
 
 def test_scanned_t5x_layers_are_taken_apart(unpacked, tmp_path):
-    plain = readers.t5_t5x(unpacked("t5x_v1_1_tiny") / "checkpoint_0")
+    plain = readers.encoders.t5_t5x(unpacked("t5x_v1_1_tiny") / "checkpoint_0")
     stacked = scanned(dict(weights.read_all(plain.tensors)), plain.config["t5"]["num_heads"])
     assert stacked["encoder/encoder/attention/query/kernel"].ndim == 4
     write_t5x(tmp_path / "now", stacked)
@@ -171,7 +171,7 @@ def test_scanned_t5x_layers_are_taken_apart(unpacked, tmp_path):
         stacked = {name.replace(new, old): array for name, array in stacked.items()}
     write_t5x(tmp_path / "older", stacked)
     for folder in ("now", "older"):
-        again = readers.t5_t5x(tmp_path / folder)
+        again = readers.encoders.t5_t5x(tmp_path / folder)
         assert again.config == plain.config
         jax.tree.map(np.testing.assert_array_equal, tree(again), tree(plain))
 
@@ -185,7 +185,7 @@ def test_scanned_t5x_layers_with_tables_of_their_own_equal_umt5(torch, tmp_path)
     theirs.lm_head.weight = torch.nn.Parameter(torch.randn_like(theirs.lm_head.weight))
     randomise(theirs, torch)
     state = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
-    shape = readers.t5_config_from_hugging_face(transformers.T5Config(**options).to_dict())
+    shape = readers.encoders.t5_config_from_hugging_face(transformers.T5Config(**options).to_dict())
     table = names.t5_from_hugging_face(shape)
     arrays = {name: layout(state[their_name]) for name, (their_name, layout) in table.items()}
     for stack, depth in (("encoder", 2), ("decoder", 3)):
@@ -193,33 +193,33 @@ def test_scanned_t5x_layers_with_tables_of_their_own_equal_umt5(torch, tmp_path)
         arrays[f"{stack}/relpos_bias/rel_embedding"] = np.stack([state[bias % i].T for i in range(depth)])
     write_t5x(tmp_path, scanned(arrays, shape.num_heads))
 
-    converted = readers.t5_t5x(tmp_path)
+    converted = readers.encoders.t5_t5x(tmp_path)
     assert converted.config["t5"]["relpos_bias_per_layer"]
     check_t5(converted, theirs, torch, length=64)
 
 
 def test_a_t5x_folder_without_an_array_of_its_index_is_refused(unpacked, tmp_path):
-    arrays = dict(weights.read_all(readers.t5_t5x(unpacked("t5x_v1_1_tiny") / "checkpoint_0").tensors))
+    arrays = dict(weights.read_all(readers.encoders.t5_t5x(unpacked("t5x_v1_1_tiny") / "checkpoint_0").tensors))
     write_t5x(tmp_path, arrays)
     (tmp_path / "target.token_embedder.embedding" / ".zarray").unlink()
     with pytest.raises(ValueError, match=r"lacks the array target.token_embedder.embedding"):
-        readers.t5_t5x(tmp_path)
+        readers.encoders.t5_t5x(tmp_path)
     with pytest.raises(ValueError, match="no file `checkpoint`, expected a T5X folder"):
-        readers.t5_t5x(tmp_path / "nothing")
+        readers.encoders.t5_t5x(tmp_path / "nothing")
 
 
 def test_a_t5x_index_that_is_damaged_is_refused(unpacked, tmp_path):
-    arrays = dict(weights.read_all(readers.t5_t5x(unpacked("t5x_v1_1_tiny") / "checkpoint_0").tensors))
+    arrays = dict(weights.read_all(readers.encoders.t5_t5x(unpacked("t5x_v1_1_tiny") / "checkpoint_0").tensors))
     write_t5x(tmp_path, arrays)
     deep = '{"order": ' + "[" * 100_000 + "]" * 100_000 + "}"
     for header, message in (("{", ": damaged, expected JSON"), (deep, ": got more than 100"), (" " * 2**21, " cannot be")):
         (tmp_path / "target.token_embedder.embedding" / ".zarray").write_text(header)
         with pytest.raises(ValueError, match=rf"target.token_embedder.embedding/.zarray{message}"):
-            readers.t5_t5x(tmp_path)
+            readers.encoders.t5_t5x(tmp_path)
     for index in ({"optimizer": {"target": 3}}, {"params": {}}):
         (tmp_path / "checkpoint").write_bytes(flax.serialization.msgpack_serialize(index))
         with pytest.raises(ValueError, match="cannot be read, it is damaged or of another format"):
-            readers.t5_t5x(tmp_path)
+            readers.encoders.t5_t5x(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["checkpoint", *(f"target.token_embedder.embedding/{part}" for part in (".zarray", "0.0"))])
@@ -229,7 +229,7 @@ def test_a_t5x_folder_with_a_named_pipe_is_refused_at_once(name, unpacked, tmp_p
     (tmp_path / "t5" / name).parent.mkdir(exist_ok=True)
     os.mkfifo(tmp_path / "t5" / name)
     with pytest.raises(ValueError, match=rf"t5/{re.escape(name)} cannot be read, .*a named pipe"):
-        readers.t5_t5x(tmp_path / "t5")
+        readers.encoders.t5_t5x(tmp_path / "t5")
 
 
 def test_an_orbax_item_that_lists_no_arrays_is_refused(unpacked, tmp_path):
@@ -266,19 +266,19 @@ def test_a_t5x_array_that_claims_what_its_files_do_not_hold_is_refused(change, u
     file = tmp_path / "t5" / "target.token_embedder.embedding" / ".zarray"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(ValueError, match=r"embedding"):
-        dict(weights.read_all(readers.t5_t5x(tmp_path / "t5").tensors))
+        dict(weights.read_all(readers.encoders.t5_t5x(tmp_path / "t5").tensors))
 
 
 def test_a_t5x_array_that_is_not_finite_or_lacks_a_chunk_is_named(unpacked, tmp_path):
-    arrays = dict(weights.read_all(readers.t5_t5x(unpacked("t5x_v1_1_tiny") / "checkpoint_0").tensors))
+    arrays = dict(weights.read_all(readers.encoders.t5_t5x(unpacked("t5x_v1_1_tiny") / "checkpoint_0").tensors))
     arrays["token_embedder/embedding"] = np.where(np.eye(*arrays["token_embedder/embedding"].shape), np.nan, 1)
     write_t5x(tmp_path, arrays)
-    found, count = readers.t5_t5x(tmp_path).tensors, min(arrays["token_embedder/embedding"].shape)
+    found, count = readers.encoders.t5_t5x(tmp_path).tensors, min(arrays["token_embedder/embedding"].shape)
     with pytest.raises(ValueError, match=rf"tensor target.token_embedder.embedding holds {count} numbers of \d+ that"):
         found["token_embedder/embedding"].read()
     (tmp_path / "target.token_embedder.embedding" / "0.0").unlink()
     with pytest.raises(ValueError, match=r"target.token_embedder.embedding cannot be read, .* it has 0 of 1"):
-        readers.t5_t5x(tmp_path)
+        readers.encoders.t5_t5x(tmp_path)
 
 
 def test_a_t5x_folder_is_read_over_the_web(unpacked):
@@ -286,8 +286,8 @@ def test_a_t5x_folder_is_read_over_the_web(unpacked):
     handler = functools.partial(Files, directory=folder)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        found = readers.t5_t5x(f"http://127.0.0.1:{server.server_address[1]}")
-        jax.tree.map(np.testing.assert_array_equal, tree(found), tree(readers.t5_t5x(folder)))
+        found = readers.encoders.t5_t5x(f"http://127.0.0.1:{server.server_address[1]}")
+        jax.tree.map(np.testing.assert_array_equal, tree(found), tree(readers.encoders.t5_t5x(folder)))
         server.shutdown()
 
 
@@ -303,7 +303,7 @@ def big_vision(unpacked, tmp_path, change):
     arrays = dict(np.load(source))
     change(arrays)
     np.savez(tmp_path / "vit.npz", **arrays)
-    return readers.vit_npz(tmp_path / "vit.npz"), readers.vit_npz(source)
+    return readers.encoders.vit_npz(tmp_path / "vit.npz"), readers.encoders.vit_npz(source)
 
 
 def test_a_class_token_without_a_position_gets_zeros(unpacked, tmp_path):
@@ -365,7 +365,7 @@ def test_vit_equals_hugging_face(options, torch, tmp_path):
     theirs = transformers.ViTModel(transformers.ViTConfig(image_size=32, **options)).eval()
     randomise(theirs, torch)
     theirs.save_pretrained(tmp_path)
-    converted = readers.vit_hugging_face(tmp_path)
+    converted = readers.encoders.vit_hugging_face(tmp_path)
     image = np.random.default_rng(0).uniform(-1, 1, (2, 32, 32, 3)).astype(np.float32)
     with torch.no_grad():
         expected = theirs(torch.from_numpy(image.transpose(0, 3, 1, 2).copy())).last_hidden_state.numpy()
@@ -402,7 +402,7 @@ def test_vit_names_of_older_transformers_are_read(torch, tmp_path):
     (tmp_path / "old").mkdir()
     safetensors.numpy.save_file(old, tmp_path / "old" / "model.safetensors")
     (tmp_path / "old" / "config.json").write_bytes((tmp_path / "config.json").read_bytes())
-    again, now = readers.vit_hugging_face(tmp_path / "old"), readers.vit_hugging_face(tmp_path)
+    again, now = readers.encoders.vit_hugging_face(tmp_path / "old"), readers.encoders.vit_hugging_face(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, tree(again), tree(now))
 
 
@@ -429,7 +429,7 @@ def test_t5_equals_hugging_face_and_its_greedy_generation(options, untied, torch
     randomise(theirs, torch)
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
     assert list(tmp_path.glob("*.safetensors.index.json"))
-    check_t5(readers.t5_hugging_face(tmp_path), theirs, torch, length=64)
+    check_t5(readers.encoders.t5_hugging_face(tmp_path), theirs, torch, length=64)
 
 
 def check_t5(converted, theirs, torch, length):
@@ -462,7 +462,7 @@ def test_half_precision_sources_become_float32(dtype, torch, tmp_path):
 
     theirs = transformers.ViTModel(transformers.ViTConfig(image_size=32, **VITS[0])).to(getattr(torch, dtype))
     theirs.save_pretrained(tmp_path)
-    pretrained.write(readers.vit_hugging_face(tmp_path), tmp_path / "out")
+    pretrained.write(readers.encoders.vit_hugging_face(tmp_path), tmp_path / "out")
     held = pretrained.read(tmp_path / "out", "vit").tensors["cls"].read()
     assert held.dtype == np.float32
     np.testing.assert_array_equal(held, theirs.embeddings.cls_token.detach().float().numpy())
@@ -575,7 +575,7 @@ def test_an_output_that_holds_something_else_is_not_overwritten(tmp_path):
     [("vocabulary.model", b"mine"), ("weights.safetensors", b"mine"), ("config.json", b'{"kind": "reward"}')],
 )
 def test_a_file_that_no_conversion_wrote_is_kept(name, content, tmp_path, release, monkeypatch):
-    converted = readers.rahf_from_release(release[0], HEADS, what="release")
+    converted = readers.release.rahf_from_release(release[0], HEADS, what="release")
     monkeypatch.setitem(readers.READERS, "rahf-pytorch", lambda path: converted)
     paths.replace(tmp_path / "out" / name, content)
     for given in (tmp_path / "t5.model", tmp_path / "out/vocabulary.model"):
@@ -592,7 +592,7 @@ def test_a_vocabulary_of_the_users_in_a_folder_of_ours_is_kept(tmp_path):
     assert (out / "vocabulary.model").read_bytes() == b"mine"
     with pytest.raises(ValueError, match=r"output: .*out holds the input .*link; choose another folder"):
         (tmp_path / "link").symlink_to(out / "weights.safetensors")
-        convert._replaced("vit", tmp_path / "link", out)
+        convert._replaced("vit", [tmp_path / "link"], out)
 
 
 def test_a_conversion_that_fails_leaves_the_earlier_one_as_it_was(tmp_path, monkeypatch):
@@ -640,20 +640,20 @@ def test_a_config_of_hugging_face_that_says_too_little_is_refused(settings, mess
 
 def test_towers_of_clip_that_differ_in_kind_are_refused():
     with pytest.raises(ValueError, match="CLIP: got hidden_act 'gelu' for text and 'quick_gelu' for images"):
-        readers.clip_config_from_hugging_face({"text_config": {"hidden_act": "gelu"}})
+        readers.clip.clip_config_from_hugging_face({"text_config": {"hidden_act": "gelu"}})
 
 
 def test_t5_with_another_epsilon_is_refused():
     settings = {"vocab_size": 60, "d_model": 8, "num_heads": 2, "d_kv": 4, "num_layers": 1, "d_ff": 8}
     with pytest.raises(ValueError, match="T5: layer_norm_epsilon: got 1e-05, expected 1e-06"):
-        readers.t5_config_from_hugging_face(settings | {"layer_norm_epsilon": 1e-5})
+        readers.encoders.t5_config_from_hugging_face(settings | {"layer_norm_epsilon": 1e-5})
 
 
 def test_a_release_of_unknown_width_needs_its_heads(release):
     with pytest.raises(
         ValueError, match=r'a ViT of \d+ layers and width \d+, whose number of heads is unknown; .*"num_heads": 16'
     ):
-        readers.rahf_from_release(release[0], {}, what="release")
+        readers.release.rahf_from_release(release[0], {}, what="release")
 
 
 def test_the_command_converts_and_refuses(tmp_path):
@@ -668,7 +668,7 @@ def test_the_command_converts_and_refuses(tmp_path):
 
 
 def test_a_release_without_its_vocabulary_is_refused(release, tmp_path, monkeypatch):
-    converted = readers.rahf_from_release(release[0], HEADS, what="release")
+    converted = readers.release.rahf_from_release(release[0], HEADS, what="release")
     monkeypatch.setitem(readers.READERS, "rahf-pytorch", lambda path: converted)
     with pytest.raises(ValueError, match=r"vocabulary: got none, .* pass --vocabulary=PATH"):
         convert.convert("rahf-pytorch", "rahf_model.pt", tmp_path / "out")

@@ -9,7 +9,7 @@ import pytest
 import tiny_model
 from tiny_model import INPUTS, forward, predict
 
-from rahf.models import rahf
+from rahf.models import critics, rahf
 from rahf.models.heads import HeatmapHead, ScoreHead
 from rahf.models.layers import normalize_image
 from rahf.models.parameters import param_shapes
@@ -40,7 +40,7 @@ def close(a, b, tolerance=1e-5):
 def test_paper_model_has_the_expected_parameters_and_shapes(variant, total, parts):
     config = rahf.RAHFConfig(variant=variant)
     model = rahf.RAHF(config)
-    params = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), *rahf.dummy_inputs(config)))
+    params = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), *critics.dummy_inputs(config)))
     counts = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in params["params"].items()}
     assert counts == {"vit": 85_797_120, "t5": 247_577_856} | parts
     assert sum(counts.values()) == total
@@ -59,7 +59,7 @@ def test_every_parameter_names_an_axis_for_each_dimension():
     documented = set(rahf.__doc__.split("parameters", 1)[1].replace(",", " ").split())
     for variant in schema.VARIANTS:
         config = tiny_model.config(variant)
-        boxed = jax.eval_shape(rahf.RAHF(config).init, jax.random.key(0), *rahf.dummy_inputs(config))
+        boxed = jax.eval_shape(rahf.RAHF(config).init, jax.random.key(0), *critics.dummy_inputs(config))
         leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
         for path, leaf in leaves:
             assert isinstance(leaf, nn.LogicallyPartitioned), path
@@ -70,7 +70,7 @@ def test_every_parameter_names_an_axis_for_each_dimension():
 def test_param_shapes_names_every_parameter():
     config = tiny_model.config()
     _, params = tiny_model.model_and_params(config)
-    found = param_shapes(rahf.RAHF(config).init, *rahf.dummy_inputs(config))
+    found = param_shapes(rahf.RAHF(config).init, *critics.dummy_inputs(config))
     assert found["vit/pos_embedding"] == jax.ShapeDtypeStruct((1, 16, 12), jnp.float32)
     held = flax.traverse_util.flatten_dict(params["params"], sep="/")
     assert {name: leaf.shape for name, leaf in found.items()} == {name: leaf.shape for name, leaf in held.items()}

@@ -591,4 +591,4 @@ def test_the_vocabulary_must_fit_the_embeddings(workdir):
     config.model.t5.vocab_size = 5
     small = predictor.Predictor(config, model.vocabulary).model_config
     with pytest.raises(ValueError, match=r"pieces, the model embeds model.t5.vocab_size=5"):
-        predictor.check_vocabulary(small, model.vocabulary)
+        predictor.check_vocabulary(small, model.vocabulary, 24)

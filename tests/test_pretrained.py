@@ -10,7 +10,7 @@ import tiny_model
 
 import rahf
 from rahf import experiments, pretrained, train, weights
-from rahf.models import t5
+from rahf.models import critics, t5
 from rahf.models.rahf import RAHF, RAHFConfig
 from rahf.models.vit import ViT
 from rahf.pretrained import Pretrained
@@ -58,7 +58,7 @@ def ci_config(**optimizer):
 def initial(config):
     """Parameters before training, as numpy."""
     model_config = RAHFConfig.from_dict(config.model.to_dict())
-    params = jax.jit(RAHF(model_config).init)(jax.random.key(0), *rahf.models.rahf.dummy_inputs(model_config))["params"]
+    params = jax.jit(RAHF(model_config).init)(jax.random.key(0), *critics.dummy_inputs(model_config))["params"]
     params = jax.tree.map(jax.numpy.asarray, flax.linen.unbox(params))
     tensors = pretrained.starting_tensors(config.init, params, model_config)
     return jax.device_get(pretrained.initialise(params, tensors))
@@ -108,7 +108,7 @@ def test_multipliers_scale_the_updates_of_a_part(tmp_path):
 def test_initial_weights_of_another_model_are_refused(parts):
     config = ci_config()
     config.init.vit = str(parts / "t5")
-    with pytest.raises(ValueError, match=r"init.vit: .* holds a t5, expected one that it wrote from a vit"):
+    with pytest.raises(ValueError, match=r"init.vit: .* holds a t5, expected one whose kind is vit"):
         pretrained.starting_tensors(config.init, {}, RAHFConfig.from_dict(config.model.to_dict()))
     config.init.vit = str(parts / "vit")
     config.model.vit.gelu = "erf"

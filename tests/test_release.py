@@ -35,7 +35,7 @@ def state(name, tied=None) -> dict[str, np.ndarray]:
 
 def convert_state(arrays, notes):
     tensors = {name: Tensor(array.shape, lambda array=array: array) for name, array in arrays.items()}
-    return readers.rahf_from_release(tensors, notes, "release")
+    return readers.release.rahf_from_release(tensors, notes, "release")
 
 
 def notes_of(name) -> dict:
@@ -124,11 +124,11 @@ def test_the_fixture_is_what_the_rebuild_computes(torch):
 def notes_in(folder, **written):
     for name, values in written.items():
         (folder / f"{name}.json").write_text(json.dumps(values))
-    return readers.release_notes(folder)
+    return readers.release.release_notes(folder)
 
 
 def test_notes_come_from_the_arguments_of_the_training_and_from_config_json(tmp_path):
-    assert notes_in(tmp_path) == {"vit": {}, "t5": {}, "pixels": readers.PIXELS["google/vit-"], "multi_heads": None}
+    assert notes_in(tmp_path) == {"vit": {}, "t5": {}, "pixels": readers.release.PIXELS["google/vit-"], "multi_heads": None}
     arguments = {"vit_model": "facebook/dino-vitb8", "t5_model": "google/flan-t5-base", "multi_heads": False}
     notes = notes_in(tmp_path, args_config=arguments)
     assert notes == {"vit": {}, "t5": {}, "pixels": release_torch.IMAGENET, "multi_heads": False}
@@ -153,7 +153,7 @@ def test_one_of_two_checkpoints_has_to_be_named(tmp_path):
     for name in ("model.pt", "model_best.pt"):
         (tmp_path / name).touch()
     with pytest.raises(ValueError, match=r"has model_best.pt and model.pt, expected one; name the file"):
-        readers.rahf_pytorch(tmp_path)
+        readers.release.rahf_pytorch(tmp_path)
 
 
 # ---- Tensors --------------------------------------------------------------------------------------------------------
@@ -202,10 +202,10 @@ def test_v1_1_with_one_matrix_does_not_scale_its_logits():
 
 
 def test_heads_of_a_usual_vit_are_known():
-    assert readers._usual_heads({"num_hidden_layers": 12, "hidden_size": 384, "intermediate_size": 1536}, "") == 6
+    assert readers.release._usual_heads({"num_hidden_layers": 12, "hidden_size": 384, "intermediate_size": 1536}, "") == 6
     # The first ViT-S of timm: 8 heads.
     with pytest.raises(ValueError, match="a ViT of 8 layers and width 768, whose number of heads is unknown"):
-        readers._usual_heads({"num_hidden_layers": 8, "hidden_size": 768, "intermediate_size": 2304}, "")
+        readers.release._usual_heads({"num_hidden_layers": 8, "hidden_size": 768, "intermediate_size": 2304}, "")
 
 
 def say(part, **values):

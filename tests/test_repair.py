@@ -174,7 +174,7 @@ def test_misaligned_words_follow_the_prompt_where_they_fit(model):
     found = repair.repair(model, Critic(), image[::-1].copy(), "a red cat", options)
     assert [one.prompt for one in found.rounds] == ["a red cat, cat"]
     long = "cat " * 75
-    assert repair._with_words(model, long, ["red"], options) == long
+    assert repair._with_words(model, long, ["red"]) == long
 
 
 # ---- The command ----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ VERSIONS = ("t5x_v1_1_tiny", "t5x_v1_0_tiny")
 
 def load(unpacked, name):
     """(config, parameters, golden arrays) of a fixture: a T5X checkpoint and what T5X computed with it."""
-    converted = readers.t5_t5x(unpacked(name) / "checkpoint_0")
+    converted = readers.encoders.t5_t5x(unpacked(name) / "checkpoint_0")
     params = flax.traverse_util.unflatten_dict(dict(weights.read_all(converted.tensors)), sep="/")
     return t5.T5Config(**converted.config["t5"]), params, dict(np.load(unpacked(name) / "golden.npz"))
 

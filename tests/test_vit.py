@@ -15,7 +15,7 @@ TINY = {"patch_size": 8, "width": 24, "depth": 2, "num_heads": 4, "mlp_dim": 40}
 
 def load(unpacked, name):
     """(config, parameters, golden image and output) of a fixture."""
-    converted = readers.vit_npz(unpacked(name) / "vit_tiny_p8.npz")
+    converted = readers.encoders.vit_npz(unpacked(name) / "vit_tiny_p8.npz")
     params = flax.traverse_util.unflatten_dict(dict(weights.read_all(converted.tensors)), sep="/")
     golden = np.load(unpacked(name) / "golden.npz")
     return ViTConfig(**converted.config["vit"]), params, golden["image"], golden["encoded"]

@@ -30,7 +30,9 @@ def older(unpacked, tmp_path):
 def test_an_older_folder_predicts_what_it_predicted(older, name):
     golden = json.loads((older / "run/golden.json").read_text())
     image = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
-    feedback = rahf.load(older / name).predict([image], ["two red cats on a table"])
+    model = rahf.load(older / name)
+    assert model.identity == "c6c71501c860d3c8"  # under which results of those days are kept
+    feedback = model.predict([image], ["two red cats on a table"])
     for score, value in golden["scores"].items():
         np.testing.assert_allclose(feedback.scores[score][0], value, atol=1e-6)
     for heatmap, mean in golden["mean_heatmaps"].items():

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from rahf.models import rahf
+from rahf.models import critics, rahf
 from rahf.predictor import load
 from richhf_data import schema
 
@@ -65,7 +65,7 @@ def random_params(module: nn.Module, *inputs, seed: int = 0) -> dict:
 
 def model_and_params(model_config: rahf.RAHFConfig) -> tuple[rahf.RAHF, dict]:
     model = rahf.RAHF(model_config)
-    return model, {"params": random_params(model, *rahf.dummy_inputs(model_config), seed=4)}  # writes varied keywords
+    return model, {"params": random_params(model, *critics.dummy_inputs(model_config), seed=4)}  # writes varied keywords
 
 
 def batch(model_config: rahf.RAHFConfig, rows: int, seed: int = 0) -> dict[str, np.ndarray]:

@@ -26,7 +26,7 @@ STEPS = 4  # of the sampler
 # ---- RAHF -----------------------------------------------------------------------------------------------------------
 def rahf_config(place: pathlib.Path, dtype: str):
     """The config of a training of the RAHF in `place`, and its tensors, by our names."""
-    found = readers.rahf_pytorch(place / "rahf" / "model.safetensors")
+    found = readers.release.rahf_pytorch(place / "rahf" / "model.safetensors")
     config = experiments.load("rahf_pytorch")
     config.model = found.config["model"] | {"dtype": dtype}
     config.model.t5.dropout = 0.0
@@ -38,7 +38,7 @@ def rahf_config(place: pathlib.Path, dtype: str):
 
 def write_rahf(place: pathlib.Path, rows: int = 2) -> None:
     """A batch of schema.py; its texts and targets have no padding, and every target is there."""
-    model = RAHFConfig.from_dict(readers.rahf_pytorch(place / "rahf" / "model.safetensors").config["model"])
+    model = RAHFConfig.from_dict(readers.release.rahf_pytorch(place / "rahf" / "model.safetensors").config["model"])
     rng = np.random.default_rng(0)
     maps = (rows, model.heatmap_size, model.heatmap_size, len(schema.HEATMAPS))
     np.savez(

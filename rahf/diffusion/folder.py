@@ -263,9 +263,9 @@ def _text_config(file: pathlib.Path) -> CLIPConfig:
     values = _read_json(file)
     if values.get("model_type") == "clip":  # of both towers
         values = values.get("text_config")
-    text = json_files.conform(readers.CLIPTextFile, values, file, extra=True)
-    vision = readers.CLIPVisionFile(hidden_act=text.hidden_act, layer_norm_eps=text.layer_norm_eps)  # not used
-    return readers.clip_config(text, vision, CLIPConfig.projection_dim, file)
+    text = json_files.conform(readers.clip.CLIPTextFile, values, file, extra=True)
+    vision = readers.clip.CLIPVisionFile(hidden_act=text.hidden_act, layer_norm_eps=text.layer_norm_eps)  # not used
+    return readers.clip.clip_config(text, vision, CLIPConfig.projection_dim, file)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -159,7 +159,7 @@ def repair(
         refused = mask.mean() > options.largest or any(one.side**2 > images.MAX_PIXELS for one in windows)
         if refused or not mask.any():
             break
-        text = _with_words(model, prompt, feedback.keywords[row], options)
+        text = _with_words(model, prompt, feedback.keywords[row]) if options.add_words else prompt
         seed = int(np.random.SeedSequence((options.seed, number)).generate_state(1)[0])
         shows, numbers = regions.opacity(mask, options.feather * shorter), []
         pictures = [current.copy() for _ in range(options.candidates)]
@@ -191,11 +191,9 @@ def repair(
     return Repair(status, current, drawn, first, before, float(scores[row]), share, rounds)
 
 
-def _with_words(model: folder.StableDiffusion, prompt: str, words: Sequence[str], options: Options) -> str:
-    """The prompt, followed by its misaligned words if that is asked for and the text encoder reads as many."""
-    if not (options.add_words and words):
-        return prompt
-    longer = f"{prompt}, {', '.join(words)}"
+def _with_words(model: folder.StableDiffusion, prompt: str, words: Sequence[str]) -> str:
+    """The prompt, followed by its misaligned words if there are any and the text encoder reads as many."""
+    longer = f"{prompt}, {', '.join(words)}" if words else prompt
     try:
         model.text_ids([longer])
     except UserError:
@@ -221,6 +219,8 @@ def run(args, options: Options) -> int:
     """
     inputs = read_inputs(args.images, args.prompt)
     critic = specs.critic_of(args.critic, SCORES_OF[options.region])
+    if options.add_words:
+        critic.model.require(f"critic: {args.critic}", "keywords")
     model = folder.read(args.model)
     for prompt in dict.fromkeys(prompt for _, prompt in inputs):  # raises for a prompt that is too long
         model.text_ids([prompt], options.truncate)

@@ -25,7 +25,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from rahf.models.attention import attention
-from rahf.models.layers import Dense, LayerNorm, normalize_image, partitioned, to_patches
+from rahf.models.layers import Dense, LayerNorm, LinearLayers, normalize_image, partitioned, to_patches
 from richhf_data import checked
 from richhf_data.checked import Epsilon, Layers, Pixels, Size
 from richhf_data.errors import UserError
@@ -109,6 +109,12 @@ VIT_L14 = CLIPConfig(
 )
 
 
+def standardized(image: Array) -> Array:
+    """float[B, H, W, 3] in [-1, 1], or uint8 -> float32, less CLIP's mean and by its deviation. Raises for other types."""
+    image = normalize_image(image).astype(jnp.float32) * 0.5 + 0.5
+    return (image - MEAN.reshape(1, 1, 1, 3)) / STD.reshape(1, 1, 1, 3)
+
+
 class CLIPBlock(nn.Module):
     """Self-attention (softmax in float32) and MLP, each with a norm before it and a residual."""
 
@@ -172,19 +178,22 @@ class Tower(nn.Module):
 class CLIP(nn.Module):
     """The model. Parameters: patch_embedding, cls, token_embedding, vision, text, the projections, logit_scale.
 
-    With `text_only` it has only token_embedding and text, enough for `text_tokens`. Stable Diffusion uses it so.
+    With `text_only` it has only token_embedding and text, enough for `text_tokens`. Stable Diffusion uses it so. With
+    `image_only` it has what `encode_image` reads.
     """
 
     config: CLIPConfig
     dtype: DTypeLike = jnp.float32
     text_only: bool = False
+    image_only: bool = False
 
     def setup(self):
         config, dtype = self.config, self.dtype
         vision, text = config.vision, config.text
-        init = partitioned(nn.initializers.normal(0.02), ("vocab", "embed"))
-        self.token_embedding = self.param("token_embedding", init, (text.vocab_size, text.width), jnp.float32)
-        self.text = Tower(config, text, True, dtype)
+        if not self.image_only:
+            init = partitioned(nn.initializers.normal(0.02), ("vocab", "embed"))
+            self.token_embedding = self.param("token_embedding", init, (text.vocab_size, text.width), jnp.float32)
+            self.text = Tower(config, text, True, dtype)
         if self.text_only:
             return
         # CLIP has a convolution without bias. A product of flattened patches equals it, and its gradient is a product too.
@@ -193,6 +202,8 @@ class CLIP(nn.Module):
         self.cls = self.param("cls", init, (1, 1, vision.width), jnp.float32)
         self.vision = Tower(config, vision, False, dtype)
         self.image_projection = Dense(config.projection_dim, ("embed", "projection"), dtype)
+        if self.image_only:
+            return
         self.text_projection = Dense(config.projection_dim, ("embed", "projection"), dtype)
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(np.log(1 / 0.07)), (), jnp.float32)
 
@@ -213,8 +224,7 @@ class CLIP(nn.Module):
         size, patch = self.config.vision.image_size, self.config.vision.patch_size
         if image.ndim != 4 or image.shape[1:] != (size, size, 3):
             raise UserError(f"image: got shape {image.shape}, expected [B, {size}, {size}, 3] (clip.vision.image_size)")
-        image = normalize_image(image).astype(jnp.float32) * 0.5 + 0.5
-        image = (image - MEAN.reshape(1, 1, 1, 3)) / STD.reshape(1, 1, 1, 3)
+        image = standardized(image)
         x = self.patch_embedding(to_patches(image, patch).reshape(image.shape[0], -1, 3 * patch**2))  # [B, P, D]
         cls = jnp.broadcast_to(self.cls.astype(self.dtype), (image.shape[0], 1, x.shape[-1]))
         return self.vision(jnp.concatenate([cls, x], axis=1))  # [B, 1 + P, D]
@@ -254,5 +264,27 @@ class CLIP(nn.Module):
     def __call__(self, image: Array, ids: Array) -> Array:
         """Cosine similarity of every image (row) and every text (column), times exp(logit_scale): float32[B, B]."""
         image, text = self.encode_image(image), self.encode_text(ids)
-        image, text = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (image, text))
+        image, text = unit(image), unit(text)
         return jnp.exp(self.logit_scale) * jnp.matmul(image, text.T, precision=jax.lax.Precision.HIGHEST)
+
+
+class Aesthetic(nn.Module):
+    """LAION's aesthetic predictor: linear layers on CLIP's image embedding of unit length. It reads no text.
+
+    One layer in https://github.com/LAION-AI/aesthetic-predictor. Five, with nothing but dropout between them, in
+    https://github.com/christophschuhmann/improved-aesthetic-predictor.
+    """
+
+    config: CLIPConfig
+    hidden: tuple[int, ...] = ()  # widths of the layers before the last
+
+    @nn.compact
+    def __call__(self, image: Array) -> Array:
+        """float32[B, H, W, 3] in [-1, 1], or uint8 -> float32[B], about 1 to 10. Raises the errors of `image_tokens`."""
+        embedding = CLIP(self.config, image_only=True, name="clip").encode_image(image)
+        return LinearLayers((*self.hidden, 1), name="head")(unit(embedding))[:, 0]
+
+
+def unit(embedding: Array) -> Array:
+    """float32[B, E] -> float32[B, E] of length 1."""
+    return embedding / jnp.linalg.norm(embedding, axis=-1, keepdims=True)

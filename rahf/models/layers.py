@@ -125,6 +125,19 @@ class Projection(nn.Module):
         return x.reshape(*x.shape[:-1], *self.features)
 
 
+class LinearLayers(nn.Module):
+    """Dense layers with biases and nothing between them: the heads of some published scores."""
+
+    widths: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """float32[B, D] -> float32[B, widths[-1]]."""
+        for i, width in enumerate(self.widths):
+            x = nn.Dense(width, name=f"layer_{i}")(x)
+        return x
+
+
 # ---- Norms ----------------------------------------------------------------------------------------------------------
 
 
@@ -216,7 +229,7 @@ def upsampled_convolution(x: Array, kernel: Array) -> Array:
 
 
 class Conv(nn.Module):
-    """Convolution with bias. With stride 1 it keeps the resolution."""
+    """Convolution. With stride 1 it keeps the resolution."""
 
     features: int
     kernel_size: int = 3
@@ -225,6 +238,7 @@ class Conv(nn.Module):
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
     dtype: DTypeLike = jnp.float32
     out_axis: str | None = "conv_out"  # logical; None keeps the few channels of latents and images whole
+    bias: bool = True
 
     @nn.compact
     def __call__(self, x: Array, before: Callable[[Array], Array] = lambda x: x, rows: int | None = None) -> Array:
@@ -238,12 +252,15 @@ class Conv(nn.Module):
         axes, shape = (*KERNEL_AXES[:3], self.out_axis), (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", partitioned(self.kernel_init, axes), shape, jnp.float32)
         kernel = compute_copy(kernel, axes, self.dtype)
-        bias = self.param("bias", partitioned(nn.initializers.zeros, (self.out_axis,)), shape[-1:], jnp.float32)
-        bias = bias.astype(self.dtype).reshape(1, 1, 1, -1)
+        bias = jnp.zeros((), self.dtype)
+        if self.bias:
+            bias = self.param("bias", partitioned(nn.initializers.zeros, (self.out_axis,)), shape[-1:], jnp.float32)
+            bias = bias.astype(self.dtype)
+        bias = bias.reshape(1, 1, 1, -1)
 
         def convolve(x):
             if self.kernel_size == 1:
-                return jnp.matmul(x, kernel[0, 0])
+                return jnp.matmul(x[:, :: self.stride, :: self.stride], kernel[0, 0])
             if self.stride == 1 and self.padding == (1, 1) and (quick := cpu.convolution_of(x, kernel)):
                 return quick(x, kernel)
             return convolution(x, kernel, self.stride, (self.padding,) * 2)

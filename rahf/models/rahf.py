@@ -28,7 +28,6 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from rahf.models import t5
 from rahf.models.heads import HeatmapHead, HeatmapHeadConfig, ScoreHead, ScoreHeadConfig
@@ -50,6 +49,7 @@ HEATMAP_TASKS = range(len(schema.SCORES), len(schema.SCORES) + len(schema.HEATMA
 class RAHFConfig:
     """The model; the defaults are the paper's sizes (ViT-B/16, T5 base) at 224 pixels."""
 
+    architecture: Literal["rahf"] = "rahf"
     variant: Literal[schema.VARIANTS] = "multi_head"
     image_size: Pixels = 224  # both sides
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the computation; parameters and outputs are float32
@@ -74,10 +74,17 @@ class RAHFConfig:
                 f"{self.vit.patch_size}, expected at most {MAX_PATCHES:,}"
             )
 
+    parts = schema.PARTS  # that it predicts
+
     @property
     def num_texts(self) -> int:
         """R, the texts that the model reads for an image."""
         return schema.num_texts(self.variant)
+
+    @property
+    def vocab_size(self) -> int:
+        """The ids that it embeds."""
+        return self.t5.vocab_size
 
     @property
     def grid(self) -> int:
@@ -105,17 +112,11 @@ class RAHFConfig:
 
 
 class Outputs(typing.NamedTuple):
-    """The result of a forward pass, in all variants."""
+    """The result of a forward pass, in all variants; None for what a baseline does not predict."""
 
-    scores: Array  # float32[B, 4] in [0, 1]
-    heatmaps: Array  # float32[B, h, w, 2] in [0, 1]
-    keyword_logits: Array  # float32[B, T, V]
-
-
-def dummy_inputs(config: RAHFConfig, length: int = 2) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Zeros (image, text_ids, keyword_ids) to initialise with, B = 1. L = T = `length` changes no parameter's shape."""
-    image = np.zeros((1, config.image_size, config.image_size, 3), np.uint8)
-    return image, np.zeros((1, config.num_texts, length), np.int32), np.zeros((1, length), np.int32)
+    scores: Array | None  # float32[B, 4] in [0, 1]
+    heatmaps: Array | None  # float32[B, h, w, 2] in [0, 1]
+    keyword_logits: Array | None  # float32[B, T, V]
 
 
 class RAHF(nn.Module):

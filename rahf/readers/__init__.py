@@ -1,0 +1,55 @@
+"""Readers of weights in the formats of other projects: each returns a `Pretrained` with our names, shapes and configuration.
+
+A reader takes the configuration from the files, then maps each of our parameters to one of their tensors with a table of
+names.py. Names and shapes are checked; values are read later, one tensor at a time.
+"""
+
+import dataclasses
+import functools
+import pathlib
+
+from rahf import checkpoints, names, weights, workdirs
+from rahf.models import critics
+from rahf.models.parameters import param_shapes
+from rahf.pretrained import Pretrained, matched
+from rahf.readers import clip, encoders, release
+from rahf.weights import Tensor
+from richhf_data.errors import UserError
+
+
+def rahf_workdir(path) -> Pretrained:
+    """The best checkpoint of a training run's workdir. An array that does not read as it was saved is refused when read."""
+    path = pathlib.Path(path)
+    config = workdirs.read_config(path)
+    model_config = critics.config_of(config.model.to_dict())
+    ours = param_shapes(critics.module_of(model_config).init, *critics.dummy_inputs(model_config))
+    with checkpoints.manager(path, "best") as best:
+        step = checkpoints.best_step(best)
+        where, saved_digests = best.directory / str(step), checkpoints.read_metadata(best, step)["digests"]
+    theirs = weights.open_orbax(where / "state")
+
+    def read(name):
+        array = theirs[name].read()
+        if checkpoints.digests({name: array}) != {name: saved_digests.get(name)}:
+            raise UserError(f"checkpoint: {where} is damaged: {name} does not read as it was saved")
+        return array
+
+    checked = {name: Tensor(tensor.shape, functools.partial(read, name)) for name, tensor in theirs.items()}
+    tensors = matched(checked, names.same_names(ours), ours, "", f"workdir {path}")
+    lengths = {name: config.data[name] for name in release.LENGTHS}
+    return Pretrained("rahf", {"model": dataclasses.asdict(model_config), "data": lengths}, tensors)
+
+
+READERS = {
+    "vit-npz": encoders.vit_npz,
+    "vit-hf": encoders.vit_hugging_face,
+    "resnet": encoders.resnet,
+    "t5x": encoders.t5_t5x,
+    "t5-hf": encoders.t5_hugging_face,
+    "clip-hf": clip.clip_hugging_face,
+    "open-clip": clip.clip_open_clip,
+    "aesthetic": clip.aesthetic,
+    "image-reward": clip.image_reward,
+    "rahf-pytorch": release.rahf_pytorch,
+    "workdir": rahf_workdir,
+}
