@@ -21,7 +21,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["rahf*", "richhf_data*", "launch*"]), "rahf.configs"],
     package_dir={"rahf.configs": "configs"},
-    package_data={"rahf": ["*.jinja"], "richhf_data": ["*.jinja", "annotate/*.jinja", "annotate/static/*"]},
+    package_data={"rahf": ["*.jinja", "*/*.jinja"], "richhf_data": ["*.jinja", "annotate/*.jinja", "annotate/static/*"]},
     install_requires=[
         "absl-py>=2.1",
         "etils[epath]>=1.9",
@@ -69,7 +69,7 @@ setup(
             "setuptools>=70.1",
             "tensorboard>=2.16",
         ],
-        "parity": ["torch>=2.4", "diffusers>=0.35"],
+        "parity": ["torch>=2.4", "diffusers>=0.35", "open_clip_torch>=2.24"],
         "beam": [*DATA, "apache-beam>=2.60", "sentencepiece<0.2.3"],  # Beam asks for protobuf 6: without constraints.txt
     },
 )

@@ -1,29 +1,39 @@
-"""Compares our ViT, T5 and CLIP with transformers at full size with random weights, and RAHF in bfloat16 with float32.
+"""Compares our networks with the originals at full size with random weights, and RAHF in bfloat16 with float32.
 
-    python benchmarks/parity.py [--workdir=RUN]         (needs torch: pip install -e '.[parity]'; some minutes and 10 GB)
+python benchmarks/parity.py [--workdir=RUN] [--only=NAME]     (needs torch: pip install -e '.[parity]' open_clip_torch;
+                                                               some minutes and 12 GB)
 """
 
 import dataclasses
+import functools
 import gc
 import json
+import pathlib
+import sys
 import tempfile
 
 import flax.linen as nn
 import flax.traverse_util
 import jax
 import numpy as np
+import open_clip
 import tabulate
 import torch
 import transformers
 from absl import flags
 
 from rahf import predictor, readers, sources, weights
-from rahf.models import clip, t5
-from rahf.models.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
-from rahf.models.rahf import RAHF, RAHFConfig, dummy_inputs
+from rahf.models import clip, critics, t5
+from rahf.models.blip import ImageReward, ImageRewardConfig
+from rahf.models.clip import CLIP, CLIPConfig
+from rahf.models.rahf import RAHF, RAHFConfig
 from rahf.models.vit import ViT, ViTConfig
-from richhf_data import command
+from rahf.reward import gradient_map
+from richhf_data import checked, command
 from richhf_data.synthetic import stream
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests"))
+import tiny_preference
 
 T5_BASE = {"d_model": 768, "num_heads": 12, "d_kv": 64, "num_layers": 12, "vocab_size": 32128}
 V1_0 = T5_BASE | {"d_ff": 3072}
@@ -64,7 +74,7 @@ def row(name, output, ours, theirs):
 
 def vit_rows():
     theirs = transformers.ViTModel(transformers.ViTConfig()).eval()
-    config, params = converted(theirs, readers.vit_hugging_face)
+    config, params = converted(theirs, readers.encoders.vit_hugging_face)
     image = np.random.default_rng(0).uniform(-1, 1, (1, 224, 224, 3)).astype(np.float32)
     with torch.no_grad():
         expected = theirs(torch.from_numpy(image.transpose(0, 3, 1, 2).copy())).last_hidden_state.numpy()
@@ -73,7 +83,7 @@ def vit_rows():
 
 def t5_rows(name, options):
     theirs = transformers.T5ForConditionalGeneration(transformers.T5Config(dropout_rate=0.0, **options)).eval()
-    config, params = converted(theirs, readers.t5_hugging_face)
+    config, params = converted(theirs, readers.encoders.t5_hugging_face)
     config["t5"]["mlp_activations"] = tuple(config["t5"]["mlp_activations"])
     module, rng = t5.T5(t5.T5Config(**config["t5"])), np.random.default_rng(0)
     ids, targets = rng.integers(2, 32000, (2, 20)).astype(np.int32), rng.integers(2, 32000, (2, 12)).astype(np.int32)
@@ -91,24 +101,74 @@ def t5_rows(name, options):
     yield row(name, "logits", logits, expected.logits.numpy())
 
 
+def held(state, reader, kind):
+    """(configuration, parameters) that `reader` reads from the tensors of a torch model, whose memory they share."""
+    found = reader({name: weights.Tensor(tuple(x.shape), x.numpy) for name, x in state.items()})
+    params = flax.traverse_util.unflatten_dict({name: x.read() for name, x in found.tensors.items()}, sep="/")
+    return found.config[kind], params
+
+
+def picture():
+    """float32[1, 224, 224, 3] in [-1, 1], and the same as CLIP's torch models read it."""
+    image = np.random.default_rng(0).uniform(-1, 1, (1, 224, 224, 3)).astype(np.float32)
+    return image, torch.from_numpy((((image + 1) / 2 - clip.MEAN) / clip.STD).transpose(0, 3, 1, 2).copy())
+
+
 def clip_rows():
     theirs = transformers.CLIPModel(transformers.CLIPConfig(**CLIP_L14)).eval()
-    config, params = converted(theirs, readers.clip_hugging_face)
-    sizes = config["clip"] | {"vision": CLIPVisionConfig(**config["clip"]["vision"])}
-    module = CLIP(CLIPConfig(**sizes | {"text": CLIPTextConfig(**config["clip"]["text"])}))
-    image = np.random.default_rng(0).uniform(-1, 1, (1, 224, 224, 3)).astype(np.float32)
+    config, params = converted(theirs, readers.clip.clip_hugging_face)
+    config = checked.conform(CLIPConfig, config["clip"])
+    module, ids, (image, pixels) = CLIP(config), np.array([[49406, 320, 2368, 49407]], np.int32), picture()
+    pixels.requires_grad_()
+    expected = theirs(input_ids=torch.from_numpy(ids).long(), pixel_values=pixels)
+    yield row(
+        "CLIP L/14", "logits", module.apply({"params": params}, image, ids), expected.logits_per_image.detach().numpy()
+    )
+
+    texts = clip.unit(module.apply({"params": params}, ids, method="encode_text"))
+    ours = jax.jit(functools.partial(gradient_map.pixel_gradient, config, sigma=0))(params, image, texts)
+    (gradient,) = torch.autograd.grad(expected.logits_per_image.sum(), pixels)
+    of_pixels = np.abs(gradient[0].numpy() / clip.STD.reshape(3, 1, 1)).max(0)
+    yield row("CLIP L/14", "gradient map", ours[0], of_pixels / of_pixels.max())
+
+
+def open_clip_rows():
+    """The model of PickScore and of HPSv2."""
+    settings = open_clip.get_model_config("ViT-H-14")
+    theirs, (image, pixels) = open_clip.CLIP(**settings).eval(), picture()
     ids = np.array([[49406, 320, 2368, 49407]], np.int32)
-    pixels = (((image + 1) / 2 - clip.MEAN) / clip.STD).transpose(0, 3, 1, 2).copy()
+    padded = torch.from_numpy(np.pad(ids, ((0, 0), (0, 73)))).long()
     with torch.no_grad():
-        expected = theirs(input_ids=torch.from_numpy(ids).long(), pixel_values=torch.from_numpy(pixels))
-    ours = module.apply({"params": params}, image, ids)
-    yield row("CLIP L/14", "logits", ours, expected.logits_per_image.numpy())
+        expected = theirs.get_logits(pixels, padded)[0].numpy()
+    read = functools.partial(readers.clip.clip_from_open_clip, settings={"model_cfg": settings}, what="CLIP")
+    config, params = held(theirs.state_dict(), read, "clip")
+    module = CLIP(checked.conform(CLIPConfig, config))
+    yield row("CLIP H/14", "logits", jax.jit(module.apply)({"params": params}, image, ids), expected)
+
+
+def image_reward_rows():
+    vision = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+    vision |= {"image_size": 224, "patch_size": 16, "hidden_act": "gelu", "layer_norm_eps": 1e-6}
+    text = {"vocab_size": 30524, "encoder_hidden_size": 1024, "hidden_act": "gelu", "layer_norm_eps": 1e-12}
+    text |= {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+    theirs = tiny_preference.image_reward_model(vision, text, (1024, 128, 64, 16)).eval()
+    ids, (image, pixels) = np.random.default_rng(0).integers(1000, 30000, (1, 35)).astype(np.int32), picture()
+    mask = np.arange(35)[None] < 20
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+        masked = torch.from_numpy(mask).long()
+        expected = tiny_preference.image_reward_score(theirs, pixels, torch.from_numpy(ids).long(), masked).numpy()
+    state = {tiny_preference.blip_name(name): parameter.detach() for name, parameter in theirs.named_parameters()}
+    config, params = held(state, functools.partial(readers.clip.image_reward_from, what="ImageReward"), "image_reward")
+    module = ImageReward(checked.conform(ImageRewardConfig, config))
+    yield row("ImageReward", "score", jax.jit(module.apply)({"params": params}, image, ids, mask), expected)
 
 
 def bfloat16_rows(workdir):
     """Differences of the base config with random parameters, and of a trained run on RichHF-Synth."""
     config = RAHFConfig()
-    inputs = dummy_inputs(config, 64)
+    inputs = critics.dummy_inputs(config, 64)
     params = nn.unbox(jax.jit(RAHF(config).init)(jax.random.key(0), *inputs)["params"])
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, inputs[0].shape).astype(np.uint8)
@@ -133,15 +193,18 @@ def difference_rows(name, config, params, *inputs):
 
 def main():
     torch.manual_seed(0)
-    rows, workdir = [], flags.FLAGS.workdir
-    for part in (
-        vit_rows(),
-        t5_rows("T5 v1.0 base", V1_0),
-        t5_rows("T5 v1.1 base", V1_1),
-        clip_rows(),
-        bfloat16_rows(workdir),
-    ):
-        rows += part
+    parts = {
+        "vit": vit_rows,
+        "t5_v1_0": functools.partial(t5_rows, "T5 v1.0 base", V1_0),
+        "t5_v1_1": functools.partial(t5_rows, "T5 v1.1 base", V1_1),
+        "clip": clip_rows,
+        "open_clip": open_clip_rows,
+        "image_reward": image_reward_rows,
+        "bfloat16": functools.partial(bfloat16_rows, flags.FLAGS.workdir),
+    }
+    rows, only = [], flags.FLAGS.only
+    for name, part in parts.items():
+        rows += part() if only in (None, name) else []
         gc.collect()
     headers = ("model", "output", "largest difference", "mean difference", "largest value")
     print(tabulate.tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True))
@@ -149,4 +212,5 @@ def main():
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "A trained run, to compare its bfloat16 with its float32 as well.")
+    flags.DEFINE_string("only", None, "One of vit, t5_v1_0, t5_v1_1, clip, open_clip, image_reward, bfloat16.")
     command.run(main)

@@ -8,6 +8,7 @@ import math
 import pathlib
 import shutil
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable
 
@@ -21,6 +22,7 @@ import quick_xla  # noqa: E402, F401 - for __main__.py
 import tiny_clip  # noqa: E402
 import tiny_data  # noqa: E402
 import tiny_diffusion  # noqa: E402
+import tiny_preference  # noqa: E402
 
 import rahf  # noqa: E402
 from rahf import names, predict, readers, workdirs  # noqa: E402
@@ -201,19 +203,29 @@ def _hugging_face(kind, folder):
         transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=6).save_pretrained(folder)
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if kind == "vit":
-        config = readers.vit_config_from_hugging_face(settings)
-        table, ours = names.vit_from_hugging_face(config), readers._vit_shapes(config, 5, kind)
+        config = readers.encoders.vit_config_from_hugging_face(settings)
+        table, ours = names.vit_from_hugging_face(config), readers.encoders._vit_shapes(config, 5, kind)
     elif kind == "t5":
-        config = readers.t5_config_from_hugging_face(settings)
-        table, ours = names.t5_from_hugging_face(config), readers._t5_shapes(config)
+        config = readers.encoders.t5_config_from_hugging_face(settings)
+        table, ours = names.t5_from_hugging_face(config), readers.encoders._t5_shapes(config)
     else:
-        config = readers.clip_config_from_hugging_face(settings)
+        config = readers.clip.clip_config_from_hugging_face(settings)
         ids, image = np.zeros((1, 16), np.int32), np.zeros((1, 8, 8, 3), np.float32)
         table, ours = names.clip_from_hugging_face(config), param_shapes(CLIP(config).init, image, ids)
     rng = np.random.default_rng(0)
     shapes = {theirs: _shape_before(layout, ours[name].shape) for name, (theirs, layout) in table.items()}
     tensors = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+
+
+def _preference(name, folder):
+    """The files of one of the published preference scores."""
+    with tempfile.TemporaryDirectory() as temporary:
+        _unzip("preference_tiny", pathlib.Path(temporary))
+        tiny_preference.write(pathlib.Path(temporary), name)
+        shutil.copytree(pathlib.Path(temporary) / name, folder, dirs_exist_ok=True)
+    for unread in ("golden.npz", "tensors.json"):
+        (folder / unread).unlink()
 
 
 def _shape_before(layout, shape):
@@ -420,6 +432,14 @@ DOORS = [
             ("rahf.convert", f"--source={kind}-hf", "--input={input}", "--output={output}"), _weights,
         )
         for kind in ("vit", "t5", "clip")
+    ),
+    Door(
+        "convert open-clip", "JSON, weights", functools.partial(_preference, "open_clip"),
+        ("rahf.convert", "--source=open-clip", "--input={input}", "--output={output}"), _weights,
+    ),
+    Door(
+        "convert image-reward", "JSON, weights", functools.partial(_preference, "image_reward"),
+        ("rahf.convert", "--source=image-reward", "--input={input}/image_reward.safetensors", "--output={output}"), _weights,
     ),
     Door("prompts", "texts", _prompts, _texts),
     Door("list of images", "texts", _list, _inputs, files="*.jsonl"),

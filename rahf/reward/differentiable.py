@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rahf import partitioning
-from rahf.models import rahf as rahf_model
-from rahf.models.clip import CLIP
+from rahf.models import critics
+from rahf.models.clip import CLIP, unit
+from rahf.reward.framing import framed
 from richhf_data import schema
 
 Array = jax.Array
@@ -59,15 +60,19 @@ def of_function(function: Callable[[Array], Array], identity: str | None = None)
     return Differentiable(lambda params, images, rows: function(images), identity=identity)
 
 
-def rahf_score(config: rahf_model.RAHFConfig, weights: Mapping[str, float]) -> Callable:
+def rahf_score(config: critics.CriticConfig, weights: Mapping[str, float]) -> Callable:
     """`Differentiable.score` of a RAHF: the weighted sum of some of `TERMS`. Its rows are text_ids int32[B, R, L]."""
-    module, size = rahf_model.RAHF(config), config.image_size
+    module, size = critics.module_of(config), config.image_size
 
     def score(params, images, rows):
         images = jax.image.resize(images, (len(images), size, size, 3), "linear")  # antialiased, as `predictor.resize`
         scores, heatmaps, *_ = module.apply({"params": params}, images, rows, method="perceive")
-        terms = [*jnp.moveaxis(scores, -1, 0), *jnp.moveaxis(heatmaps.mean((1, 2)), -1, 0)]
-        return sum(weights[name] * term for name, term in zip(TERMS, terms, strict=True) if name in weights)
+        terms = {}
+        if scores is not None:
+            terms |= zip(schema.SCORES, jnp.moveaxis(scores, -1, 0), strict=True)
+        if heatmaps is not None:
+            terms |= zip(schema.HEATMAPS, jnp.moveaxis(heatmaps.mean((1, 2)), -1, 0), strict=True)
+        return sum(weight * terms[name] for name, weight in weights.items())
 
     return score
 
@@ -88,26 +93,10 @@ def of_clip(clip, score: Callable[[Any, Array, Array], Array], params, identity:
       clip: rahf.reward.embed.Clip.
       score: (params, images, texts: float32[B, E] of unit length) -> float32[B].
     """
-    module = CLIP(clip.config)
+    module, size = CLIP(clip.config), clip.config.vision.image_size
 
     def of_images(params, images, texts):
-        embedded = module.apply({"params": params["clip"]}, _clip_input(images, clip.config.vision.image_size),
-                                method="encode_image")  # fmt: skip
-        return score(params["head"], embedded / jnp.linalg.norm(embedded, axis=-1, keepdims=True), texts)
+        embedded = module.apply({"params": params["clip"]}, framed(images, size), method="encode_image")
+        return score(params["head"], unit(embedded), texts)
 
     return Differentiable(of_images, {"clip": clip.params, "head": params}, clip.texts, identity)
-
-
-def cosine(params, images: Array, texts: Array) -> Array:
-    """The similarity of embeddings of unit length."""
-    return jnp.sum(images * texts, axis=-1)
-
-
-def _clip_input(images: Array, size: int) -> Array:
-    """As `embed.prepare`: the shorter side scaled to `size`, bicubic; then the middle."""
-    height, width = images.shape[1:3]
-    scaled = [max(size, int(size * side / min(height, width))) for side in (height, width)]
-    top, left = ((side - size) // 2 for side in scaled)
-    if (height, width) != tuple(scaled):
-        images = jax.image.resize(images, (len(images), *scaled, 3), "cubic")
-    return images[:, top : top + size, left : left + size]

@@ -16,23 +16,22 @@ from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
-import PIL.Image
 from tqdm.auto import tqdm
 
 from rahf import pretrained, weights
-from rahf.models.clip import CLIP, CLIPConfig
+from rahf.models.clip import CLIP, CLIPConfig, unit
 from rahf.models.parameters import param_shapes
+from rahf.reward.framing import prepare
 from richhf_data import checked, clip_tokenizer, paths, schema
 from richhf_data import images as richhf_images
 from richhf_data.errors import UserError
 
 BATCH = 32  # images or texts at a time
 FILE = 8 * BATCH  # embeddings per file: as many are lost when a run is killed
-_MAX_ASPECT = 64
 
 
 class Clip:
-    """A frozen CLIP, from a folder that `rahf.convert --source=clip-hf` wrote.
+    """A frozen CLIP, from a folder that `rahf.convert --source=clip-hf` or `--source=open-clip` wrote.
 
     Attributes:
       config: CLIPConfig. params: its parameters.
@@ -67,14 +66,17 @@ class Clip:
         names = names or [f"images[{i}]" for i in range(len(images))]
         return self._batches("encode_image", [prepare(image, self.config.vision.image_size) for image in images], names)
 
-    def texts(self, texts: Sequence[str]) -> np.ndarray:
+    def texts(self, texts: Sequence[str], cut: bool = False) -> np.ndarray:
         """B texts -> their embeddings, float32[B, E] of unit length.
 
+        Args:
+          cut: a longer text than the text tower reads loses its last pieces. It is refused otherwise.
+
         Raises:
-          UserError: a text is longer than the text tower reads, or its embedding is not finite.
+          UserError: a text that is too long, or whose embedding is not finite.
         """
         length = self.config.text.length
-        for text in texts:
+        for text in () if cut else texts:
             if (count := self.tokenizer.num_ids(text)) > length:
                 raise UserError(
                     f"prompt: {text[:80]!r} takes {count} ids with its start and end, CLIP reads {length}; shorten it"
@@ -94,29 +96,7 @@ class Clip:
 
 
 def _unit(module, method, params, x):
-    embedding = module.apply({"params": params}, x, method=method)
-    return embedding / jax.numpy.linalg.norm(embedding, axis=-1, keepdims=True)
-
-
-def prepare(image: np.ndarray, size: int) -> np.ndarray:
-    """uint8[H, W, 3] -> uint8[size, size, 3], as CLIP reads it: bicubic, shorter side to `size`, then a centre crop.
-
-    A longer side of more than `_MAX_ASPECT` shorter ones is cropped first, so that the scaled image stays small.
-
-    Raises:
-      UserError: another shape or dtype.
-    """
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
-        raise UserError(f"image: got {image.dtype}{list(image.shape)}, expected uint8[H, W, 3]")
-    if image.shape[:2] == (size, size):
-        return image
-    left, top = (max(0, side - _MAX_ASPECT * min(image.shape[:2])) // 2 for side in image.shape[1::-1])
-    image = image[top : image.shape[0] - top, left : image.shape[1] - left]
-    height, width = image.shape[:2]
-    scaled = [max(size, int(size * side / min(height, width))) for side in (width, height)]
-    left, top = ((side - size) // 2 for side in scaled)
-    picture = PIL.Image.fromarray(image).resize(scaled, PIL.Image.Resampling.BICUBIC)
-    return np.asarray(picture.crop((left, top, left + size, top + size)))
+    return unit(module.apply({"params": params}, x, method=method))
 
 
 def key(data: bytes) -> str:

@@ -6,12 +6,16 @@
     rahf:DIR:alignment=0.7,overall=2  a weighted sum of scores
     rahf:DIR:implausibility=-1        a heatmap's mean over the picture, in such a sum as well
     clip:DIR                          CLIP score: the cosine of the embeddings of image and prompt
+    pickscore:DIR                     PickScore (preference.py), as all of these from a folder of rahf.convert
+    hpsv2:DIR                         HPSv2 or HPSv2.1
+    aesthetic:DIR                     LAION's aesthetic predictor
+    imagereward:DIR                   ImageReward
     python:package.module:name        your own: (images, prompts) -> float[B]
 
 To guide sampling, a reward must be differentiable: any of these, where python: names a function or an object that
 differentiable.py describes.
 
-Features are clip:DIR, the image embeddings of a folder of `rahf.convert --source=clip-hf`, or python:package.module:name,
+Features are clip:DIR, the image embeddings of a CLIP in a folder of rahf.convert, or python:package.module:name,
 (images) -> float[B, D]. Images are B arrays uint8[H, W, 3] of any sizes.
 
 A reward may have an attribute `identity`, a short string that changes whenever the reward can give other numbers. Results
@@ -39,8 +43,9 @@ import numpy as np
 import rahf
 from rahf import reward as rahf_reward
 from rahf.fingerprint import fingerprint
-from rahf.reward import differentiable
+from rahf.reward import differentiable, embed, preference
 from rahf.reward.differentiable import Differentiable
+from richhf_data import schema
 from richhf_data.errors import UserError, in_code_of_the_user
 
 _STANDARD, _INSTALLED = sysconfig.get_paths()["stdlib"], {"site-packages", "dist-packages"}
@@ -52,8 +57,17 @@ def reward_of(spec: str) -> Callable:
     Raises:
       UserError: a spec of another form, a folder without such a model, an unknown score, a missing module or name.
     """
-    kinds = {"reward": lambda rest: rahf_reward.load(*re.split(":(?!//)", rest, maxsplit=1)), "rahf": _rahf}
-    return _parsed("reward", spec, kinds | {"clip": ClipScore, "python": functools.partial(Own, "reward")})
+    kinds = {
+        "reward": lambda rest: rahf_reward.load(*re.split(":(?!//)", rest, maxsplit=1)),
+        "rahf": _rahf,
+        "clip": preference.clip_score,
+        "pickscore": preference.pickscore,
+        "hpsv2": preference.hpsv2,
+        "aesthetic": preference.aesthetic,
+        "imagereward": preference.imagereward,
+        "python": functools.partial(Own, "reward"),
+    }
+    return _parsed("reward", spec, kinds)
 
 
 def differentiable_of(spec: str) -> Differentiable:
@@ -77,7 +91,9 @@ def critic_of(spec: str, scores: str = "overall") -> "ScoreReward":
         raise UserError(
             f"critic: got {spec!r}, expected rahf:DIR, a RAHF with heatmaps: a folder of rahf.train or rahf.convert"
         )
-    return _rahf(rest, scores)
+    critic = _rahf(rest, scores)
+    critic.model.require(f"critic: {spec}", "heatmaps")
+    return critic
 
 
 def features_of(spec: str) -> Callable:
@@ -133,8 +149,6 @@ def _parsed(name: str, spec: str, kinds: Mapping[str, Callable]) -> Callable:
 
 
 def _clip(folder: str) -> Callable:
-    from rahf.reward import embed
-
     return embed.Clip(folder).images
 
 
@@ -154,7 +168,10 @@ def _rahf(rest: str, default: str = "overall") -> "ScoreReward":
             weights[name] = math.nan
         if not math.isfinite(weights[name]):
             raise UserError(f"reward: rahf:{rest}: got {weight!r} times {name}, expected a number")
-    return ScoreReward(rahf.load(folder), weights)
+    model = rahf.load(folder)
+    kinds = {"scores": schema.SCORES, "heatmaps": schema.HEATMAPS}
+    model.require(f"reward: rahf:{rest}", *(part for part, names in kinds.items() if not weights.keys().isdisjoint(names)))
+    return ScoreReward(model, weights)
 
 
 class ScoreReward:
@@ -184,30 +201,6 @@ class ScoreReward:
     def identity(self) -> str:
         """Depends on the model's parameters, configuration and vocabulary, and on the weights."""
         return fingerprint("rahf", *self.model.identity_parts(), list(self.weights.items()))
-
-
-class ClipScore:
-    """The cosine of CLIP's embeddings of image and prompt, -1 to 1.
-
-    Args:
-      folder: of `rahf.convert --source=clip-hf`.
-    """
-
-    def __init__(self, folder):
-        from rahf.reward import embed
-
-        self._clip = embed.Clip(folder)
-        self.identity = fingerprint("clip", self._clip.digest)
-
-    def __call__(self, images, prompts) -> np.ndarray:
-        if len(images) != len(prompts):
-            raise UserError(f"reward: got {len(images)} images and {len(prompts)} prompts, expected as many")
-        return np.sum(self._clip.images(images) * self._clip.texts(prompts), axis=1)
-
-    @functools.cached_property
-    def differentiable(self) -> Differentiable:
-        """The same reward as a JAX function of the pixels."""
-        return differentiable.of_clip(self._clip, differentiable.cosine, (), self.identity)
 
 
 class Own:
