@@ -22,7 +22,7 @@ from absl import app, flags
 from rahf import experiments
 from richhf_data import command
 
-OPTIONAL = ("torch", "diffusers", "xmanager")  # imported by commands, but not needed to parse their flags
+OPTIONAL = ("torch", "diffusers", "open_clip", "xmanager")  # imported by commands, but not needed to parse their flags
 PARSE_ARGS = argparse.ArgumentParser.parse_args
 
 
