@@ -11,6 +11,7 @@ import numpy as np
 from absl import app, flags
 
 STEPS = 5
+OPTIMIZER = {"kind": "adamw", "schedule": "rsqrt", "learning_rate": 5e-5, "ema_decay": 0.0}
 
 
 def config(source="stream", data_dir=""):
@@ -20,7 +21,7 @@ def config(source="stream", data_dir=""):
     config = experiments.load("rahf_ci")
     config.model.vit.stem_patch = 0  # its norm amplifies the rounding that another order of sums brings
     config.data.update(source=source, data_dir=data_dir, text_length=60)
-    config.optimizer.update(kind="adamw", learning_rate=1e-3, ema_decay=0.0)
+    config.optimizer.update(OPTIMIZER)
     config.train.num_steps = STEPS
     config.checkpoint_every = 100
     config.eval.update(every=100, batch_size=8, num_examples=7)  # the last batch is filled up

@@ -116,17 +116,19 @@ def test_a_process_that_is_killed_in_training_ends_the_other(runs):
     assert (folder / "killed" / "config.json").exists()
 
 
-def test_a_notice_to_one_process_stops_all_at_the_same_step(tmp_path):
+def test_a_notice_to_one_process_stops_all_at_the_same_step(runs, tmp_path):
+    """The program is that of `runs`, so its compilation is there."""
     command = [
         sys.executable, "-m", "rahf.train", "--config=configs/rahf_ci.py", f"--workdir={tmp_path / 'run'}",
-        f"--config.data.data_dir={built()}", "--config.data.text_length=60", "--config.optimizer.kind=adamw",
+        f"--config.data.data_dir={built()}", "--config.data.text_length=60", "--config.model.vit.stem_patch=0",
+        *(f"--config.optimizer.{name}={value}" for name, value in hosts_worker.OPTIMIZER.items()),
         "--config.train.num_steps=100000", "--config.checkpoint_every=100000", "--config.eval.every=100000", *processes(),
     ]  # fmt: skip
     logs, started = [tmp_path / f"log_{i}" for i in range(2)], []
     try:
         for i, log in enumerate(logs):
             with log.open("w") as file:
-                options = {"cwd": ROOT, "env": environment(tmp_path / "compiled"), "stdout": file, "stderr": file}
+                options = {"cwd": ROOT, "env": environment(runs[0] / "compiled"), "stdout": file, "stderr": file}
                 started.append(subprocess.Popen([*command, f"--process_id={i}"], **options))
         while "loss=" not in logs[0].read_text():
             assert [process.poll() for process in started] == [None, None], [log.read_text() for log in logs]
