@@ -1,8 +1,8 @@
 """A ResNet on RichHF-Synth at 96 px, from scratch, at the training compute of `rahf_synth_tiny`.
 
   command    python -m rahf.train --config=baseline_synth_resnet --workdir=DIR
-  hardware   2 CPU cores
-  result     not yet measured
+  hardware   2 CPU cores, 25 CPU minutes
+  result     mean PLCC .613 on test; tables in docs/results.md
 """
 
 from rahf import experiments
