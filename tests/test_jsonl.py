@@ -9,9 +9,8 @@ from tiny_data import annotation, image_of, jpg, png
 
 from rahf import predict, predictor
 from rahf.diffusion import sample
-from rahf.models import clip
 from rahf.reward.image_table import ImageTable, LabelledImages
-from richhf_data import consolidate, image_sources, jsonl, records, schema, tables
+from richhf_data import clip_tokenizer, consolidate, image_sources, jsonl, records, schema, tables
 from richhf_data.errors import UserError
 
 BOM = b"\xef\xbb\xbf"
@@ -143,7 +142,7 @@ def test_prompts_of_a_caller_must_be_text(tmp_path):
         with pytest.raises(UserError, match=r"prompt: got .*, expected text"):
             predictor.Model.text_ids(None, prompt)
         with pytest.raises(UserError, match=r"prompt: got .*, expected text"):
-            clip._text(prompt)
+            clip_tokenizer.text_of(prompt)
     with pytest.raises(UserError, match=r"prompt: got 'caf\\udce9', which is not UTF-8"):
         predict.read_inputs("*.png", "caf\udce9")
 

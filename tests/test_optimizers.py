@@ -92,6 +92,7 @@ def test_an_update_holds_no_copy_of_parameters_or_moments():
         remat=(),
     )
     config = experiments.load("rahf_ci")
+    config.optimizer.learning_rate_multipliers = {"heads": 1.0}
     training = programs.assemble(program, config, partitioning.make_mesh(devices=jax.devices()[:1]))
     memory = training.lower().compile().memory_analysis()
     params = sum(4 * leaf.size for leaf in jax.tree.leaves(training.params))
