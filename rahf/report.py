@@ -6,7 +6,7 @@ An item is a dictionary with the fields of `richhf_data.schema`:
   prompt           str
   scores           {name: float in [0, 1]}, higher is better
   heatmaps         {name: float32[h, w] in [0, 1]} of any size; stretched over the image
-  labelled_prompt  str, the prompt with `_0` on each misaligned word
+  labelled_prompt  str, the prompt with `_0` on each misaligned word; None of a model that marks no words
   labels           optional: what `keywords.read_labels` reads in it with the model's vocabulary
   name             str, optional: the file or the uid of the image
   size             optional: (width, height) of the image before it was shrunk
@@ -93,6 +93,8 @@ def view(i: int, item: Mapping[str, Any]) -> dict[str, Any]:
     errors = [abs(score["value"] - score["truth"]) for score in scores if score["truth"] is not None]
     return {
         "compared": bool(truth),
+        "has_words": item.get("labelled_prompt", "") is not None,
+        "has_heatmaps": bool(item["heatmaps"]),
         "error": float(np.mean(errors)) if errors else 0.0,
         "name": item.get("name", ""),
         "words": drawing.words(item["prompt"], predicted_labels(item)),

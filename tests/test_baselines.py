@@ -246,7 +246,9 @@ def test_a_baselines_predictions_are_written_and_its_page_made(run, tmp_path):
     (line,) = map(json.loads, (tmp_path / "predictions.jsonl").read_text().splitlines())
     assert set(line["scores"]) == {"plausibility", "alignment", "aesthetics", "overall"} and line["keywords"] is None
     assert len(line["heatmaps"]) == (2 if architecture == "resnet" else 0)
-    assert "a red cat" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "a red cat" in page and "The model says nothing of the words." in page
+    assert ("<h2>Heatmaps</h2>" in page) == (architecture == "resnet")
 
 
 def test_a_baseline_is_a_reward_of_what_it_predicts(run):
