@@ -101,10 +101,7 @@ class _DatasetSplit:
             del model_feature_shapes
             examples = list(dataset.as_numpy_iterator())
             rows = predict((features for _, features in examples), len(examples))
-            ids = [
-                (int(index), () if row["keyword_ids"] is None else row["keyword_ids"])
-                for (index, _), row in zip(examples, rows, strict=True)
-            ]
+            ids = [(int(index), ()) for index, _ in examples]  # for seqio to decode; the text comes with the others
             return ids, {name: [row[name] for row in rows] for name in ("scores", "heatmaps", "labelled_prompt")}
 
         future, _ = self._evaluator.evaluate(compute_metrics=True, predict_with_aux_fn=predict_with_aux)
