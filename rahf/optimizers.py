@@ -130,14 +130,14 @@ def with_frozen(old, new, freeze: Sequence[str]):
 
 
 def check_parts(params, config) -> None:
-    """Refuses a name in `freeze` or `learning_rate_multipliers` under which no parameter lies: UserError."""
+    """Refuses `freeze` without a parameter under a name, `learning_rate_multipliers` of other parts: UserError."""
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     for prefix in config.freeze:
         if not any(is_frozen(path, (prefix,)) for path in paths):
             raise UserError(f"optimizer.freeze: nothing lies under {prefix!r}, expected one of {sorted(params)} or deeper")
-    parts = {part_of(path) for path in paths}
-    if unknown := sorted(set(config.get("learning_rate_multipliers", {})) - parts):
-        raise UserError(f"optimizer.learning_rate_multipliers: got {unknown}, the model has {', '.join(sorted(parts))}")
+    multipliers, parts = sorted(config.get("learning_rate_multipliers", ())), sorted({part_of(path) for path in paths})
+    if multipliers and multipliers != parts:
+        raise UserError(f"optimizer.learning_rate_multipliers: got {multipliers}, expected the model's parts {parts}")
 
 
 def _clipped(limit: float) -> optax.GradientTransformationExtraArgs:
@@ -154,7 +154,7 @@ def _clipped(limit: float) -> optax.GradientTransformationExtraArgs:
 
 def _scaled_by_part(multipliers) -> optax.GradientTransformation:
     def scale(updates, params):
-        return jax.tree_util.tree_map_with_path(lambda path, update: multipliers.get(part_of(path), 1.0) * update, updates)
+        return jax.tree_util.tree_map_with_path(lambda path, update: multipliers[part_of(path)] * update, updates)
 
     return optax.stateless(scale)
 
