@@ -23,14 +23,12 @@ An annotator is compared with the others of the same picture: with the mean of t
 """
 
 import dataclasses
-import io
 import itertools
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
 
 import matplotlib
-import matplotlib.figure
 import numpy as np
 import scipy.sparse
 import scipy.stats
@@ -38,7 +36,7 @@ from absl import flags
 from tabulate import tabulate
 from tqdm.auto import tqdm
 
-from richhf_data import command, consolidate, drawing, json_files, keywords, metrics, paths, ranges, schema
+from richhf_data import command, consolidate, drawing, json_files, keywords, metrics, paths, plotting, ranges, schema
 from richhf_data.errors import UserError
 from richhf_data.schema import HEATMAPS, SCORES
 
@@ -661,9 +659,8 @@ def write(output, figures: Mapping[str, float], names: Sequence[str]) -> str:
     return text
 
 
-_SCORE_COLORS = ("#d97400", "#5b86d6", "#3a9d6e", "#b0589f")
 _MAP_COLORS = ("#d9443f", "#5b86d6")
-_INK, _NEUTRAL = "#7d8496", "#b9bfcc"  # legible on the light and the dark page
+_SIZE = ((3.6, 2.2), 200)  # of a plot: inches, pixels of an inch
 
 
 def plots(figures: Mapping[str, float], names: Sequence[str]) -> list[dict[str, str]]:
@@ -673,33 +670,33 @@ def plots(figures: Mapping[str, float], names: Sequence[str]) -> list[dict[str, 
 
 
 def _alpha_plot(figures):
-    figure, axes = _figure()
+    figure, axes = plotting.figure(*_SIZE)
     rows = (*SCORES, "words")
-    for row, (name, color) in enumerate(zip(rows, (*_SCORE_COLORS, _INK), strict=True)):
+    for row, (name, color) in enumerate(zip(rows, (*plotting.SCORE_COLORS, plotting.INK), strict=True)):
         axes.plot([figures[f"alpha/{name}/{end}"] for end in ("low", "high")], [row, row], color=color, linewidth=2)
         axes.plot(figures[f"alpha/{name}"], row, "o", color=color, markersize=5)
-    axes.axvline(0, color=_NEUTRAL, linewidth=0.8)
+    axes.axvline(0, color=plotting.NEUTRAL, linewidth=0.8)
     low = min([0.0, *(value for key, value in figures.items() if key.startswith("alpha/") and not np.isnan(value))])
     axes.set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5), xlim=(min(-0.02, 1.05 * low), 1.02))
-    return {"title": "Krippendorff's alpha", "note": "95 % interval", "uri": _png(figure)}
+    return {"title": "Krippendorff's alpha", "note": "95 % interval", "uri": plotting.uri(figure)}
 
 
 def _difference_plot(figures):
-    figure, axes = _figure()
+    figure, axes = plotting.figure(*_SIZE)
     steps = np.arange(schema.LIKERT_HIGH - schema.LIKERT_LOW + 1)
-    for place, (name, color) in enumerate(zip(SCORES, _SCORE_COLORS, strict=True)):
+    for place, (name, color) in enumerate(zip(SCORES, plotting.SCORE_COLORS, strict=True)):
         shares = [figures[f"difference/{name}/{step}"] for step in steps]
         axes.bar(steps + 0.2 * (place - 1.5), np.nan_to_num(shares), 0.18, color=color, label=name)
     axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f} %")
     axes.set(xticks=steps, xlabel="points apart")
-    _legend(axes)
-    return {"title": "Two annotators' scores", "note": "share of pairs", "uri": _png(figure)}
+    plotting.legend(axes)
+    return {"title": "Two annotators' scores", "note": "share of pairs", "uri": plotting.uri(figure)}
 
 
 def _offset_plot(figures, names):
-    figure, axes = _figure()
-    axes.axhline(0, color=_NEUTRAL, linewidth=0.8)
-    for place, (name, color) in enumerate(zip(SCORES, _SCORE_COLORS, strict=True)):
+    figure, axes = plotting.figure(*_SIZE)
+    axes.axhline(0, color=plotting.NEUTRAL, linewidth=0.8)
+    for place, (name, color) in enumerate(zip(SCORES, plotting.SCORE_COLORS, strict=True)):
         offsets = [figures[f"annotator/{one}/offset/{name}"] for one in names]
         axes.plot(
             np.arange(1, len(names) + 1) + 0.15 * (place - 1.5),
@@ -714,45 +711,23 @@ def _offset_plot(figures, names):
     reach = max(0.5, abs(low), abs(high))
     _number_annotators(axes, names)
     axes.set(ylim=(-reach, reach))
-    _legend(axes)
-    return {"title": "Offset from the others", "note": "points, above 0: lenient", "uri": _png(figure)}
+    plotting.legend(axes)
+    return {"title": "Offset from the others", "note": "points, above 0: lenient", "uri": plotting.uri(figure)}
 
 
 def _point_plot(figures, names):
-    figure, axes = _figure()
+    figure, axes = plotting.figure(*_SIZE)
     for place, (name, color) in enumerate(zip(HEATMAPS, _MAP_COLORS, strict=True)):
         numbers = np.nan_to_num([figures[f"annotator/{one}/points/{name}"] for one in names])
         axes.bar(np.arange(1, len(names) + 1) + 0.36 * (place - 0.5), numbers, 0.34, color=color, label=name)
     _number_annotators(axes, names)
-    _legend(axes)
-    return {"title": "Points per picture", "note": "by annotator", "uri": _png(figure)}
+    plotting.legend(axes)
+    return {"title": "Points per picture", "note": "by annotator", "uri": plotting.uri(figure)}
 
 
 def _number_annotators(axes, names):
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlim=(0.4, len(names) + 0.6), xlabel="annotator, by number")
-
-
-def _legend(axes):
-    style = {"fontsize": 7, "labelcolor": _INK, "handlelength": 0.8, "handletextpad": 0.4, "columnspacing": 1.0}
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.17), ncols=4, frameon=False, **style)
-
-
-def _figure():
-    figure = matplotlib.figure.Figure((3.6, 2.2), dpi=200, layout="constrained")
-    axes = figure.add_subplot()
-    axes.patch.set_alpha(0)
-    axes.tick_params(colors=_INK, labelsize=7.5, length=2)
-    axes.xaxis.label.set_color(_INK)
-    for side, spine in axes.spines.items():
-        spine.set(visible=side in ("bottom", "left"), color=_NEUTRAL)
-    return figure, axes
-
-
-def _png(figure) -> str:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", transparent=True)
-    return drawing.data_uri("image/png", file.getvalue())
 
 
 # ------------------------------------------------------------------------------------------------------ the command

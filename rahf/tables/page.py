@@ -1,13 +1,11 @@
 """The page: the tables, and for each row its predictions against the truth, its errors, and its best and worst pictures."""
 
 import dataclasses
-import io
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
 import matplotlib
-import matplotlib.figure
 import numpy as np
 
 from rahf import report
@@ -15,7 +13,7 @@ from rahf.tables.dataset import Dataset
 from rahf.tables.layout import Table
 from rahf.tables.predictions import Predictions, resized
 from rahf.tables.targets import Targets
-from richhf_data import drawing, jsonl, keywords
+from richhf_data import drawing, jsonl, keywords, plotting
 from richhf_data.annotate.choose import CATEGORY
 from richhf_data.errors import UserError
 from richhf_data.metrics import PerExample
@@ -24,8 +22,7 @@ from richhf_data.schema import HEATMAPS, SCORES
 PICTURES = 3  # of each kind
 _SIDE = 224  # pixels of a picture
 _BINS = 8  # of a calibration curve, with as many examples each
-_COLORS = ("#d97400", "#5b86d6", "#3a9d6e", "#b0589f")  # of the scores; all are legible on the light and the dark page
-_INK, _NEUTRAL = "#7d8496", "#b9bfcc"
+_SIZE = ((3.4, 2.3), 150)  # of a plot: inches, pixels of an inch
 _TEMPLATES = drawing.templates(pathlib.Path(__file__).parent)
 
 
@@ -132,34 +129,35 @@ def _row_means(values):
 
 
 def _scatter(values, i, is_reward):
-    figure, axes = _figure()
+    figure, axes = plotting.figure(*_SIZE)
     if not is_reward:
-        axes.plot([0, 1], [0, 1], color=_NEUTRAL, linewidth=0.8)
+        axes.plot([0, 1], [0, 1], color=plotting.NEUTRAL, linewidth=0.8)
         axes.set(xlim=(-0.03, 1.03))
     predicted, true = values.predicted_scores[:, i], values.true_scores[:, i]
-    axes.plot(predicted, true, "o", color=_COLORS[i], markersize=2.5, alpha=0.35, markeredgewidth=0)
+    axes.plot(predicted, true, "o", color=plotting.SCORE_COLORS[i], markersize=2.5, alpha=0.35, markeredgewidth=0)
     axes.set(xlabel="predicted", ylabel="annotators", ylim=(-0.03, 1.03))
-    return {"title": SCORES[i], "note": "each picture", "uri": _png(figure)}
+    return {"title": SCORES[i], "note": "each picture", "uri": plotting.uri(figure)}
 
 
 def _calibration_plot(values, predicted, is_reward):
-    figure, axes = _figure()
+    figure, axes = plotting.figure(*_SIZE)
     if not is_reward:
-        axes.plot([0, 1], [0, 1], color=_NEUTRAL, linewidth=0.8)
+        axes.plot([0, 1], [0, 1], color=plotting.NEUTRAL, linewidth=0.8)
     for i in predicted:
         x, y = values.predicted_scores[:, i], values.true_scores[:, i]
         known = np.isfinite(x) & np.isfinite(y)
         order = np.argsort(x[known], kind="stable")
         bins = [part for part in np.array_split(order, _BINS) if len(part)]
         points = [(x[known][part].mean(), y[known][part].mean()) for part in bins]
-        axes.plot(*zip(*points, strict=True), "o-", color=_COLORS[i], markersize=3.5, linewidth=1, label=SCORES[i])
+        style = {"color": plotting.SCORE_COLORS[i], "markersize": 3.5, "linewidth": 1, "label": SCORES[i]}
+        axes.plot(*zip(*points, strict=True), "o-", **style)
     axes.set(xlabel="mean prediction", ylabel="mean of the annotators")
-    _legend(axes)
-    return {"title": "Calibration", "note": f"{_BINS} bins of as many pictures", "uri": _png(figure)}
+    plotting.legend(axes)
+    return {"title": "Calibration", "note": f"{_BINS} bins of as many pictures", "uri": plotting.uri(figure)}
 
 
 def _length_plot(error, words):
-    figure, axes = _figure()
+    figure, axes = plotting.figure(*_SIZE)
     edges = np.unique(np.quantile(words, np.linspace(0, 1, 6)).astype(int))
     places = np.clip(np.searchsorted(edges, words, side="right") - 1, 0, max(len(edges) - 2, 0))
     labels = [
@@ -168,14 +166,14 @@ def _length_plot(error, words):
     ]
     _bars(axes, [error[places == place] for place in range(len(labels))], labels)
     axes.set(xlabel="words of the prompt")
-    return {"title": "Error of the scores by length", "note": "mean and 95 % interval", "uri": _png(figure)}
+    return {"title": "Error of the scores by length", "note": "mean and 95 % interval", "uri": plotting.uri(figure)}
 
 
 def _category_plot(error, category_of):
-    figure, axes = _figure()
+    figure, axes = plotting.figure(*_SIZE)
     names, category_of = sorted(set(category_of)), np.array(category_of)
     _bars(axes, [error[category_of == name] for name in names], names)
-    return {"title": "Error of the scores by category", "note": "mean and 95 % interval", "uri": _png(figure)}
+    return {"title": "Error of the scores by category", "note": "mean and 95 % interval", "uri": plotting.uri(figure)}
 
 
 def _bars(axes, groups, labels):
@@ -184,40 +182,17 @@ def _bars(axes, groups, labels):
         group = group[np.isfinite(group)]
         if len(group):
             reach = 1.96 * group.std(ddof=1) / np.sqrt(len(group)) if len(group) > 1 else 0
-            axes.bar(place, group.mean(), 0.7, yerr=reach, color=_COLORS[1], ecolor=_INK, capsize=2)
+            axes.bar(place, group.mean(), 0.7, yerr=reach, color=plotting.SCORE_COLORS[1], ecolor=plotting.INK, capsize=2)
     axes.set(xticks=range(len(labels)), ylabel="mean absolute error")
     slanted = {"rotation": 25, "ha": "right"} if sum(map(len, labels)) > 30 else {}
     axes.set_xticklabels([label[:14] for label in labels], parse_math=False, **slanted)
 
 
 def _histogram(cc, name):
-    figure, axes = _figure()
-    axes.hist(cc[np.isfinite(cc)], bins=np.linspace(-0.5, 1, 31), color=_COLORS[1])
+    figure, axes = plotting.figure(*_SIZE)
+    axes.hist(cc[np.isfinite(cc)], bins=np.linspace(-0.5, 1, 31), color=plotting.SCORE_COLORS[1])
     axes.set(xlabel="CC of a picture's heatmap", ylabel="pictures")
-    return {"title": f"{name} heatmap", "note": "marked pictures", "uri": _png(figure)}
-
-
-def _legend(axes):
-    style = {"fontsize": 7, "labelcolor": _INK, "handlelength": 0.8, "handletextpad": 0.4, "columnspacing": 1.0}
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.17), ncols=4, frameon=False, **style)
-
-
-def _figure():
-    figure = matplotlib.figure.Figure((3.4, 2.3), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    axes.patch.set_alpha(0)
-    axes.tick_params(colors=_INK, labelsize=7.5, length=2)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.label.set_color(_INK)
-    for side, spine in axes.spines.items():
-        spine.set(visible=side in ("bottom", "left"), color=_NEUTRAL)
-    return figure, axes
-
-
-def _png(figure) -> str:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", transparent=True)
-    return drawing.data_uri("image/png", file.getvalue())
+    return {"title": f"{name} heatmap", "note": "marked pictures", "uri": plotting.uri(figure)}
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
