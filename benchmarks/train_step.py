@@ -69,7 +69,7 @@ def main():
     seconds = []
     for _ in range(steps + 1):
         start = time.perf_counter()
-        state, metrics = compiled(state, batch, training.step_key)
+        state, metrics = compiled(state, batch, training.step_key, training.constants)
         jax.block_until_ready(metrics)
         seconds.append(time.perf_counter() - start)
     best, size, device = min(seconds[1:]), config.train.batch_size, jax.devices()[0]

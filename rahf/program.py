@@ -7,6 +7,7 @@ mesh and sharding. `rahf.train`, `rahf.diffusion.train`, `rahf.compile`, the ben
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from rahf import experiments, optimizers, partitioning
+from rahf.models import cpu
 from rahf.models.attention import IMPLEMENTATIONS
 from rahf.models.resnet import STATISTICS, with_statistics
 from richhf_data import ranges
@@ -45,11 +47,15 @@ class Program:
       init: key -> fresh parameters, boxed with their logical axis names (`flax.linen.with_logical_partitioning`).
       loss: (params, rows, normalisers, key) -> (loss, metrics with "loss"). Those of the parts of a batch add up to those of
         the whole. Where the metrics hold `STATISTICS`, a tree of running statistics, their mean over the parts takes the
-        place of the parameters of these names.
+        place of the parameters of these names. `params` has the entries of `constants` too.
       normalisers: batch -> what the losses of its parts are divided by.
       batch_shapes: rows of the global batch -> {name: (shape, dtype)} of the batch.
       remat: the config keys that say whether a part is recomputed in the backward pass.
       frozen: parameters that are never trained, as in `optimizer.freeze`.
+      constants: name -> a tree of shapes, boxed as `init`'s or plain: what the loss reads and nothing changes. They are in
+        no checkpoint; `Training.given` gives them.
+      turns: how often the loss is called for each part of a batch, with the number of the turn as `rows["turn"]`, int32[],
+        where there are several. Gradients and metrics add up.
     """
 
     init: Callable[[jax.Array], dict]
@@ -58,6 +64,8 @@ class Program:
     batch_shapes: Callable[[int], dict[str, tuple[tuple[int, ...], str]]]
     remat: tuple[str, ...]
     frozen: tuple[str, ...] = ()
+    constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    turns: int = 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,6 +77,7 @@ class Training:
       state: the training state as `jax.ShapeDtypeStruct`s with shardings: `step`, `params`, `opt_state`, and `ema` where
         `optimizer.ema_decay` is above 0.
       batch: {name: `jax.ShapeDtypeStruct`} of the global batch.
+      constants: the program's, as shapes with shardings; arrays once they were `given`.
       init_key, step_key: of the config's seed.
     """
 
@@ -77,6 +86,7 @@ class Training:
     mesh: Mesh
     state: dict
     batch: dict[str, jax.ShapeDtypeStruct]
+    constants: dict
     init_key: jax.Array
     step_key: jax.Array
     _optimizer: optax.GradientTransformation
@@ -105,6 +115,11 @@ class Training:
 
         return jax.jit(state_of, out_shardings=_shardings(self.state))(params)
 
+    def given(self, constants: Mapping[str, Any]) -> "Training":
+        """The same, with the program's constants: trees of arrays, which are put in their places."""
+        placed = jax.tree.map(lambda x, to: partitioning.place(np.asarray(x), to.sharding), dict(constants), self.constants)
+        return dataclasses.replace(self, constants=placed)
+
     def place(self, rows: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """A batch on the devices, from this process's rows of it."""
         return partitioning.shard_batch(rows, partitioning.batch_sharding(self.mesh))
@@ -116,11 +131,11 @@ class Training:
         changes the mathematics. Where the loss or the gradient is not finite, the metric `skipped` is 1 and only the step
         number changes.
         """
-        return self._update(state, batch, self.step_key)
+        return self._update(state, batch, self.step_key, self.constants)
 
     def lower(self) -> jax.stages.Lowered:
         """The update, lowered from shapes alone: no device computes."""
-        return self._update.lower(self.state, self.batch, jax.eval_shape(lambda: self.step_key))
+        return self._update.lower(self.state, self.batch, jax.eval_shape(lambda: self.step_key), self.constants)
 
 
 def assemble(
@@ -157,16 +172,19 @@ def assemble(
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
         for name, (shape, dtype) in program.batch_shapes(config.train.batch_size).items()
     }
+    boxed = dict(program.constants)
+    sharded = "params" in partitioning.SHARDED_PARTS[config.mesh.sharding]
+    constants = partitioning.placed_shapes(nn.unbox(boxed), partitioning.param_shardings(mesh, boxed, sharded))
     update = partitioning.MeshFunction(
         _make_update(program, optimizer, schedule, config, mesh),
         mesh,
         config.mesh.sharding,
         config.mesh.attention,
-        in_shardings=(_shardings(state), rows, None),
+        in_shardings=(_shardings(state), rows, None, _shardings(constants)),
         out_shardings=(_shardings(state), None),
         donate_argnums=0,
     )
-    return Training(config, program, mesh, state, batch, init_key, step_key, optimizer, update)
+    return Training(config, program, mesh, state, batch, constants, init_key, step_key, optimizer, update)
 
 
 def _state_of(params, optimizer, ema: bool) -> dict:
@@ -206,35 +224,45 @@ def _check_batch_size(config, mesh) -> None:
 
 
 def _make_update(program: Program, optimizer, schedule, config, mesh) -> Callable:
-    """The pure update `(state, batch, key) -> (state, metrics)`; see `Training.step`."""
+    """The pure update `(state, batch, key, constants) -> (state, metrics)`; see `Training.step`."""
     microbatches = config.train.accumulation_steps
+    parts = microbatches * program.turns
 
-    def update(state, batch, key):
+    def update(state, batch, key, constants):
         key = jax.random.fold_in(key, state["step"])
         normalisers = program.normalisers(batch)
 
         def loss_of_part(params, rows, index):
             params = optimizers.stop_frozen(params, config.optimizer.freeze)
-            return program.loss(params, rows, normalisers, jax.random.fold_in(key, index))
+            rows = rows if program.turns == 1 else rows | {"turn": index % program.turns}
+            return program.loss(params | constants, rows, normalisers, jax.random.fold_in(key, index))
 
         gradient = jax.value_and_grad(loss_of_part, has_aux=True)
-        if microbatches == 1:
+        if parts == 1:
             (_, metrics), grads = gradient(state["params"], batch, 0)
         else:
-            rows = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
-            spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, partitioning.DATA))
-            rows = jax.lax.with_sharding_constraint(rows, spread)
+            rows = batch
+            if microbatches > 1:
+                rows = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
+                spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, partitioning.DATA))
+                rows = jax.lax.with_sharding_constraint(rows, spread)
 
-            def accumulate(total, scanned):
-                (_, metrics), grads = gradient(state["params"], *scanned)
+            def part(index):
+                if microbatches == 1:
+                    return rows, index
+                place = index // program.turns
+                return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, place, keepdims=False), rows), index
+
+            def accumulate(total, index):
+                with cpu.in_loop():
+                    (_, metrics), grads = gradient(state["params"], *part(index))
                 return jax.tree.map(jnp.add, total, (grads, metrics)), None
 
-            first = jax.tree.map(lambda x: x[0], rows)
-            (_, metrics), grads = jax.eval_shape(gradient, state["params"], first, 0)
+            (_, metrics), grads = jax.eval_shape(lambda: gradient(state["params"], *part(jnp.int32(0))))
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, metrics))
-            (grads, metrics), _ = jax.lax.scan(accumulate, zeros, (rows, jnp.arange(microbatches)))
+            (grads, metrics), _ = jax.lax.scan(accumulate, zeros, jnp.arange(parts))
 
-        statistics = jax.tree.map(lambda x: x / microbatches, metrics.pop(STATISTICS, {}))
+        statistics = jax.tree.map(lambda x: x / parts, metrics.pop(STATISTICS, {}))
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
 

@@ -48,16 +48,21 @@ def test_the_choice_follows_device_size_and_precision(monkeypatch):
     assert choice(8, 1280) is None
 
 
-def test_a_kernels_gradient_is_that_of_the_convolution(monkeypatch):
-    monkeypatch.setattr(cpu, "MANY_PIXELS", 1)
+@pytest.mark.parametrize("many", [1, 10**6])
+def test_a_kernels_gradient_is_that_of_the_convolution(monkeypatch, many):
+    monkeypatch.setattr(cpu, "MANY_PIXELS", many)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 12, 10, 8)).astype(np.float32)
-    for size, padding in ((3, ((1, 1), (1, 1))), (3, ((0, 0), (0, 0))), (2, ((1, 0), (0, 1)))):
+    cases = (3, ((1, 1), (1, 1)), 1), (3, ((0, 0), (0, 0)), 1), (2, ((1, 0), (0, 1)), 1), (3, ((1, 1), (0, 1)), 2)
+    for size, padding, stride in cases:
         kernel = jnp.zeros((size, size, 8, 4))
-        plain, pull_back = jax.vjp(lambda kernel: layers.convolution(x, kernel, 1, padding), kernel)
+        plain, pull_back = jax.vjp(lambda kernel: layers._convolve.fun(x, kernel, stride, padding), kernel)
         cotangent = rng.standard_normal(plain.shape).astype(np.float32)
         (wanted,) = pull_back(cotangent)
-        found = cpu.kernel_gradient(jnp.asarray(x), cotangent, padding)
+        found = cpu.kernel_gradient(jnp.asarray(x), cotangent, (size, size), padding, stride)
         assert np.abs(found - wanted).max() < 2e-6 * np.abs(wanted).max()
-    monkeypatch.setattr(cpu, "MANY_PIXELS", 10**6)
-    assert cpu.kernel_gradient(jnp.asarray(x), cotangent, padding) is None
+        with cpu.in_loop():
+            _, pull_back = jax.vjp(lambda kernel: layers.convolution(jnp.asarray(x), kernel, stride, padding), kernel)
+        assert np.abs(pull_back(cotangent)[0] - wanted).max() < 2e-6 * np.abs(wanted).max()
+    monkeypatch.setattr(partitioning, "device_kind", lambda: "TPU v3")
+    assert cpu.kernel_gradient(jnp.asarray(x), cotangent, (size, size), padding) is None

@@ -2,9 +2,12 @@
 
 XLA's 3x3 convolution of few pixels takes twice as long as a product of matrices. Here it becomes products: of patches for
 few pixels, of Winograd's tiles for many. XLA's gradient of a kernel over many pixels takes seven times as long as products
-do. XLA also computes a norm again within each product that reads it.
+do, and that of any kernel within a loop (`jax.lax.scan`) up to a hundred times. XLA also computes a norm again within each
+product that reads it.
 """
 
+import contextlib
+import contextvars
 import math
 from collections.abc import Callable
 
@@ -14,7 +17,25 @@ import jax.numpy as jnp
 from rahf import partitioning
 
 Array = jax.Array
-MANY_PIXELS = 2**14  # of a batch, from which on `kernel_gradient` is the quicker
+MANY_PIXELS = 2**14  # of a batch, from which on `kernel_gradient` goes by blocks of rows
+
+
+_in_loop = contextvars.ContextVar("in_loop", default=False)
+
+
+@contextlib.contextmanager
+def in_loop():
+    """Convolutions that are traced here get a gradient that is quick in a loop; elsewhere XLA's own is."""
+    token = _in_loop.set(True)
+    try:
+        yield
+    finally:
+        _in_loop.reset(token)
+
+
+def is_in_loop() -> bool:
+    """Whether `in_loop` holds, on a CPU."""
+    return _in_loop.get() and partitioning.device_kind() == "cpu"
 
 
 def computed_once(x: Array) -> Array:
@@ -63,31 +84,36 @@ def winograd(x: Array, kernel: Array) -> Array:
     return x.reshape(batch, h, w, -1)
 
 
-def kernel_gradient(x: Array, cotangent: Array, padding) -> Array | None:
-    """The gradient of a kernel of stride 1 over many pixels: a sum of products, one for each block of rows.
+def kernel_gradient(x: Array, cotangent: Array, size: tuple[int, int], padding, stride: int = 1) -> Array | None:
+    """The gradient of a kernel: a product with patches; over many pixels a sum of products, one for each block of rows.
 
     Args:
-      x: [B, h, w, C]. cotangent: [B, h', w', F]. padding: (before, after) of h and of w.
+      x: [B, h, w, C]. cotangent: [B, h', w', F]. size: of the kernel. padding: (before, after) of h and of w.
 
     Returns:
-      [kh, kw, C, F]; None where XLA's own gradient is as quick.
+      [kh, kw, C, F]; None on other devices and for other types.
     """
     batch, h, w, features = cotangent.shape
-    if partitioning.device_kind() != "cpu" or x.dtype != jnp.float32 or batch * h * w < MANY_PIXELS:
+    if partitioning.device_kind() != "cpu" or x.dtype != jnp.float32:
         return None
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    size = x.shape[1] - h + 1, x.shape[2] - w + 1  # of the kernel
-    rows = math.gcd(h, 8)
 
-    def add(total, first):
-        block = jax.lax.dynamic_slice_in_dim(x, first, rows + size[0] - 1, axis=1)
-        taps = [block[:, i : i + rows, j : j + w] for i in range(size[0]) for j in range(size[1])]
+    def of_rows(first, rows):
+        block = jax.lax.dynamic_slice_in_dim(x, first * stride, (rows - 1) * stride + size[0], axis=1)
+        ends = (rows - 1) * stride + 1, (w - 1) * stride + 1
+        taps = [
+            block[:, i : i + ends[0] : stride, j : j + ends[1] : stride] for i in range(size[0]) for j in range(size[1])
+        ]
         of_block = jax.lax.dynamic_slice_in_dim(cotangent, first, rows, axis=1)
-        patches = jnp.concatenate(taps, axis=-1).reshape(-1, total.shape[0])
-        return total + patches.T @ of_block.reshape(-1, features), None
+        patches = jnp.concatenate(taps, axis=-1)
+        return patches.reshape(-1, patches.shape[-1]).T @ of_block.reshape(-1, features)
 
-    total = jnp.zeros((math.prod(size) * x.shape[-1], features))
-    total, _ = jax.lax.scan(add, total, jnp.arange(0, h, rows))
+    if batch * h * w < MANY_PIXELS:
+        total = of_rows(0, h)
+    else:
+        rows = math.gcd(h, 8)
+        zeros = jnp.zeros((math.prod(size) * x.shape[-1], features))
+        total, _ = jax.lax.scan(lambda total, first: (total + of_rows(first, rows), None), zeros, jnp.arange(0, h, rows))
     return total.reshape(*size, -1, features)
 
 

@@ -206,7 +206,29 @@ class GroupNorm(nn.Module):
 
 def convolution(x: Array, kernel: Array, stride: int, padding) -> Array:
     """[B, h, w, I], [3, 3, I, O] -> [B, h / stride, w / stride, O]. padding: (before, after) of h and of w."""
+    convolve = _convolve if cpu.is_in_loop() else _convolve.fun
+    return convolve(x, kernel, stride, tuple(map(tuple, padding)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _convolve(x, kernel, stride, padding):
     return jax.lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=CONV_DIMENSIONS)
+
+
+def _convolve_forward(x, kernel, stride, padding):
+    return _convolve(x, kernel, stride, padding), (x, kernel)
+
+
+def _convolve_backward(stride, padding, saved, cotangent):
+    x, kernel = saved
+    (of_x,) = jax.linear_transpose(lambda x: _convolve.fun(x, kernel, stride, padding), x)(cotangent)
+    of_kernel = cpu.kernel_gradient(x, cotangent, kernel.shape[:2], padding, stride)
+    if of_kernel is None:
+        (of_kernel,) = jax.linear_transpose(lambda kernel: _convolve.fun(x, kernel, stride, padding), kernel)(cotangent)
+    return of_x, of_kernel
+
+
+_convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 def upsampled_convolution(x: Array, kernel: Array) -> Array:

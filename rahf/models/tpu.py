@@ -88,7 +88,7 @@ def _convolve_forward(x, kernel, *settings):
 def _convolve_backward(strips, rows, columns, saved, cotangent):
     """The gradient of x is a convolution with a halo too. JAX's own would add the halo's gradient to the neighbours."""
     x, kernel = saved
-    of_kernel = cpu.kernel_gradient(x, cotangent, (rows, columns)) if strips == 1 else None
+    of_kernel = cpu.kernel_gradient(x, cotangent, kernel.shape[:2], (rows, columns)) if strips == 1 else None
     if of_kernel is None:
         transpose = jax.linear_transpose(lambda kernel: _convolve(x, kernel, strips, rows, columns), kernel)
         (of_kernel,) = transpose(cotangent)
