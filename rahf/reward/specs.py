@@ -12,6 +12,15 @@
     imagereward:DIR                   ImageReward
     python:package.module:name        your own: (images, prompts) -> float[B]
 
+Two combine several of these, which | separates (quote it in a shell):
+
+    sum:0.7*pickscore:DIR|0.3*rahf:DIR:alignment    a weighted sum; a reward without a number counts 1
+    ensemble:1.5:rahf:DIR1|rahf:DIR2                the members' mean minus 1.5 times their standard deviation
+
+An ensemble is low where its members disagree, after arXiv 2310.02743, which subtracts the variance. Its members should be on
+one scale. The standard deviation is the population's: of two members, half their difference. Combinations do not nest.
+Several scores of one RAHF cost least as one member: rahf:DIR:alignment=0.7,overall=2.
+
 To guide sampling, a reward must be differentiable: any of these, where python: names a function or an object that
 differentiable.py describes.
 
@@ -45,7 +54,7 @@ from rahf import reward as rahf_reward
 from rahf.fingerprint import fingerprint
 from rahf.reward import differentiable, embed, preference
 from rahf.reward.differentiable import Differentiable
-from richhf_data import schema
+from richhf_data import json_files, schema
 from richhf_data.errors import UserError, in_code_of_the_user
 
 _STANDARD, _INSTALLED = sysconfig.get_paths()["stdlib"], {"site-packages", "dist-packages"}
@@ -57,28 +66,12 @@ def reward_of(spec: str) -> Callable:
     Raises:
       UserError: a spec of another form, a folder without such a model, an unknown score, a missing module or name.
     """
-    kinds = {
-        "reward": lambda rest: rahf_reward.load(*re.split(":(?!//)", rest, maxsplit=1)),
-        "rahf": _rahf,
-        "clip": preference.clip_score,
-        "pickscore": preference.pickscore,
-        "hpsv2": preference.hpsv2,
-        "aesthetic": preference.aesthetic,
-        "imagereward": preference.imagereward,
-        "python": functools.partial(Own, "reward"),
-    }
-    return _parsed("reward", spec, kinds)
+    return _reward_of(spec, "reward")
 
 
 def differentiable_of(spec: str) -> Differentiable:
     """The reward that a spec names, differentiable with respect to the pixels. Raises as `reward_of`."""
-    if not spec.startswith("python:"):
-        return reward_of(spec).differentiable
-    own = Own("guide", spec.removeprefix("python:"))
-    if not isinstance(own.function, Differentiable):
-        return differentiable.of_function(own, own.identity)
-    score, rows = own.guarded(own.function.score), own.guarded(own.function.rows)
-    return dataclasses.replace(own.function, score=score, rows=rows, identity=own.identity)
+    return _reward_of(spec, "guide").differentiable
 
 
 def critic_of(spec: str, scores: str = "overall") -> "ScoreReward":
@@ -91,7 +84,7 @@ def critic_of(spec: str, scores: str = "overall") -> "ScoreReward":
         raise UserError(
             f"critic: got {spec!r}, expected rahf:DIR, a RAHF with heatmaps: a folder of rahf.train or rahf.convert"
         )
-    critic = _rahf(rest, scores)
+    critic = _rahf(rahf.load, rest, scores)
     critic.model.require(f"critic: {spec}", "heatmaps")
     return critic
 
@@ -152,7 +145,70 @@ def _clip(folder: str) -> Callable:
     return embed.Clip(folder).images
 
 
-def _rahf(rest: str, default: str = "overall") -> "ScoreReward":
+def _reward_of(spec: str, what: str) -> Callable:
+    """what: the role of a user's function, see `Own`."""
+    combinations = {"sum": functools.partial(_sum, what), "ensemble": functools.partial(_ensemble, what)}
+    return _parsed("reward", spec, _single(what, rahf.load) | combinations)
+
+
+def _single(what: str, load: Callable) -> dict[str, Callable]:
+    """The rewards that combine no others: kind -> reader of what follows its colon. load: `rahf.load`."""
+    return {
+        "reward": lambda rest: rahf_reward.load(*re.split(":(?!//)", rest, maxsplit=1)),
+        "rahf": functools.partial(_rahf, load),
+        "clip": preference.clip_score,
+        "pickscore": preference.pickscore,
+        "hpsv2": preference.hpsv2,
+        "aesthetic": preference.aesthetic,
+        "imagereward": preference.imagereward,
+        "python": functools.partial(Own, what),
+    }
+
+
+def _sum(what: str, rest: str) -> "Combination":
+    name, weights, members = f"reward: sum:{rest}", [], []
+    for term in rest.split("|"):
+        number, star, member = term.partition("*")
+        if not star or ":" in number:  # a * of a folder's name
+            number, member = "1", term
+        weights.append(_number(number, f"{name}: got {number!r} times {member!r}, expected a number"))
+        members.append(member)
+    return Combination("sum", weights, _members(what, name, members))
+
+
+def _ensemble(what: str, rest: str) -> "Combination":
+    number, _, members = rest.partition(":")
+    name = f"reward: ensemble:{rest}"
+    wrong = f"{name}: got {number!r} times the standard deviation, expected a number of 0 or more: ensemble:1.5:SPEC|SPEC"
+    if (penalty := _number(number, wrong)) < 0:
+        raise UserError(wrong)
+    return Combination("ensemble", [penalty], _members(what, name, members.split("|")))
+
+
+def _members(what: str, name: str, members: Sequence[str]) -> list[tuple[str, Callable]]:
+    """(spec, reward) of each member of a combination. A RAHF that several members name is loaded once."""
+    if "" in members:
+        raise UserError(f"{name}: got an empty member, expected a reward on each side of |")
+    if nested := [member for member in members if member.startswith(("sum:", "ensemble:"))]:
+        raise UserError(f"{name}: got the member {nested[0]!r}, expected no sum and no ensemble in another")
+    if len(members) < 2:
+        raise UserError(f"{name}: got one member, {members[0]!r}, expected two or more with | between them")
+    kinds = _single(what, functools.cache(rahf.load))
+    return [(member, _parsed("reward", member, kinds)) for member in members]
+
+
+def _number(text: str, wrong: str) -> float:
+    """A finite number of a spec. Raises UserError `wrong` for another text."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(wrong)
+    return value
+
+
+def _rahf(load: Callable, rest: str, default: str = "overall") -> "ScoreReward":
     folder, colon, sum_of = rest.rpartition(":")
     if not colon or "/" in sum_of:  # gs://bucket/run
         folder, sum_of = rest, default
@@ -162,13 +218,9 @@ def _rahf(rest: str, default: str = "overall") -> "ScoreReward":
         if name not in differentiable.TERMS or name in weights:
             expected = f"some of {', '.join(differentiable.TERMS)}, each once"
             raise UserError(f"reward: rahf:{rest}: got the score {name!r}, expected {expected}")
-        try:
-            weights[name] = float(weight) if equals else 1.0
-        except ValueError:
-            weights[name] = math.nan
-        if not math.isfinite(weights[name]):
-            raise UserError(f"reward: rahf:{rest}: got {weight!r} times {name}, expected a number")
-    model = rahf.load(folder)
+        wrong = f"reward: rahf:{rest}: got {weight!r} times {name}, expected a number"
+        weights[name] = _number(weight, wrong) if equals else 1.0
+    model = load(folder)
     kinds = {"scores": schema.SCORES, "heatmaps": schema.HEATMAPS}
     model.require(f"reward: rahf:{rest}", *(part for part, names in kinds.items() if not weights.keys().isdisjoint(names)))
     return ScoreReward(model, weights)
@@ -201,6 +253,40 @@ class ScoreReward:
     def identity(self) -> str:
         """Depends on the model's parameters, configuration and vocabulary, and on the weights."""
         return fingerprint("rahf", *self.model.identity_parts(), list(self.weights.items()))
+
+
+class Combination:
+    """A sum or an ensemble of rewards.
+
+    Attributes:
+      kind: "sum" or "ensemble". numbers: the weight of each member, or what the standard deviation counts.
+      members: (spec, reward) of each.
+    """
+
+    def __init__(self, kind: str, numbers: Sequence[float], members: Sequence[tuple[str, Callable]]):
+        self.kind, self.numbers, self.members = kind, numbers, members
+        combine = {"sum": differentiable.weighted_sum, "ensemble": differentiable.pessimistic_mean}[kind]
+        self._combine = functools.partial(combine, np.asarray(numbers, np.float32))
+
+    def __call__(self, images, prompts) -> np.ndarray:
+        """Raises UserError that names the member: as `checked`, or the member's own."""
+        values = []
+        for spec, member in self.members:
+            with contextlib.nullcontext() if isinstance(member, Own) else json_files.named(spec):  # `Own` names itself
+                values.append(checked(member, images, prompts))
+        return np.asarray(self._combine(np.stack(values)))
+
+    @functools.cached_property
+    def differentiable(self) -> Differentiable:
+        """The same reward as a JAX function of the pixels."""
+        members = [(spec, member.differentiable) for spec, member in self.members]
+        return differentiable.combined(members, self._combine, self.identity)
+
+    @functools.cached_property
+    def identity(self) -> str | None:
+        """Depends on the kind, the numbers and the members' identities; None if a member has none."""
+        identities = [identity_of(member, f"reward {spec}") for spec, member in self.members]
+        return None if None in identities else fingerprint(self.kind, self.numbers, identities)
 
 
 class Own:
@@ -251,6 +337,14 @@ class Own:
                 return function(*arguments)
 
         return call
+
+    @functools.cached_property
+    def differentiable(self) -> Differentiable:
+        """The function, one of images alone or a `Differentiable`, as the latter."""
+        if not isinstance(self.function, Differentiable):
+            return differentiable.of_function(self, self.identity)
+        score, rows = self.guarded(self.function.score), self.guarded(self.function.rows)
+        return dataclasses.replace(self.function, score=score, rows=rows, identity=self.identity)
 
     @functools.cached_property
     def identity(self) -> str | None:
