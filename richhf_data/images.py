@@ -12,6 +12,7 @@
 
 import contextlib
 import functools
+import hashlib
 import io
 import math
 import pathlib
@@ -91,6 +92,11 @@ def size(path) -> tuple[int, int]:
             return image.size[::-1] if quarter_turn else image.size
     except UserError as error:
         raise UserError(f"images: {path} is not a readable image ({error}), {_EXPECTED}; replace it") from error
+
+
+def digest(data: bytes) -> str:
+    """What tells an encoded picture from others: the first 32 hexadecimal digits of its SHA-256."""
+    return hashlib.sha256(data).hexdigest()[:32]
 
 
 def stored_size(data: bytes) -> tuple[int, int]:

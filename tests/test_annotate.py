@@ -15,7 +15,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from benchmarks import annotate as benchmark
-from richhf_data import consolidate, schema
+from richhf_data import consolidate, images, schema
 from richhf_data.annotate import __main__ as commands
 from richhf_data.annotate import export, kinds, overview, pictures, server, store
 from richhf_data.errors import UserError
@@ -443,6 +443,11 @@ def test_sides_are_shuffled_kept_and_told_to_nobody(tmp_path):
         export.export(opened, tmp_path / "out")
     responses, prompts = side_by_side.read_responses(tmp_path / "out/responses.jsonl", ["before", "after"])["after"]
     assert responses.tolist() == [1] * 24 and len(set(prompts)) == 12
+    for line in (tmp_path / "out/responses.jsonl").read_text().splitlines():
+        line = json.loads(line)
+        for side in ("left", "right"):
+            (picture,) = (one for one in sets[line[side]] if one.prompt == line["prompt"])
+            assert images.digest(picture.data.read_bytes()) == line[f"{side}_digest"]
 
 
 # ---- Over HTTP ------------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """The published preference scores: equal to the originals' golden outputs, as rewards, and what they refuse."""
 
 import functools
-import json
 import pathlib
 
 import jax
@@ -90,10 +89,7 @@ def test_clips_ids_are_open_clips(tmp_path):
     """With the vocabulary of the published models."""
     open_clip = pytest.importorskip("open_clip")
     theirs = open_clip.SimpleTokenizer()
-    renamed = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}  # as OpenAI's files have them
-    (tmp_path / "vocab.json").write_text(json.dumps({renamed.get(k, k): v for k, v in theirs.encoder.items()}))
-    merges = sorted(theirs.bpe_ranks, key=theirs.bpe_ranks.get)
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, merges)) + "\n")
+    tiny_diffusion.write_published_tokenizer(tmp_path, theirs)
     texts = ["A photo of 2 cats, 4k!  (very) detailed...", "It's Zürich's\ttram-stop #3", "", "words " * 200]
     ids = clip_tokenizer.Tokenizer(tmp_path)(texts)
     for ours, expected in zip(ids, theirs(texts).numpy(), strict=True):

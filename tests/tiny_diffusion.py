@@ -7,6 +7,7 @@ tensors, and golden.npz with diffusers' outputs. The weights are not in it: `wei
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import pathlib
@@ -107,11 +108,39 @@ def write_tokenizer(folder) -> dict[str, int]:
     return {piece: i for i, piece in enumerate(pieces)}
 
 
+def write_published_tokenizer(folder, theirs) -> None:
+    """vocab.json and merges.txt of the published models, from open_clip's SimpleTokenizer."""
+    renamed = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}  # as OpenAI's files have them
+    (folder / "vocab.json").write_text(json.dumps({renamed.get(k, k): v for k, v in theirs.encoder.items()}))
+    merges = sorted(theirs.bpe_ranks, key=theirs.bpe_ranks.get)
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, merges)) + "\n")
+
+
 def write_weights(folder, change=lambda part, tensors: tensors) -> pathlib.Path:
     """Adds the weights to a folder with `tensors.json`; `change` may alter a part's."""
     for part, shapes in json.loads((folder / "tensors.json").read_text()).items():
         tensors = change(part, {name: weight(f"{part}.{name}", shape) for name, shape in shapes.items()})
         safetensors.numpy.save_file(tensors, folder / part / f"{FILES[part]}.safetensors")
+    return folder
+
+
+def write_micro(folder, first) -> pathlib.Path:
+    """As the model "first", with one level in UNet and VAE, 4 x 4 latents and pixels, 16 tokens: it compiles sooner."""
+    import flax.traverse_util
+
+    from rahf.diffusion import folder as diffusers_folder
+
+    config, params = diffusers_folder.read_config(first), {}
+    one = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "attention_head_dim": (2,)}
+    unet = dataclasses.replace(config.unet, sample_size=4, block_out_channels=(8,), **one)
+    text = dataclasses.replace(config.text, text=dataclasses.replace(config.text.text, length=16, depth=1))
+    config = dataclasses.replace(config, unet=unet, vae=dataclasses.replace(config.vae, block_out_channels=(4,)), text=text)
+    for part, shapes in diffusers_folder._shapes(config).items():
+        for name, (theirs, layout) in diffusers_folder.tensor_map(part, config, shapes).items():
+            shape = diffusers_folder.BACK[layout](np.zeros(shapes[name].shape)).shape
+            params[f"{part}/{name}"] = layout(weight(f"{part}.{theirs}", shape))
+    params = flax.traverse_util.unflatten_dict(params, sep="/")
+    diffusers_folder.write(diffusers_folder.StableDiffusion(config, params, first / "tokenizer"), folder)
     return folder
 
 
@@ -189,6 +218,25 @@ def nhwc(x) -> np.ndarray:
     return np.moveaxis(x.detach().numpy(), 1, -1)
 
 
+def check_gradients(model, gradients, unet, tolerance=2e-4):
+    """Our gradients of a UNet's parameters are those that torch left in diffusers' UNet.
+
+    Args:
+      model: folder.Config. tolerance: of the largest number of a tensor.
+    """
+    import flax.traverse_util
+
+    from rahf.diffusion import folder
+
+    theirs = {name: tensor.grad.numpy() for name, tensor in unet.named_parameters()}
+    ours = flax.traverse_util.flatten_dict(gradients, sep="/")
+    mapped = folder.tensor_map("unet", model, ours)
+    assert len(mapped) == len(ours) == len(theirs)
+    for name, (their_name, layout) in mapped.items():
+        expected = layout(theirs[their_name])
+        np.testing.assert_allclose(ours[name], expected, atol=tolerance * np.abs(expected).max() + 1e-7, err_msg=name)
+
+
 @contextlib.contextmanager
 def drawn(queue):
     """diffusers' noise comes from here, one entry [B, h, w, Z] after the other."""
@@ -199,7 +247,7 @@ def drawn(queue):
         assert tuple(noise.shape) == tuple(shape), (noise.shape, shape)
         return noise
 
-    modules = ["schedulers.scheduling_ddpm", "models.autoencoders.vae"]
+    modules = ["schedulers.scheduling_ddim", "schedulers.scheduling_ddpm", "models.autoencoders.vae"]
     modules += [f"pipelines.stable_diffusion.pipeline_stable_diffusion{kind}" for kind in ("", "_img2img", "_inpaint")]
     with contextlib.ExitStack() as stack:
         for module in modules:

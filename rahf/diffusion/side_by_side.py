@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -27,9 +27,28 @@ RESPONSES = {
 MARGINS = (0.02, 0.1)
 BATCH = 32  # pairs at a time
 RESAMPLES = 10_000
+_DIGESTS = ("left_digest", "right_digest")
 _LINE = '{"prompt": text, "left": name, "right": name, "response": text}'
 _VALUES = list(RESPONSES.values())
 _Z = statistics.NormalDist().inv_cdf(0.975)
+
+
+@dataclasses.dataclass(frozen=True)
+class Response:
+    """What one person said of two pictures.
+
+    Attributes:
+      where: the file and line, for errors. prompt: of both pictures. left, right: the sets that they are of.
+      value: -2 to 2, positive: the right one is better.
+      digests: of the left and the right picture (`richhf_data.images.digest`); None if the line does not tell.
+    """
+
+    where: str
+    prompt: str
+    left: str
+    right: str
+    value: int
+    digests: tuple[str, str] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,12 +164,43 @@ def judged(judge: Callable, first: Sequence, later: Sequence, prompts: Sequence[
     return np.where(turned, -found, found)
 
 
-def read_responses(path, names: Sequence[str]) -> dict[str, tuple[np.ndarray, list[str]]]:
-    """Reads people's responses from a .jsonl file.
+def responses_of(path, names: Sequence[str], hint: str = "--name names the sets") -> Iterator[Response]:
+    """Reads people's responses from a .jsonl file, line by line.
 
         {"prompt": "a cat", "left": "after", "right": "before", "response": "left slightly better", "annotator": "ada"}
 
-    "left" and "right" are names of sets, on any side, and "response" is one of `schema.SIDES`. "annotator" is optional.
+    "left" and "right" are names of sets, on any side, and "response" is one of `schema.SIDES`. "annotator" is optional, and
+    so are "left_digest" and "right_digest", which the annotation server writes.
+
+    Args:
+      names: of all sets. hint: how to give others, for errors.
+
+    Raises:
+      UserError: no such file, a line of another form (names its number).
+    """
+    paths.check_file("responses", path, "a .jsonl file")
+    with open(path, "rb") as file:
+        for number, line in jsonl.lines(file):
+            where = f"responses: {path} line {number}"
+            row = jsonl.parse(line, _LINE, where)
+            keys = ["prompt", "left", "right", "response", *(["annotator"] if "annotator" in row else [])]
+            keys += _DIGESTS if row.keys() & set(_DIGESTS) else ()
+            found = {key: jsonl.text_of(row, key, _LINE, where, blank=False) for key in keys}
+            prompt, left, right, response = (found[key] for key in keys[:4])
+            for side, name in (("left", left), ("right", right)):
+                if name not in names:
+                    expected = f"one of the sets {', '.join(names)}"
+                    raise UserError(f"{where}: {side}: got {name!r}, expected {expected}; {hint}")
+            if left == right:
+                raise UserError(f"{where}: got {left!r} on both sides, expected two different sets")
+            if response not in schema.SIDES:
+                raise UserError(f"{where}: response: got {response!r}, expected one of {', '.join(schema.SIDES)}")
+            digests = tuple(found[key] for key in _DIGESTS) if _DIGESTS[0] in found else None
+            yield Response(where, prompt, left, right, schema.SIDES[response], digests)
+
+
+def read_responses(path, names: Sequence[str]) -> dict[str, tuple[np.ndarray, list[str]]]:
+    """Reads people's responses (`responses_of`) to the pairs with a picture of the first set.
 
     Args:
       names: of all sets.
@@ -160,29 +210,15 @@ def read_responses(path, names: Sequence[str]) -> dict[str, tuple[np.ndarray, li
       the first are absent, and lines that compare two later sets are left out.
 
     Raises:
-      UserError: no such file, a line of another form (names its number), no line that compares a set with the first.
+      UserError: as `responses_of`; no line that compares a set with the first.
     """
-    paths.check_file("responses", path, "a .jsonl file")
     first, found = names[0], {}
-    with open(path, "rb") as file:
-        for number, line in jsonl.lines(file):
-            where = f"responses: {path} line {number}"
-            row = jsonl.parse(line, _LINE, where)
-            keys = ("prompt", "left", "right", "response", *(["annotator"] if "annotator" in row else []))
-            prompt, left, right, response, *_ = (jsonl.text_of(row, key, _LINE, where, blank=False) for key in keys)
-            for side, name in (("left", left), ("right", right)):
-                if name not in names:
-                    expected = f"one of the sets {', '.join(names)}"
-                    raise UserError(f"{where}: {side}: got {name!r}, expected {expected}; --name names the sets")
-            if left == right:
-                raise UserError(f"{where}: got {left!r} on both sides, expected two different sets")
-            if response not in schema.SIDES:
-                raise UserError(f"{where}: response: got {response!r}, expected one of {', '.join(schema.SIDES)}")
-            if first in (left, right):
-                later, sign = (right, 1) if left == first else (left, -1)
-                responses, prompts = found.setdefault(later, ([], []))
-                responses.append(sign * schema.SIDES[response])
-                prompts.append(prompt)
+    for one in responses_of(path, names):
+        if first in (one.left, one.right):
+            later, sign = (one.right, 1) if one.left == first else (one.left, -1)
+            responses, prompts = found.setdefault(later, ([], []))
+            responses.append(sign * one.value)
+            prompts.append(one.prompt)
     if not found:
         raise UserError(f"responses: {path} has no line that compares {first!r} with another set, expected one or more")
     return {later: (np.array(responses), prompts) for later, (responses, prompts) in found.items()}

@@ -3,7 +3,8 @@
 rich          annotations.jsonl, for `richhf_data.consolidate` and `richhf_data.agreement`; annotations_suggested.jsonl has
               the answers of annotators who saw a model's suggestion; label_studio.json if it is asked for
 binary        feedback.jsonl, for `rahf.reward.train`: the majority's label of each picture
-side_by_side  responses.jsonl, for `rahf.diffusion.evaluate --responses`
+side_by_side  responses.jsonl, for `rahf.diffusion.evaluate --responses`; the pictures' digests (`images.digest`, of the
+              files as they were read) tell which pictures of a prompt a line is about
 """
 
 import collections
@@ -78,10 +79,10 @@ def _side_by_side(store, items, done, output) -> dict[str, list[dict]]:
     lines = []
     for row in done:
         item = items[row["item"]]
-        names = json.loads(item["names"])
-        left, right = names[::-1] if store.swapped(item["id"], row["annotator"]) else names
-        response = json.loads(row["answer"])["response"]
-        lines.append(
-            {"prompt": item["prompt"], "left": left, "right": right, "response": response, "annotator": row["name"]}
-        )
+        order = slice(None, None, -1 if store.swapped(item["id"], row["annotator"]) else 1)
+        line = {"prompt": item["prompt"], **dict(zip(("left", "right"), json.loads(item["names"])[order], strict=True))}
+        line |= {"response": json.loads(row["answer"])["response"], "annotator": row["name"]}
+        if item["digest"]:
+            line |= zip(("left_digest", "right_digest"), item["digest"].split()[order], strict=True)
+        lines.append(line)
     return {"responses.jsonl": lines}

@@ -12,7 +12,6 @@ A picture is named by its "uid", or else by its file without the extension.
 """
 
 import dataclasses
-import hashlib
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -188,7 +187,7 @@ def _read(store: Store, one: Source, known: str | None) -> tuple[str, bytes | No
     """A picture's digest, and as browsers show it, unless the digest is known; None, and a note, for what is no picture."""
     try:
         data = one.data if isinstance(one.data, bytes) else images.read_bytes(one.data)
-        digest = hashlib.sha256(data).hexdigest()[:32]
+        digest = images.digest(data)
         return digest, None if digest == known else images.plain(data)[0]
     except UserError as error:
         store.refuse(one.uid, str(error))

@@ -1,0 +1,1 @@
+"""Online alignment of Stable Diffusion: see __main__.py."""
