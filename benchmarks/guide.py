@@ -57,8 +57,8 @@ def measure(options: dict | None, size: int, steps: int) -> tuple[float, float]:
         model_config = RAHFConfig.from_dict(of_config.model.to_dict())
         module, inputs = RAHF(model_config), critics.dummy_inputs(model_config, of_config.data.text_length)
         critic = nn.unbox(jax.jit(module.init)(jax.random.key(1), *inputs))["params"]
-        shapes = compiling.guidance_of(of_config)
-        guide = Guidance(dataclasses.replace(shapes.score, params=critic), **options)
+        shapes = compiling.aesthetics_of(of_config)
+        guide = Guidance(dataclasses.replace(shapes, params=critic), **options)
     draw = functools.partial(sample.generate, Random(config, params, None), [""], steps=steps, guide=guide)
     draw()
     start = time.perf_counter()

@@ -71,9 +71,9 @@ def manager(workdir, kind: str) -> Iterator[Manager]:
         try:
             yield checkpoints
         except SystemExit:  # a signal: what was begun is still saved
-            _finish(checkpoints)
+            finish(checkpoints)
             raise
-        _finish(checkpoints)
+        finish(checkpoints)
     finally:
         with contextlib.suppress(Exception):  # it raises again what was raised above
             checkpoints.close()
@@ -93,7 +93,7 @@ def save(checkpoints: Manager, step: int, state, metadata: Mapping) -> None:
             f"workdir: {checkpoints.directory.parent} was removed, or another run began there: its config.json is not this "
             f"run's. Step {step} is not saved. Put the folder back and give the same command again."
         )
-    _finish(checkpoints)
+    finish(checkpoints)
     checkpoints.unread = step
     with _clear_save_errors(checkpoints):
         checkpoints.save(
@@ -108,7 +108,7 @@ def _config(checkpoints: Manager) -> bytes | None:
     return file.read_bytes() if file.exists() else None
 
 
-def _finish(checkpoints: Manager) -> None:
+def finish(checkpoints: Manager) -> None:
     """Waits for the last save and reads its metadata and its arrays' back."""
     with _clear_save_errors(checkpoints):
         checkpoints.wait_until_finished()

@@ -3,6 +3,7 @@
     python -m rahf.compile --config=rahf_base --topology=v3:8x8 [--step=train] [--config.key=value ...]
     python -m rahf.compile --config=rahf_base --topology=v3:8x8 --sweep
     python -m rahf.compile --config=sd_reward --topology=v3:2x2 --step=sample [--height=1024 --guide=rahf_base]
+    python -m rahf.compile --config=sd_online --topology=v3:2x2 --config.method=ddpo [--step=rollout]
 
 For a TPU the real compiler does it (`pip install -e '.[tpu]'`); nothing is allocated, shapes are all it needs. `cpu` and
 `gpu` are the devices of this machine. Prints a table, and on the last line a JSON object; exits with 1 where a step does
@@ -28,17 +29,19 @@ from rahf import experiments, partitioning, train
 from rahf import program as programs
 from rahf.diffusion import finetuning, folder, sample
 from rahf.diffusion.guide import Guidance
+from rahf.diffusion.online import __main__ as online
+from rahf.diffusion.online import backprop, policy
 from rahf.diffusion.schedule import plan
 from rahf.models import critics
 from rahf.predictor import Predictor
-from rahf.reward.differentiable import Differentiable, rahf_score
+from rahf.reward.differentiable import Differentiable, rahf_heatmaps, rahf_score
 from richhf_data import command, ranges
 from richhf_data.errors import UserError
 
 GIB = 2**30
 PICTURE = ("height", "width", "vae_tile", "guide")  # flags of the step "sample"
-# predict and evaluate are one program, at 32 rows and at eval.batch_size. Of rahf.diffusion.train: train and sample.
-STEPS = ("train", "predict", "evaluate", "sample")
+# predict and evaluate are one program, at 32 rows and at eval.batch_size. rollout draws train.batch_size pictures.
+STEPS = ("train", "predict", "evaluate", "sample", "rollout")
 # Pallas kernels that tell XLA no costs -> matrix products of the size of the logits in each.
 UNSEEN_KERNELS = {"flash_mha_bwd_dkv": 4, "flash_mha_bwd_dq": 3}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -64,6 +67,14 @@ CHIPS = {
     "TPU v5 lite": Chip(16, 197, 819),
     "TPU v5": Chip(95, 459, 2765),
     "TPU v6 lite": Chip(32, 918, 1640),
+}
+
+
+# By the kind of config.
+CHECKS = {
+    "rahf": train.check,
+    "diffusion": finetuning.check,
+    "online": lambda config: online.check(config, has_critic=config.dense.weight > 0 or config.dense.words > 0),
 }
 
 
@@ -103,18 +114,38 @@ def diffusion_of(config) -> folder.Config:
     return finetuning.model_config(config, sizes)
 
 
-def program_of(config) -> programs.Program:
-    """What a config trains: RAHF, or Stable Diffusion."""
-    if config.get("kind", "rahf") == "rahf":
+def program_of(config, guide: str = "rahf_base") -> programs.Program:
+    """What a config trains: RAHF, or Stable Diffusion.
+
+    guide: the config of the RAHF whose aesthetics refl and draft raise, and whose heatmaps show them the regions.
+    """
+    kind = config.get("kind", "rahf")
+    if kind == "rahf":
         return train.program(config)
-    return finetuning.program(diffusion_of(config), config)
+    if kind == "diffusion":
+        return finetuning.program(diffusion_of(config), config)
+    reward, critic = None, None
+    if config.method in ("refl", "draft"):
+        rahf = experiments.load(guide)
+        reward = aesthetics_of(rahf)
+        if config.dense.weight > 0:
+            heatmaps = rahf_heatmaps(critics.config_of(rahf.model.to_dict()), config.dense.heatmaps)
+            critic = backprop.Critic(heatmaps, reward.params, reward.rows)
+    return online.program(diffusion_of(config), config, reward, critic)
+
+
+def steps_of(config) -> tuple[str, ...]:
+    """Those of `STEPS` that a config has."""
+    if config.get("kind", "rahf") == "rahf":
+        return "train", "predict", "evaluate"
+    return "train", "sample", *(("rollout",) if config.get("method") in ("ddpo", "grpo") else ())
 
 
 def lowered(config, step: str, mesh, batch_size: int, picture: dict):
     """One of `STEPS` of a config, lowered from abstract shapes, and its parameters as shapes with shardings."""
-    if step == "train":
-        training = programs.assemble(program_of(config), config, mesh)
-        return training.lower(), training.params
+    if step in ("train", "rollout"):
+        training = programs.assemble(program_of(config, **picture), config, mesh)
+        return training.lower() if step == "train" else rollout(config, training), training.params
     if step == "sample":
         model = diffusion_of(config)
         model = dataclasses.replace(model, vae=dataclasses.replace(model.vae, dtype=model.unet.dtype))
@@ -122,14 +153,25 @@ def lowered(config, step: str, mesh, batch_size: int, picture: dict):
         picture = {"height": size, "width": size, "attention": config.mesh.attention} | picture
         steps = plan(model.schedule, config.sample.sampler, config.sample.steps)
         if guide := picture.pop("guide", None):
-            picture["guide"] = guidance_of(experiments.load(guide))
+            picture["guide"] = Guidance(aesthetics_of(experiments.load(guide)))
         return sample.lower(model, mesh, batch_size, steps=steps, guidance=config.sample.guidance_scale > 1, **picture)
     predictor = Predictor(config, None, mesh)
     return predictor.lower(batch_size), predictor.params
 
 
-def guidance_of(config) -> Guidance:
-    """Guidance by the aesthetics of a config's RAHF, from shapes alone."""
+def rollout(config, training: programs.Training) -> jax.stages.Lowered:
+    """The drawing of a batch of pictures by ddpo or grpo."""
+    model, context = diffusion_of(config), training.batch["context"]
+    draw = policy.draw(model, config, policy.steps_of(model.schedule, config.rollout.steps), training.mesh)
+    whole = partitioning.replicated(training.mesh)
+    shapes = nn.unbox(jax.eval_shape(lambda: folder.init(model, jax.random.key(0))["vae"]))
+    vae = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
+    numbers = jax.ShapeDtypeStruct(context.shape[:1], np.int32, sharding=context.sharding)
+    return draw.lower(training.params, vae, context, training.constants["empty"], numbers, sample.seed_data(0))
+
+
+def aesthetics_of(config) -> Differentiable:
+    """The aesthetics of a config's RAHF, from shapes alone."""
     model_config = critics.config_of(config.model.to_dict())
     inputs = critics.dummy_inputs(model_config, config.data.text_length)
     params = nn.unbox(jax.eval_shape(critics.module_of(model_config).init, jax.random.key(0), *inputs))["params"]
@@ -137,17 +179,17 @@ def guidance_of(config) -> Guidance:
     def rows(prompts):
         return np.repeat(inputs[1], len(prompts), axis=0)
 
-    return Guidance(Differentiable(rahf_score(model_config, {"aesthetics": 1.0}), params, rows))
+    return Differentiable(rahf_score(model_config, {"aesthetics": 1.0}), params, rows)
 
 
 def measure(config, topology: str, step: str, devices, batch_size: int, picture: dict | None = None) -> dict:
     """Compiles a step, and what the compiler says of it: the JSON object of this command.
 
     picture: of the step "sample", `PICTURE`; height and width by default of the model's training images. guide: the name of
-    a RAHF's config.
+    a RAHF's config, which refl and draft take too.
     """
     mesh = partitioning.mesh_of(config.mesh, devices)
-    if step != "train":  # predictions add rows up to a multiple of the devices
+    if step not in ("train", "rollout"):  # predictions add rows up to a multiple of the devices
         batch_size += -batch_size % partitioning.sizes(mesh)["data"]
     start = time.monotonic()
     low, params = lowered(config, step, mesh, batch_size, picture or {})
@@ -191,7 +233,7 @@ def measure(config, topology: str, step: str, devices, batch_size: int, picture:
         "peak_step_s": flops / (chip.tflops * 1e12) if chip and flops else None,
         "scheduler_cycles": scheduler_cycles(hlo),
         "collectives": collectives(hlo),
-        "loops": len(re.findall(r" while\(", hlo)),  # their bodies count once, and not at all in scheduler_cycles
+        "loops": loops(hlo),  # their bodies count once, and not at all in scheduler_cycles
         "compile_s": seconds,
     }
 
@@ -227,7 +269,7 @@ def _seconds(cost: dict, hlo: str, unseen: dict[str, dict], chip: Chip) -> float
     seconds = cost["optimal_seconds"]
     if seconds < cost["flops"] / (chip.tflops * 1e12):
         # On some chips, XLA takes 1 s off for each of these, which move nothing. On others it does not.
-        seconds += hlo.count('custom_call_target="ConcatBitcast"')
+        seconds += len(re.findall('custom_call_target="(ConcatBitcast|ZeroCrop)"', hlo))
     for kernel in unseen.values():
         seconds += max(0, (kernel["flops"] or 0) / (chip.tflops * 1e12) - kernel["bytes"] / (chip.bandwidth * 1e9))
     return seconds
@@ -238,8 +280,17 @@ def scheduler_cycles(hlo: str) -> int | None:
 
     They account for tiles and layouts, which `estimated_step_s` ignores. They count no communication.
     """
-    entry = hlo[hlo.index("\nENTRY ") :]
-    return sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', entry))) or None
+    return _cycles(hlo, "ENTRY ")
+
+
+def loops(hlo: str) -> list[int | None]:
+    """Of each loop of an optimised module, the cycles of one turn, as `scheduler_cycles`; without the loops in it."""
+    return [_cycles(hlo, f"%{body} (") for body in re.findall(r" while\(.*\bbody=%([\w.-]+)", hlo)]
+
+
+def _cycles(hlo: str, computation: str) -> int | None:
+    lines = hlo.partition(f"\n{computation}")[2].partition("\n}")[0]
+    return sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', lines))) or None
 
 
 _OP = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
@@ -332,20 +383,20 @@ def main():
     """The command."""
     args = flags.FLAGS
     config = args.config
-    possible = STEPS[:-1] if config.get("kind", "rahf") == "rahf" else (STEPS[0], STEPS[-1])
+    possible = steps_of(config)
     if args.step not in possible:
         raise UserError(f"step: got {args.step!r}, expected {' or '.join(possible)}, the steps of this config")
     picture = {name: getattr(args, name) for name in PICTURE if getattr(args, name) is not None}
-    if picture and args.step != "sample":
-        raise UserError(f"{next(iter(picture))}: got one for --step={args.step}, expected --step=sample")
+    guided = args.step == "train" and config.get("method") in ("refl", "draft")
+    if args.step != "sample" and (wrong := [name for name in picture if name != "guide" or not guided]):
+        raise UserError(f"{wrong[0]}: got one for --step={args.step}, expected --step=sample")
     if args.sweep and args.step == "sample":
         raise UserError("sweep: got it for --step=sample, expected another step; each device holds all parameters here")
-    section = {"train": "train", "evaluate": "eval"}.get(args.step)
+    section = {"train": "train", "rollout": "train", "evaluate": "eval"}.get(args.step)
     batch_size = args.batch_size or (config[section].batch_size if section else 1 if args.step == "sample" else 32)
-    if args.step == "train":
+    if section == "train":
         config.train.batch_size = batch_size
-    check = train.check if config.get("kind", "rahf") == "rahf" else finetuning.check
-    check(config)
+    CHECKS[config.get("kind", "rahf")](config)
     devices = devices_of(args.topology)
     try:
         if args.sweep:
@@ -368,7 +419,11 @@ def main():
                 "their FLOPs and the time that follows are added here, not to Mcycles"
             )
         if result["loops"]:
-            print(f"{result['loops']} loops: FLOPs, bytes and the estimate count the body of each once, Mcycles not at all")
+            longest = max(cycles or 0 for cycles in result["loops"]) / 1e6
+            print(
+                f"{len(result['loops'])} loops: FLOPs, bytes and the estimate count the body of each once, Mcycles not at "
+                f"all; a turn of the longest takes {longest:.1f}"
+            )
     best = recommended(results)
     if args.sweep and best:
         remat = "".join(f" --config.{key}={best['remat']}" for key in program_of(config).remat)
@@ -387,6 +442,8 @@ if __name__ == "__main__":
     ranges.flag("height", None, "Of the pictures of --step=sample, in pixels; by default the model's.", ranges.PIXELS)
     ranges.flag("width", None, "In pixels; default as for --height.", ranges.PIXELS)
     ranges.flag("vae_tile", None, "As of rahf.diffusion.sample, for --step=sample.", ranges.PIXELS)
-    flags.DEFINE_string("guide", None, "For --step=sample: the config of a RAHF whose aesthetics guide it: rahf_base.")
+    flags.DEFINE_string(
+        "guide", None, "A RAHF's config, whose aesthetics guide --step=sample, and train by refl and draft: rahf_base."
+    )
     flags.DEFINE_bool("sweep", False, "Compare meshes and remat policies, and recommend one.")
-    command.run(main, experiments.reader(kinds=("rahf", "diffusion")))
+    command.run(main, experiments.reader(kinds=tuple(CHECKS)))

@@ -9,6 +9,7 @@ What is computed is a `program.Training`; what happens besides the steps (evalua
 """
 
 import contextlib
+import dataclasses
 import io
 import os
 import secrets
@@ -23,7 +24,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from tqdm.auto import tqdm
 
-from rahf import ahead, checkpoints, event_files
+from rahf import ahead, checkpoints, event_files, partitioning
 from rahf.program import Training
 from richhf_data import paths
 from richhf_data.errors import UserError
@@ -39,6 +40,7 @@ def start(
     training: Training,
     initialise: Callable[[], dict],
     batches_from: Callable[[int], Iterator[Mapping[str, np.ndarray]]],
+    rollouts: "Rollouts | None" = None,
 ) -> Iterator["Run"]:
     """Opens a run in `workdir`, at its newest checkpoint or at step 0; closes its files and processes at the end.
 
@@ -46,6 +48,7 @@ def start(
       initialise: gives the parameters of step 0.
       batches_from: step -> a generator of this process's rows of the batches from that step on. A thread takes them,
         `READY` ahead.
+      rollouts: in place of `batches_from`, for batches that the run's own parameters make.
 
     Raises:
       UserError: no training state can be read; too many steps in a row whose loss or gradient is not finite.
@@ -55,16 +58,21 @@ def start(
     try:
         with contextlib.ExitStack() as stack:
             latest = stack.enter_context(checkpoints.manager(workdir, "checkpoints"))
-            state, saved = checkpoints.restore_latest(latest, training.state)
+            shapes = training.state if rollouts is None else training.state | {"kept": rollouts.shapes}
+            state, saved = checkpoints.restore_latest(latest, shapes)
+            kept = {} if state is None else state.pop("kept", {})
             if state is None:
                 state, saved = training.init_state(initialise()), {"step": 0, "skipped": 0, "skipped_in_a_row": 0}
+                kept = {} if rollouts is None else rollouts.empty()
             elif writes:
                 print(f"resumed from step {saved['step']}", flush=True)
+            processor_seconds = saved.get("processor_seconds", 0.0)
             step, num_steps, bad_batches = saved["step"], config.train.num_steps, workdir / "bad_batches"
             skips = SkippedSteps(bad_batches, config.train.max_bad_steps, saved["skipped"], saved["skipped_in_a_row"])
-            batches = stack.enter_context(contextlib.closing(batches_from(step)))
-            placed = ahead.taken(((rows, training.place(rows)) for rows in batches), READY)
-            placed = stack.enter_context(contextlib.closing(placed))
+            if rollouts is None:
+                batches = stack.enter_context(contextlib.closing(batches_from(step)))
+                batches = ahead.taken(((rows, training.place(rows)) for rows in batches), READY)
+                batches = stack.enter_context(contextlib.closing(batches))
             events = event_files.address(workdir / "tensorboard")
             end = f".{secrets.token_hex(8)}"  # of the file's name, so that no link can lie in wait for it
             with paths.naming("/dev/shm"):  # its queue has semaphores
@@ -76,7 +84,9 @@ def start(
                 tqdm(desc="train", total=num_steps, initial=step, unit="step", dynamic_ncols=True, disable=not writes)
             )
             stop = stack.enter_context(stop_signals())
-            run = Run(config, training, state, step, placed, latest, skips, writer, bar, stop)
+            run = Run(config, training, state, step, latest, skips, writer, bar, stop)
+            run.kept, run.batches = kept, rollouts.batches(run) if rollouts else batches
+            run.processor_seconds = processor_seconds
             yield run
     except SystemExit:
         if writes and run and run.stopped:  # the checkpoint is on disk by now
@@ -84,20 +94,39 @@ def start(
         raise
 
 
+@dataclasses.dataclass(frozen=True)
+class Rollouts:
+    """Batches that the run's own parameters make.
+
+    Attributes:
+      batches: run -> a generator of (rows to keep of a bad batch, batch on the devices). It is asked for a batch right
+        before the batch's step. It leaves in `run.kept` what a resumed run needs to go on at `run.step`.
+      shapes: of `run.kept`, with shardings. It is saved with the training state.
+    """
+
+    batches: Callable[["Run"], Iterator[tuple[Mapping[str, np.ndarray], Mapping[str, jax.Array]]]]
+    shapes: dict
+
+    def empty(self) -> dict:
+        """`run.kept` of step 0: zeros."""
+        return jax.tree.map(lambda x: partitioning.place(np.zeros(x.shape, x.dtype), x.sharding), self.shapes)
+
+
 class Run:
     """A run between its start and its end; see `start`.
 
     Attributes:
-      state: the training state after `step` steps. writer: TensorBoard's, for pictures.
+      state: the training state after `step` steps. kept: of `Rollouts`. writer: TensorBoard's, for pictures.
+      processor_seconds: of all steps so far but the first of each start, which compiles; without the caller's work.
       stopped: after a signal, what to print once the last checkpoint is on disk.
     """
 
-    def __init__(self, config, training, state, step, batches, latest, skips, writer, bar, stop):
+    def __init__(self, config, training, state, step, latest, skips, writer, bar, stop):
         self.config, self.state, self.step, self.writer = config, state, step, writer
-        self._training, self._batches, self._latest = training, batches, latest
+        self.kept, self.batches, self.stopped, self.processor_seconds = {}, iter(()), None, 0.0
+        self._training, self._latest = training, latest
         self._skips, self._bar, self._stop = skips, bar, stop
-        self.stopped = None
-        self._logged_at, self._logged_step = time.monotonic(), step
+        self._logged_at, self._logged_step, self._ended = time.monotonic(), step, False
 
     @property
     def params(self):
@@ -111,9 +140,29 @@ class Run:
         """
         if self.step:
             yield from self._yield()
-        while self.step < self.config.train.num_steps:
-            self._take(*next(self._batches))
+        first = True
+        while self.step < self.config.train.num_steps and not self._ended:
+            began = time.process_time()
+            rows, batch = next(self.batches)
+            self._take(rows, batch)
+            self.processor_seconds += 0.0 if first else time.process_time() - began
+            first = False
             yield from self._yield()
+
+    def end(self) -> None:
+        """Ends the run after this step, and saves it: the same command begins there."""
+        if self.step not in self._latest.all_steps():
+            self._save()
+        self._ended = True
+
+    def stop_between(self) -> None:
+        """Within the making of a rollout: saves and ends where a signal came. Several hosts end after the next step.
+
+        Raises:
+          SystemExit: as `start`.
+        """
+        if jax.process_count() == 1 and (stopped_by := self._stop(self.step)):
+            self._save_and_stop(stopped_by)
 
     def due(self, every: int) -> bool:
         """Whether something is due that is done every so many steps, and after the last one."""
@@ -143,14 +192,24 @@ class Run:
         if self.due(self.config.log_every):
             self._log_step({name: float(value) for name, value in jax.device_get(metrics).items()})
         stopped_by = self._stop(self.step)
-        if stopped_by or self.due(self.config.checkpoint_every):
-            self._skips.settle()
-            counts = {"skipped": self._skips.total, "skipped_in_a_row": self._skips.in_a_row}
-            checkpoints.save(self._latest, self.step, self.state, counts)
         if stopped_by:
-            name, folder = signal.Signals(stopped_by).name, self._latest.directory
-            self.stopped = f"{name}: saved step {self.step} in {folder}; the same command goes on from there"
-            raise SystemExit(EXIT_CODES[stopped_by])
+            self._save_and_stop(stopped_by)
+        if self.due(self.config.checkpoint_every):
+            self._save()
+
+    def _save(self) -> None:
+        self._skips.settle()
+        counts = {"skipped": self._skips.total, "skipped_in_a_row": self._skips.in_a_row}
+        counts["processor_seconds"] = self.processor_seconds
+        state = self.state | {"kept": self.kept} if self.kept else self.state
+        checkpoints.save(self._latest, self.step, state, counts)
+
+    def _save_and_stop(self, stopped_by) -> None:
+        if self.step not in self._latest.all_steps():
+            self._save()
+        name, folder = signal.Signals(stopped_by).name, self._latest.directory
+        self.stopped = f"{name}: saved step {self.step} in {folder}; the same command goes on from there"
+        raise SystemExit(EXIT_CODES[stopped_by])
 
     def _log_step(self, metrics: dict[str, float]) -> None:
         now, skipped = time.monotonic(), self._skips.total

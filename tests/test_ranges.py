@@ -17,6 +17,7 @@ from rahf import evaluate, experiments, sources, train
 from rahf import program as programs
 from rahf.diffusion import finetuning
 from rahf.diffusion import train as diffusion_train
+from rahf.diffusion.online import __main__ as online
 from rahf.reward import train as reward_train
 from richhf_data import browse, ranges, schema
 from richhf_data.errors import UserError
@@ -25,6 +26,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 CHECKS = {
     "rahf": train.check,
     "diffusion": finetuning.check,
+    "online": online.check,
     "reward": lambda config: experiments.check_ranges(config, reward_train.RANGES),
     "alignment": alignment.check,
 }

@@ -395,12 +395,8 @@ def look(images: np.ndarray, texts, raters) -> bytes:
 
 
 # ---- All ------------------------------------------------------------------------------------------------------------
-def run(config, workdir) -> None:
-    """Runs all stages and records the seconds of each."""
-    check(config)
-    root = pathlib.Path(workdir).absolute()
-    workdirs.open_workdir(root, config)
-    stage = stages.Timed(root / "seconds.json")
+def foundation_of(config, root: pathlib.Path, stage: stages.Timed) -> tuple[judges.Judges, dict[str, float]]:
+    """Makes what stands before any use of the critic: pictures, base, critic and judges; the judges and their accuracies."""
     stage("pictures", make_pictures, config, root / "pictures")
     stage("clip, start", stages.make_start, config, root, config.clip_steps)
     stage("base", stages.fit_base, config, root, unless=root / "base/model" / folder.INDEX)
@@ -412,6 +408,16 @@ def run(config, workdir) -> None:
     accuracies = json_files.read(root / "judges/config.json")["accuracy"]
     if min(accuracies.values()) < ACCURATE:
         raise UserError(f"judges: got accuracies {accuracies} on held-out pictures, expected at least {ACCURATE} of each")
+    return raters, accuracies
+
+
+def run(config, workdir) -> None:
+    """Runs all stages and records the seconds of each."""
+    check(config)
+    root = pathlib.Path(workdir).absolute()
+    workdirs.open_workdir(root, config)
+    stage = stages.Timed(root / "seconds.json")
+    raters, accuracies = foundation_of(config, root, stage)
     stage("own", make_own, config, root)
     for name in TUNED:
         for seed in range(config.seeds if name in WITH_SEEDS else 1):

@@ -10,6 +10,7 @@ Only the UNet is trained, or with LoRA the products that are added to its attent
 """
 
 import dataclasses
+import typing
 from collections.abc import Callable
 
 import flax.traverse_util
@@ -113,29 +114,50 @@ def normalisers_of(batch) -> dict[str, jax.Array]:
     }
 
 
+class Noised(typing.NamedTuple):
+    """Pictures at random timesteps, as the network is trained on them.
+
+    Attributes:
+      latents: float32[B, h, w, Z]. timesteps: int32[B]. target: float32[B, h, w, Z], what the network should predict.
+    """
+
+    latents: jax.Array
+    timesteps: jax.Array
+    target: jax.Array
+
+
+def noised(model: folder.Config, moments: jax.Array, key: jax.Array) -> Noised:
+    """Latents drawn from the VAE's posterior, float32[B, h, w, 2Z] (mean and log variance), and noised."""
+    latent_key, time_key, noise_key = jax.random.split(key, 3)
+    mean, logvar = jnp.split(moments, 2, axis=-1)
+    x0 = mean + jnp.exp(0.5 * logvar) * jax.random.normal(latent_key, mean.shape)
+    x0 = model.vae.scaling_factor * x0
+    noise = jax.random.normal(noise_key, x0.shape)
+    timesteps = jax.random.randint(time_key, x0.shape[:1], 0, model.schedule.num_train_timesteps)
+    return Noised(model.schedule.add_noise(x0, noise, timesteps), timesteps, model.schedule.target(x0, noise, timesteps))
+
+
+def errors(model: folder.Config, unet, pictures: Noised, context: jax.Array) -> jax.Array:
+    """The denoising error of each latent pixel, float32[B, h, w]. unet: parameters. context: float32[B, L, D]."""
+    prediction = model.modules["unet"].apply({"params": unet}, pictures.latents, pictures.timesteps, context)
+    return jnp.square(prediction - pictures.target).mean(3)
+
+
 def make_loss(model: folder.Config, beta: float, lora_alpha: float) -> Callable:
     """(params, rows, normalisers, key) -> (loss, metrics), which add up over the parts of a batch.
 
     rows: moments float32[B, h, w, 2Z] (mean and log variance of the VAE), context float32[B, L, D], weight float32[B] (0
     in pre-training rows), pretraining float32[B] (1 in these); and region float32[B, h, w] where there is a critic.
     """
-    unet, schedule = model.modules["unet"], model.schedule
 
     def loss_fn(params, rows, normalisers, key):
-        latent_key, time_key, noise_key = jax.random.split(key, 3)
-        mean, logvar = jnp.split(rows["moments"], 2, axis=-1)
-        x0 = mean + jnp.exp(0.5 * logvar) * jax.random.normal(latent_key, mean.shape)
-        x0 = model.vae.scaling_factor * x0
-        noise = jax.random.normal(noise_key, x0.shape)
-        timesteps = jax.random.randint(time_key, x0.shape[:1], 0, schedule.num_train_timesteps)
-        noised = schedule.add_noise(x0, noise, timesteps)
-        prediction = unet.apply({"params": merged(params, lora_alpha)}, noised, timesteps, rows["context"])
-        squares = jnp.square(prediction - schedule.target(x0, noise, timesteps))
-        errors = squares.mean((1, 2, 3))  # [B]
-        own = (rows["region"] * squares.mean(3)).mean((1, 2)) if "region" in rows else errors
+        pictures = noised(model, rows["moments"], key)
+        of_pixels = errors(model, merged(params, lora_alpha), pictures, rows["context"])
+        of_pictures = of_pixels.mean((1, 2))
+        own = (rows["region"] * of_pixels).mean((1, 2)) if "region" in rows else of_pictures
         metrics = {
             "reward_weighted": jnp.sum(rows["weight"] * own) / normalisers["weight"],
-            "pretraining": jnp.sum(rows["pretraining"] * errors) / normalisers["pretraining"],
+            "pretraining": jnp.sum(rows["pretraining"] * of_pictures) / normalisers["pretraining"],
         }
         metrics["loss"] = metrics["reward_weighted"] + beta * metrics["pretraining"]
         return metrics["loss"], metrics
@@ -160,6 +182,13 @@ def initial_params(model: folder.Config, rank: int, key) -> dict:
                 "up": nn.LogicallyPartitioned(up, (None, second)),
             }
     return params
+
+
+def reference_shapes(model: folder.Config, config) -> dict:
+    """{"reference": the UNet of the start, as boxed shapes}, where a config needs it; with LoRA, "unet" is that UNet."""
+    if config.lora.rank or not (config.beta or config.method == "dpo"):
+        return {}
+    return {"reference": jax.eval_shape(lambda: folder.init(model, jax.random.key(0))["unet"])}
 
 
 def _attention_kernels(unet) -> dict[tuple[str, ...], jax.Array]:

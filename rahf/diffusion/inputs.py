@@ -14,7 +14,7 @@ import hashlib
 import itertools
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated
 
 import cv2
@@ -246,11 +246,16 @@ def heatmaps_of(critic, images: np.ndarray, prompts: Sequence[str], grid: int) -
     Raises:
       UserError: the critic does not give such heatmaps.
     """
-    predicted, found = critic.predict(images, prompts).heatmaps, []
+    return on_grid(critic.predict(images, prompts).heatmaps, len(prompts), grid)
+
+
+def on_grid(heatmaps: Mapping[str, np.ndarray], count: int, grid: int) -> np.ndarray:
+    """A critic's heatmaps of so many images as `heatmaps_of` gives them. Raises as it does."""
+    found = []
     for name in schema.HEATMAPS:
-        expected = f"expected float[{len(prompts)}, h, w] in [0, 1]"
-        maps = specs.as_floats(f"critic: {name}", predicted.get(name), expected)
-        if maps.ndim != 3 or len(maps) != len(prompts) or not maps.size:
+        expected = f"expected float[{count}, h, w] in [0, 1]"
+        maps = specs.as_floats(f"critic: {name}", heatmaps.get(name), expected)
+        if maps.ndim != 3 or len(maps) != count or not maps.size:
             raise UserError(f"critic: {name}: got shape {maps.shape}, {expected}")
         if not (maps.min() >= 0 and maps.max() <= 1):  # false for nan too
             raise UserError(f"critic: {name}: got values from {maps.min()} to {maps.max()}, {expected}")
@@ -281,19 +286,30 @@ class Inputs:
         if not config.data.images and not config.data.pretraining:
             raise UserError("data: got neither images nor pretraining, expected a table: --config.data.images=FILE")
         tables = {name: ImageTable(config.data[name]) for name in ("images", "pretraining") if config.data[name]}
+        return cls.of_tables(config, model, tables)
+
+    @classmethod
+    def of_tables(cls, config, model: folder.StableDiffusion, tables: Mapping[str, ImageTable], prompts: Sequence[str] = ()):
+        """Of tables that are open, and of prompts without pictures. Raises UserError: a prompt that is too long."""
+
+        def check(prompt, name):
+            try:
+                model.text_ids([prompt], config.data.truncate_long_prompts)
+            except UserError as error:
+                hint = "--config.data.truncate_long_prompts=True drops the ends of long prompts"
+                raise UserError(f"{name}: {error}; {hint}") from error
+
         for name, table in tables.items():
             for prompt, place in dict(zip(reversed(table.prompts), reversed(table.places), strict=True)).items():
-                try:
-                    model.text_ids([prompt], config.data.truncate_long_prompts)
-                except UserError as error:
-                    hint = "--config.data.truncate_long_prompts=True drops the ends of long prompts"
-                    raise UserError(f"data.{name}: {table.path}: {place}: {error}; {hint}") from error
-        prompts = dict.fromkeys(prompt for table in tables.values() for prompt in table.prompts if prompt)
+                check(prompt, f"data.{name}: {table.path}: {place}")
+        for prompt in prompts:
+            check(prompt, "data.prompts")
+        texts = dict.fromkeys([*prompts, *(prompt for table in tables.values() for prompt in table.prompts if prompt)])
         identities = {name: fingerprint_of_table(table, f"{name}: digest") for name, table in tables.items()}
         vocabulary = [path for name in folder.VOCABULARY if (path := model.vocabulary / name).is_file()]
         sizes = dataclasses.replace(model.config, unet=dataclasses.replace(model.config.unet, remat=False))
         identities["model"] = fingerprint(digests(model.params), sizes, *vocabulary)
-        return cls(config, model, tables, [*prompts, ""], identities)
+        return cls(config, model, dict(tables), [*texts, ""], identities)
 
     def contexts(self, cache: pathlib.Path, mesh) -> np.ndarray:
         """The text encoder's output for each of `texts`, float32[texts, L, D]."""

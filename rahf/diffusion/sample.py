@@ -37,6 +37,7 @@ from rahf.diffusion.schedule import SAMPLERS, Plan, Schedule, plan
 from rahf.models.attention import IMPLEMENTATIONS
 from rahf.models.layers import normalize_image
 from rahf.reward import specs
+from rahf.reward.differentiable import checked_score
 from richhf_data import command, images, json_files, jsonl, paths, ranges, schema
 from richhf_data.errors import UserError
 
@@ -153,19 +154,38 @@ def guided(config, params, ids: Array, negative_ids: Array | None, scale: Array,
       read: what the UNet reads beside the latents, each float[B, h, w, C].
     """
 
-    def apply(part, *args, **kwargs):
-        return config.modules[part].apply({"params": params[part]}, *args, **kwargs)
+    def encode(ids):
+        return config.modules["text_encoder"].apply({"params": params["text_encoder"]}, ids, method="text_tokens")
 
-    context = apply("text_encoder", ids, method="text_tokens")
-    if negative_ids is not None:
-        negative = repeated(apply("text_encoder", negative_ids, method="text_tokens"), len(context))
+    negative = None if negative_ids is None else encode(negative_ids)
+    return of_contexts(config, params["unet"], encode(ids), negative, scale, read)
+
+
+def of_contexts(
+    config, unet, context: Array, negative: Array | None, scale: Array, read: Sequence[Array] = (), through=None
+) -> Callable:
+    """As `guided`, for texts that were encoded before.
+
+    Args:
+      unet: parameters. context: float[B, L, D]. negative: float[N, L, D], B a multiple of N; None = no guidance.
+      through: a function that the texts' keys and values pass, `UNet.keys_values` -> the same; of [2B, L, D] with guidance,
+        the negative one before each text.
+    """
+
+    def apply(*args, **kwargs):
+        return config.modules["unet"].apply({"params": unet}, *args, **kwargs)
+
+    if negative is not None:
+        negative = repeated(negative, len(context))
         context = jnp.stack([negative, context], axis=1)  # [B, 2, L, D]
         context = context.reshape(-1, *context.shape[2:])
-    text = apply("unet", context, method="keys_values")
+    text = apply(context, method="keys_values")
+    if through is not None:
+        text = through(text)
 
     def predict_noise(x, timestep):
-        found = apply("unet", jnp.concatenate([x, *read], axis=-1), timestep, text)
-        if negative_ids is None:
+        found = apply(jnp.concatenate([x, *read], axis=-1), timestep, text)
+        if negative is None:
             return found
         both = found.reshape(len(x), 2, *x.shape[1:])
         return both[:, 0] + scale * (both[:, 1] - both[:, 0])
@@ -213,11 +233,7 @@ def _sampled(config, params, rows, negative_ids, seed, steps, scale, guide, *, g
 
         def score(latents):
             found = form.score(params_of_score, vae(latents, method="decode_latents"), rows["scored"])
-            dtype, shape = getattr(found, "dtype", type(found).__name__), getattr(found, "shape", ())
-            if shape != latents.shape[:1] or not jnp.issubdtype(dtype, jnp.floating):
-                got, expected = f"{dtype}{list(shape)}", f"float[{len(latents)}], one number an image"
-                raise UserError(f"guide: got {got} from the score, expected {expected}")
-            return found
+            return checked_score(found, len(latents))
 
         guide = guides.Guide(form, score, guide_scale, rate, active)
     latents, largest = denoise(predict_noise, schedule, steps, latents, keys, blend, on_step, guide=guide)

@@ -109,14 +109,15 @@ class Plan(typing.NamedTuple):
     noise: np.ndarray
 
 
-def plan(schedule: Schedule, sampler: str, steps: int, strength: float = 1.0) -> Plan:
+def plan(schedule: Schedule, sampler: str, steps: int, strength: float = 1.0, eta: float = 0.0) -> Plan:
     """The steps of a sampler, as diffusers' scheduler of it takes them.
 
     Args:
-      sampler: "ddim" (arXiv 2010.02502, eta = 0), "ddpm" (arXiv 2006.11239, the smaller variance), or "dpm++", the
+      sampler: "ddim" (arXiv 2010.02502), "ddpm" (arXiv 2006.11239, the smaller variance), or "dpm++", the
         second-order multistep DPM-Solver++ (arXiv 2211.01095) with first-order first and last steps.
       steps: from pure noise to the image.
       strength: only the last int(steps * strength) steps are taken.
+      eta: of DDIM: 0 adds no noise; 1 adds as much as the smaller variance of DDPM.
 
     Raises:
       UserError: an unknown sampler, one for which the schedule has an unsupported option, more steps than timesteps, a
@@ -152,8 +153,9 @@ def plan(schedule: Schedule, sampler: str, steps: int, strength: float = 1.0) ->
         previous = timesteps - count // steps  # not always the next timestep
         last = 1.0 if schedule.set_alpha_to_one else alphas[0]
         to = np.where(previous >= 0, alphas[np.maximum(previous, 0)], last)
-        x = np.sqrt((1 - to) / (1 - alpha))
-        coefficients = x, np.sqrt(to) - x * np.sqrt(alpha), zeros, zeros
+        variance = eta**2 * (1 - to) / (1 - alpha) * (1 - alpha / to)
+        x = np.sqrt((1 - to - variance) / (1 - alpha))
+        coefficients = x, np.sqrt(to) - x * np.sqrt(alpha), zeros, np.sqrt(variance)
     else:
         beta = 1 - alpha / to  # the variance that this step removes
         x, x0 = np.sqrt(alpha / to) * (1 - to) / (1 - alpha), np.sqrt(to) * beta / (1 - alpha)

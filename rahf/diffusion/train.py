@@ -92,19 +92,6 @@ def train(config, workdir, reward: Callable | None = None, cache=None, critic=No
     batches_from = prepare_batches(config, workdir, data, reward, critic, cache, training)
     print_run(workdir, training)
 
-    # ---- Parameters of step 0 ---------------------------------------------------------------------------------------
-    def initialise():
-        def placed(tensor, sharding):
-            return partitioning.place(tensor.read(), sharding)
-
-        params, places = {}, jax.tree.map(lambda x: x.sharding, training.params)
-        params["unet"] = jax.tree.map(placed, base.params["unet"], places["unet"])
-        if config.lora.rank:
-            fresh = functools.partial(finetuning.initial_params, base.config, config.lora.rank)
-            init = jax.jit(lambda key: nn.unbox(fresh(key))["lora"], out_shardings=places["lora"])
-            params["lora"] = init(training.init_key)
-        return params
-
     # ---- Steps; samples, the trained model --------------------------------------------------------------------------
     everywhere = partitioning.replicated(mesh)
     merged = jax.jit(functools.partial(finetuning.merged, alpha=config.lora.alpha), out_shardings=everywhere)
@@ -112,9 +99,7 @@ def train(config, workdir, reward: Callable | None = None, cache=None, critic=No
     settings = {name: config.sample[name] for name in SAMPLED} | {"attention": config.mesh.attention}
 
     def show(run, step):  # what it places on the devices is gone with its end
-        frozen = {part: base.params[part] for part in FROZEN}
-        params = jax.tree.map(functools.partial(partitioning.place, sharding=everywhere), frozen)
-        model = dataclasses.replace(base, params=params | {"unet": merged(run.params)})
+        model = on_devices(base, merged(run.params), mesh)
         drawn = sample.generate(model, prompts, truncate=True, mesh=mesh, **settings)
         grid = grid_of(sample.to_uint8(drawn))
         run.writer.add_image("samples", grid, step, dataformats="HWC")
@@ -124,10 +109,34 @@ def train(config, workdir, reward: Callable | None = None, cache=None, critic=No
                 write_model(model, workdir / "model")
                 run.print(f"{workdir / 'model'}: the trained model")
 
+    initialise = functools.partial(starting_params, base, training)
     with loop.start(config, workdir, training, initialise, batches_from) as run:
         for step in run.steps():
             if run.due(config.sample.every):
                 show(run, step)
+
+
+def starting_params(base: folder.StableDiffusion, training: programs.Training) -> dict:
+    """The parameters of step 0, in their places: the UNet that was opened, and fresh adapters."""
+    config = training.config
+
+    def placed(tensor, sharding):
+        return partitioning.place(tensor.read(), sharding)
+
+    params, places = {}, jax.tree.map(lambda x: x.sharding, training.params)
+    params["unet"] = jax.tree.map(placed, base.params["unet"], places["unet"])
+    if config.lora.rank:
+        fresh = functools.partial(finetuning.initial_params, base.config, config.lora.rank)
+        init = jax.jit(lambda key: nn.unbox(fresh(key))["lora"], out_shardings=places["lora"])
+        params["lora"] = init(training.init_key)
+    return params
+
+
+def on_devices(base: folder.StableDiffusion, unet, mesh) -> folder.StableDiffusion:
+    """The model with this UNet (parameters, whole on every device), its frozen parts placed likewise."""
+    everywhere = functools.partial(partitioning.place, sharding=partitioning.replicated(mesh))
+    frozen = {part: jax.tree.map(everywhere, base.params[part]) for part in FROZEN}
+    return dataclasses.replace(base, params=frozen | {"unet": unet})
 
 
 def check_critic(critic, prompts) -> None:
@@ -151,9 +160,7 @@ def prepare_batches(config, workdir, data: inputs.Inputs, reward, critic, cache,
     mesh = training.mesh
     if not workdirs.is_new(workdir):
         workdirs.open_workdir(workdir, config, RESUME_MAY_DIFFER)
-    if "://" in str(cache or workdir):
-        raise UserError(f"cache: got {cache or workdir / 'cache'}, expected a folder on a disk: --cache=DIR")
-    cache = pathlib.Path(cache or workdir / "cache") / (f"host_{jax.process_index()}" if jax.process_count() > 1 else "")
+    cache = cache_of(cache, workdir)
     contexts, own, pretraining = data.contexts(cache, mesh), None, None
     if "images" in data.tables:
         moments = data.moments("images", cache, mesh)
@@ -166,6 +173,13 @@ def prepare_batches(config, workdir, data: inputs.Inputs, reward, critic, cache,
     if "images" in data.tables:
         workdirs.record(workdir / "rewards.json", found, "rewards" if critic is None else "rewards or regions")
     return functools.partial(inputs.batches, own, pretraining, contexts, config, training.own_rows)
+
+
+def cache_of(cache, workdir) -> pathlib.Path:
+    """This process's folder for outputs of the frozen parts. Raises UserError if it is not on a disk."""
+    if "://" in str(cache or workdir):
+        raise UserError(f"cache: got {cache or workdir / 'cache'}, expected a folder on a disk: --cache=DIR")
+    return pathlib.Path(cache or workdir / "cache") / (f"host_{jax.process_index()}" if jax.process_count() > 1 else "")
 
 
 def weights_of(config, data: inputs.Inputs, reward, critic, cache) -> tuple[np.ndarray, np.ndarray | None, dict]:

@@ -1,0 +1,1 @@
+"""The online methods beside reward-weighted fine-tuning, measured at a small scale. See `__main__.py`."""

@@ -1,0 +1,385 @@
+"""Measures the online methods beside reward-weighted fine-tuning, at a small scale: what each reaches, costs, and breaks.
+
+    python -m benchmarks.online --workdir=DIR [--foundation=FEEDBACK]
+
+The base, the critic that is raised (its plausibility) and the judges of exact truth are those of `benchmarks.feedback`, made
+in workdir/foundation, or taken from a workdir of it. A second critic of another architecture, trained on the same labels, is
+never raised: it stands for what a user has to watch a run with. Every method draws as many pictures; those by the reward's
+gradient go on to about the processor time of the policy gradients. Each run is a process, and resumes:
+
+    runs/NAME-SEED/evaluations.jsonl    trained and held-out critic, judges, FID, diversity, processor seconds
+    table.md, curves.png, look.png, results.json
+"""
+
+import dataclasses
+import functools
+import math
+import pathlib
+import resource
+import subprocess
+import sys
+import time
+
+import matplotlib
+import numpy as np
+import tabulate
+from absl import flags
+from etils import epath
+
+from benchmarks.alignment import drawings, stages
+from benchmarks.alignment.stages import seed_of
+from benchmarks.feedback import __main__ as feedback
+from benchmarks.feedback import judges
+from rahf import experiments, workdirs
+from rahf import train as critic_train
+from rahf.diffusion import evaluate, sample
+from rahf.diffusion import train as diffusion_train
+from rahf.diffusion.online import __main__ as online
+from rahf.diffusion.online import guard
+from rahf.reward import specs
+from richhf_data import command, images, json_files, paths, ranges
+from richhf_data.errors import UserError
+
+RANGES = {
+    "seed": ranges.Range(0, 4_000_000, whole=True),
+    "pictures": ranges.COUNT,
+    "evaluations": ranges.COUNT,
+    "eval.prompts": ranges.COUNT,
+    "eval.images": ranges.COUNT,
+    "seeds": ranges.COUNT,
+}
+OWN_IMAGES = 8  # of a prompt, in the base's own pictures
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A row of the tables.
+
+    Attributes:
+      label: in the tables. changes: of `config.online`. longer: times that it draws `config.pictures`.
+      dense: whether it reads the critic's regions.
+    """
+
+    label: str
+    changes: dict
+    longer: int = 1
+    dense: bool = False
+
+
+RUNS = {
+    "ddpo": Run("ddpo", {"method": "ddpo", "policy.group": 4}),
+    "grpo": Run("grpo", {"method": "grpo"}),
+    "grpo_kl": Run("grpo, KL", {"method": "grpo", "beta": 0.3}),
+    "grpo_regions": Run("grpo, regions", {"method": "grpo", "dense.weight": 1.0}, dense=True),
+    "refl": Run("refl", {"method": "refl"}, 2),
+    "draft": Run("draft", {"method": "draft"}, 2),
+    "draft_lv": Run("draft, 2 noisings", {"method": "draft", "gradient.noisings": 2}, 2),
+    "draft_kl": Run("draft, distance", {"method": "draft", "beta": 3.0}, 2),
+    "draft_regions": Run("draft, regions", {"method": "draft", "dense.weight": 0.9}, 2, dense=True),
+    "dpo": Run("dpo", {"method": "dpo"}),
+}
+WEIGHTED = "weighted"
+SEEDED = (WEIGHTED, *RUNS)
+
+
+def check(config) -> None:
+    """Refuses a value that is missing or out of its range: UserError."""
+    experiments.check_ranges(config, RANGES)
+    feedback.check(config.feedback)
+    if config.pictures % (OWN_IMAGES * config.online.policy.pictures):
+        unit = OWN_IMAGES * config.online.policy.pictures
+        raise UserError(f"pictures: got {config.pictures}, expected a multiple of {unit}")
+
+
+class Judge:
+    """What the judges of exact truth say of held-out pictures; `online.train`'s judge."""
+
+    def __init__(self, foundation: pathlib.Path):
+        self._raters = judges.load(foundation / "judges")
+        clean = drawings.images(drawings.read(foundation / "pictures/clean.parquet"))
+        self._reference = evaluate.compute_features(self._raters.features, clean, len(clean))
+
+    def __call__(self, images, texts) -> dict[str, float]:
+        options = {"features": self._raters.features, "reference": self._reference, "judge": self._raters}
+        found = evaluate.evaluate(images, texts, **options)
+        names = {"no_artifact": "alignment/no_artifact", "right": "alignment/all"}
+        found |= {f"{name}{end}": found[f"{key}{end}"] for name, key in names.items() for end in ("", "/se")}
+        kept = {name: found[name] for name in ("no_artifact", "no_artifact/se", "right", "right/se", "diversity", "fid")}
+        return {f"judged/{name}": value for name, value in kept.items()}
+
+
+# ---- Stages ---------------------------------------------------------------------------------------------------------
+def fit_held_out(config, root: pathlib.Path, foundation: pathlib.Path) -> None:
+    """Trains the second critic."""
+    settings = config.held_out.copy_and_resolve_references()
+    settings.data.data_dir, settings.seed = str(foundation / "data"), seed_of(config, 120)
+    critic_train.train(settings, root / "held_out")
+
+
+def write_prompts(config, root: pathlib.Path) -> None:
+    """Writes prompts.txt and held_out.txt."""
+    found = feedback.training_prompts(config.feedback), list(dict.fromkeys(feedback.held_out_prompts(config.feedback)))
+    for name, texts in zip(("prompts", "held_out"), found, strict=True):
+        paths.replace(root / f"{name}.txt", "".join(f"{text}\n" for text in texts).encode())
+
+
+def make_own(config, root: pathlib.Path, foundation: pathlib.Path) -> None:
+    """Draws the base's own pictures, for the methods that draw none; notes the processor seconds."""
+    texts = feedback.training_prompts(config.feedback)[: config.pictures // OWN_IMAGES]
+    texts = [text for text in texts for _ in range(OWN_IMAGES)]
+    began = time.process_time()
+    model, seed = foundation / "base/model", seed_of(config, 130)
+    images = stages.drawn(model, texts, seed, config.feedback.sampling, root / "own.npy")
+    json_files.write(root / "own.json", {"processor_seconds": time.process_time() - began})
+    stages.write_table(root / "own.parquet", images, texts)
+
+
+def settings_of(config, root: pathlib.Path, foundation: pathlib.Path, name: str, seed: int):
+    """The config of an online run."""
+    run, settings = RUNS[name], config.online.copy_and_resolve_references()
+    settings.update_from_flattened_dict(run.changes)
+    settings.seed, settings.model.folder = seed_of(config, 200 + seed), str(foundation / "base/model")
+    settings.reward.source = f"rahf:{foundation / 'critic'}:plausibility"
+    settings.data.held_out = str(root / "held_out.txt")
+    settings.eval.update(prompts=config.eval.prompts, images=config.eval.images)
+    if run.dense:
+        settings.dense.source = f"rahf:{foundation / 'critic'}"
+    if settings.method == "dpo":
+        settings.data.images = str(root / "own.parquet")
+        steps = config.weighted.train.num_steps
+    else:
+        settings.data.prompts = str(root / "prompts.txt")
+        steps = run.longer * config.pictures // settings.train.batch_size
+    settings.train.num_steps, settings.eval.every = steps, steps // (run.longer * config.evaluations)
+    return settings
+
+
+def run_one(config, root: pathlib.Path, foundation: pathlib.Path, name: str, seed: int) -> None:
+    """One run, to its end; writes peak.json last."""
+    place, judge = root / "runs" / f"{name}-{seed}", Judge(foundation)
+    held_out = specs.reward_of(f"rahf:{root / 'held_out'}:plausibility")
+    if name != WEIGHTED:
+        settings = settings_of(config, root, foundation, name, seed)
+        online.train(settings, place, held_out=held_out, cache=root / "cache", judge=judge)
+    else:
+        weigh(config, root, foundation, place, seed, held_out, judge)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    json_files.write(place / "peak.json", {"peak_gib": peak})
+
+
+def weigh(config, root, foundation, place, seed: int, held_out, judge) -> None:
+    """Reward-weighted fine-tuning on the base's own pictures, and the evaluation of its model."""
+    settings = config.weighted.copy_and_resolve_references()
+    settings.model.folder, settings.seed = str(foundation / "base/model"), seed_of(config, 80 + seed)
+    settings.data.images = str(root / "own.parquet")
+    settings.reward.source = source = f"rahf:{foundation / 'critic'}:plausibility"
+    began = time.process_time()
+    diffusion_train.train(settings, place, cache=root / "cache")
+    seconds = time.process_time() - began + json_files.read(root / "own.json")["processor_seconds"]
+    texts = sample.read_prompts(root / "held_out.txt")[: config.eval.prompts]
+    texts = [text for text in texts for _ in range(config.eval.images)]
+    drawn = stages.drawn(place / "model", texts, 0, config.feedback.sampling, place / "drawn.npy")
+    watch = guard.Guard(specs.reward_of(source), held_out=held_out, workdir=place)
+    watch.measured(settings.train.num_steps, drawn, texts, more={"processor_seconds": seconds} | judge(drawn, texts))
+
+
+def runs_of(config) -> list[tuple[str, int]]:
+    """All (name, seed); every run's first seed comes first."""
+    found = [(name, seed) for seed in range(config.seeds) for name in (WEIGHTED, *RUNS)]
+    return [(name, seed) for name, seed in found if seed == 0 or name in SEEDED]
+
+
+def in_process(name: str, seed: int) -> None:
+    """Runs one run in a process of its own, whose peak of memory is its own."""
+    subprocess.run([sys.executable, "-m", "benchmarks.online", *sys.argv[1:], f"--only={name}-{seed}"], check=True)
+
+
+# ---- Tables, figures ------------------------------------------------------------------------------------------------
+COLUMNS = {  # key of an evaluation -> title, factor, decimals
+    "judged/no_artifact": ("no artifact, %", 100, 1),
+    "judged/right": ("prompt right, %", 100, 1),
+    "held_out": ("held-out critic", 1, 3),
+    "reward": ("trained critic", 1, 3),
+    "judged/fid": ("FID", 1, 0),
+    "judged/diversity": ("diversity", 1, 3),
+}
+
+
+def at(history: list[dict], key: str, value: float) -> dict:
+    """The evaluation after the start that is nearest to a number of steps or of processor seconds."""
+    return min(history[1:] or history, key=lambda entry: abs(entry[key] - value))
+
+
+def best_guarded(history: list[dict]) -> dict:
+    """The evaluation that early stopping keeps: that of the highest held-out reward."""
+    return guard.best(history)
+
+
+def row(config, label: str, entries: list[dict], peaks: list[float]) -> dict[str, str]:
+    """A row of a table: means over seeds, ± their standard error, or that over prompts of a single seed."""
+    found = {"": label, "seeds": str(len(entries))}
+    for key, (title, factor, decimals) in COLUMNS.items():
+        values = [factor * entry[key] for entry in entries]
+        error = factor * entries[0].get(f"{key}/se", math.nan)
+        if len(values) > 1:
+            error = np.std(values, ddof=1) / math.sqrt(len(values))
+        shown = f" ± {error:.{decimals}f}" if math.isfinite(error) else ""
+        found[title] = f"{np.mean(values):.{decimals}f}{shown}"
+    seconds = np.mean([entry["processor_seconds"] for entry in entries])
+    found["processor minutes"] = f"{seconds / 60:.1f}" if seconds else "-"
+    found["peak GiB"] = f"{max(peaks):.1f}" if peaks else "-"
+    return found
+
+
+def histories(config, root: pathlib.Path) -> dict[str, list[tuple[list[dict], float]]]:
+    """name -> (evaluations, peak of memory in GiB) of each finished seed."""
+    found = {}
+    for name, seed in runs_of(config):
+        place = root / "runs" / f"{name}-{seed}"
+        if (place / "peak.json").is_file():
+            peak = json_files.read(place / "peak.json")["peak_gib"]
+            found.setdefault(name, []).append((guard.read_history(epath.Path(place / guard.HISTORY)), peak))
+    return found
+
+
+def tables(config, root: pathlib.Path, found) -> str:
+    """At equal pictures, at equal processor time, and what early stopping keeps; as Markdown."""
+    markdown = functools.partial(tabulate.tabulate, headers="keys", tablefmt="github", disable_numparse=True)
+    drawn = json_files.read(root / "own.json")["processor_seconds"]
+    base = next(runs[0][0][0] for name, runs in found.items() if name != WEIGHTED)
+    budget = np.mean([history[-1]["processor_seconds"] for history, _ in found["grpo"]])
+
+    def all_of(choose):
+        rows = [row(config, "base", [base], [])]
+        for name, runs in found.items():
+            label, peaks = "reward-weighted" if name == WEIGHTED else RUNS[name].label, [peak for _, peak in runs]
+            entries = [choose(name, history) for history, _ in runs]
+            if name == "dpo":
+                entries = [entry | {"processor_seconds": entry["processor_seconds"] + drawn} for entry in entries]
+            rows.append(row(config, label, entries, peaks))
+        return markdown(rows)
+
+    steps = config.pictures // config.online.train.batch_size
+
+    def drawing(name):
+        return name not in (WEIGHTED, "dpo")
+
+    by_pictures = all_of(lambda name, of: at(of, "step", steps) if drawing(name) else of[-1])
+    by_time = all_of(lambda name, of: at(of, "processor_seconds", budget) if drawing(name) else of[-1])
+    guarded = all_of(lambda name, of: best_guarded(of))
+    return (
+        f"{config.pictures:,} pictures each:\n\n{by_pictures}\n\n"
+        f"The evaluation nearest to {budget / 60:.1f} processor minutes:\n\n{by_time}\n\n"
+        f"The evaluation of the highest held-out critic (early stopping):\n\n{guarded}\n"
+    )
+
+
+def curves(config, found) -> bytes:
+    """A PNG: what the critics and the judges say while each method trains, over the pictures that it has drawn."""
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(12, 6.4), layout="constrained")
+    colours = {name: matplotlib.colormaps["tab10"](i) for i, name in enumerate(RUNS)}
+    for axes, (key, (title, factor, _)) in zip(drawing.subplots(2, 3).flat, COLUMNS.items(), strict=True):
+        for name, runs in found.items():
+            if name == WEIGHTED:
+                axes.axhline(factor * np.mean([of[-1][key] for of, _ in runs]), color="#999999", linestyle="--", linewidth=1)
+                continue
+            steps = [entry["step"] * config.online.train.batch_size for entry in runs[0][0]]
+            lines = [[factor * entry[key] for entry in history] for history, _ in runs]
+            values = np.mean([line for line in lines if len(line) == len(steps)], axis=0)
+            axes.plot(steps, values, marker="o", markersize=3, linewidth=1.4, color=colours[name], label=RUNS[name].label)
+        axes.set_title(title, fontsize=10)
+        axes.tick_params(labelsize=8)
+    drawing.supxlabel("pictures drawn (dpo: rows of its batches); dashed: reward-weighted fine-tuning", fontsize=9)
+    handles, labels = axes.get_legend_handles_labels()
+    drawing.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
+    return stages.png_of(drawing, 100)
+
+
+def look(config, root: pathlib.Path, found, shown: int = 12) -> bytes:
+    """A PNG: the same held-out prompts and noise, by the base and after each method."""
+    from matplotlib.figure import Figure
+
+    texts = sample.read_prompts(root / "held_out.txt")[: min(shown, 8)]
+    rows = {}
+    for name in found:
+        place = root / "runs" / f"{name}-0"
+        if name == WEIGHTED:
+            rows["reward-weighted"] = np.load(place / "drawn.npy")[:: config.eval.images][: len(texts)]
+            continue
+        grids = sorted((place / "samples").glob("step_*.png"))
+        if "base" not in rows:
+            rows["base"] = tiles(images.read(grids[0]), len(texts))
+        rows[RUNS[name].label] = tiles(images.read(grids[-1]), len(texts))
+    rows = {"base": rows.pop("base"), **rows}
+    drawing = Figure(figsize=(1.25 * len(texts), 1.15 * len(rows)), layout="constrained")
+    cells = drawing.subplots(len(rows), len(texts))
+    for line, (label, pictures) in zip(cells, rows.items(), strict=True):
+        for cell, picture in zip(line, pictures, strict=True):
+            cell.imshow(picture, interpolation="nearest")
+            cell.set(xticks=[], yticks=[])
+        line[0].set_ylabel(label, fontsize=7)
+    for cell, text in zip(cells[0], texts, strict=True):
+        cell.set_title(text, fontsize=6)
+    return stages.png_of(drawing, 100)
+
+
+def tiles(grid: np.ndarray, count: int) -> np.ndarray:
+    """uint8[H, W, 3], a grid of `diffusion_train.grid_of` -> its first pictures, uint8[count, S, S, 3]."""
+    size = drawings.SIZE
+    found = grid.reshape(grid.shape[0] // size, size, grid.shape[1] // size, size, 3).swapaxes(1, 2)
+    return found.reshape(-1, size, size, 3)[:count]
+
+
+def run(config, workdir, foundation, only: str) -> None:
+    """Runs all stages."""
+    check(config)
+    root = pathlib.Path(workdir).absolute()
+    foundation = pathlib.Path(foundation or root / "foundation").absolute()
+    if only:
+        name, _, seed = only.rpartition("-")
+        return run_one(config, root, foundation, name, int(seed))
+    workdirs.open_workdir(root, config)
+    stage = stages.Timed(root / "seconds.json")
+    feedback.foundation_of(config.feedback, foundation, stages.Timed(foundation / "seconds.json"))
+    stage("prompts", write_prompts, config, root)
+    stage("held-out critic", fit_held_out, config, root, foundation)
+    stage("own", make_own, config, root, foundation, unless=root / "own.parquet")
+    for name, seed in runs_of(config):
+        stage(name, in_process, name, seed, unless=root / "runs" / f"{name}-{seed}" / "peak.json")
+        report(config, root, stage)
+
+
+def report(config, root: pathlib.Path, stage: stages.Timed) -> None:
+    """Writes the tables and figures of the runs that are finished."""
+    found = histories(config, root)
+    if not {WEIGHTED, "grpo"} <= found.keys():
+        return
+    text = f"{tables(config, root, found)}\n{stage.summary()}\n"
+    dropped = "shares", "prompts"
+    keep = {
+        name: [
+            {"peak_gib": peak, "evaluations": [{k: v for k, v in entry.items() if k not in dropped} for entry in history]}
+            for history, peak in runs
+        ]
+        for name, runs in found.items()
+    }
+    json_files.write(root / "results.json", keep)
+    paths.replace(root / "table.md", text.encode())
+    paths.replace(root / "curves.png", curves(config, found))
+    paths.replace(root / "look.png", look(config, root, found))
+    print(f"\n{text}\n{root}: table.md, curves.png, look.png, results.json", flush=True)
+
+
+def main():
+    """The command."""
+    run(flags.FLAGS.config, flags.FLAGS.workdir, flags.FLAGS.foundation, flags.FLAGS.only)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "The folder of all stages; a killed run resumes from it.")
+    flags.DEFINE_string("foundation", None, "A workdir of benchmarks.feedback, of the same config, if there is one.")
+    flags.DEFINE_string("only", "", "NAME-SEED of one run, such as draft-0; the stages before it must be there.")
+    flags.mark_flag_as_required("workdir")
+    command.run(main, experiments.reader(default=str(pathlib.Path(__file__).parent / "config.py")))
