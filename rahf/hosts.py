@@ -17,6 +17,7 @@ import traceback
 
 import jax
 from absl import flags
+from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
 from richhf_data import command, paths, ranges
@@ -164,6 +165,11 @@ def _join(coordinator: str | None, num_processes: int | None, process_id: int | 
             reason, *_ = str(error).partition("\n")
             raise UserError(f"{problem} ({reason[:200]})") from error
     return jax.process_count() > 1
+
+
+def agreed(values):
+    """What process 0 has, for all of them: a tree of arrays. Every process must call it."""
+    return multihost_utils.broadcast_one_to_all(values) if jax.process_count() > 1 else values
 
 
 def wait(what: str) -> None:

@@ -161,7 +161,7 @@ def predict(
                 writer.write(name, items | predicted)
             bar.update(len(items))
     failed = writer.finish(model, tables) if writer else 0
-    return failed if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(failed)))
+    return int(hosts.agreed(np.int32(failed)))
 
 
 def _prepared(model, examples: Iterable[dict], start: int, strict: bool) -> dict[int, dict]:

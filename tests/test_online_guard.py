@@ -123,7 +123,7 @@ def test_all_processes_have_the_values_of_process_0_which_alone_writes(made, tmp
     for entry in theirs.history:
         numbers = {name: entry[name] for name in ("reward", "reward/se", "held_out", "held_out/se")}
         sent = numbers, {name: np.array(values) for name, values in entry["shares"].items()}
-        monkeypatch.setattr(guard.multihost_utils, "broadcast_one_to_all", lambda own, sent=sent: sent)
+        monkeypatch.setattr(guard.hosts, "agreed", lambda own, sent=sent: sent)
         assert of.measured(entry["step"], pictures(0.1, 0.1), PROMPTS) == numbers
     assert of.best == theirs.best and guard.warning(of.history) == guard.warning(theirs.history) is not None
     assert not (tmp_path / "evaluations.jsonl").exists() and not (tmp_path / "evaluations.png").exists() and not said

@@ -314,22 +314,32 @@ def held(model_folder):
 
 
 @pytest.fixture(scope="module")
-def batch(held):
+def micro_folder(unpacked, tmp_path_factory):
+    return tiny_diffusion.write_micro(tmp_path_factory.mktemp("micro") / "model", unpacked("diffusion_tiny") / "first")
+
+
+@pytest.fixture(scope="module")
+def micro(micro_folder):
+    return folder.read(micro_folder)
+
+
+@pytest.fixture(scope="module")
+def batch(micro):
     rng = np.random.default_rng(0)
-    shapes = preferences.batch_shapes(held.config, PAIRS, words=True)
+    shapes = preferences.batch_shapes(micro.config, PAIRS, words=True)
     found = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     return found | {name: rng.uniform(0, 2, found[name].shape).astype(np.float32) for name in found if "words" in name}
 
 
 @pytest.fixture(scope="module")
-def params(held):
-    return {"unet": held.params["unet"], "reference": jax.tree.map(lambda x: 0.9 * x, held.params["unet"])}
+def params(micro):
+    return {"unet": micro.params["unet"], "reference": jax.tree.map(lambda x: 0.9 * x, micro.params["unet"])}
 
 
 @pytest.fixture(scope="module")
-def gradient(held):
+def gradient(micro):
     """(params, batch) -> ((loss, metrics), gradients), compiled."""
-    of = jax.jit(jax.value_and_grad(preferences.make_loss(held.config, BETA, 2.0), has_aux=True))
+    of = jax.jit(jax.value_and_grad(preferences.make_loss(micro.config, BETA, 2.0), has_aux=True))
     return lambda params, batch: jax.device_get(of(params, batch, preferences.normalisers_of(batch), jax.random.key(1)))
 
 
@@ -337,27 +347,27 @@ def without_words(batch):
     return {name: array for name, array in batch.items() if "words" not in name}
 
 
-def drawn(held, batch):
+def drawn(micro, batch):
     """What the loss draws: noised latents of both pictures, noise, timesteps; in float64 where it counts."""
     latent_key, time_key, noise_key = jax.random.split(jax.random.key(1), 3)
     shape = (PAIRS, *batch["preferred"].shape[1:3], 4)
     noise = np.asarray(jax.random.normal(noise_key, shape), np.float64)
     times = np.asarray(jax.random.randint(time_key, (PAIRS,), 0, 1000))
     draws = np.asarray(jax.random.normal(latent_key, (2 * PAIRS, *shape[1:])), np.float64)
-    alpha = held.config.schedule.alphas_cumprod[times].reshape(-1, 1, 1, 1)
+    alpha = micro.config.schedule.alphas_cumprod[times].reshape(-1, 1, 1, 1)
     noised = []
     for i, name in enumerate(("preferred", "other")):
         moments = batch[name].astype(np.float64)
-        x0 = held.config.vae.scaling_factor * (moments[..., :4] + np.exp(moments[..., 4:] / 2) * draws[i::2])
+        x0 = micro.config.vae.scaling_factor * (moments[..., :4] + np.exp(moments[..., 4:] / 2) * draws[i::2])
         noised.append((np.sqrt(alpha) * x0 + np.sqrt(1 - alpha) * noise).astype(np.float32))
     return noised, noise, times
 
 
-def test_the_loss_is_the_papers(held, batch, params, gradient):
+def test_the_loss_is_the_papers(micro, batch, params, gradient):
     batch = without_words(batch)
     (_, metrics), _ = gradient(params, batch)
-    noised, noise, times = drawn(held, batch)
-    unet = jax.jit(lambda params, x: held.config.modules["unet"].apply({"params": params}, x, times, batch["context"]))
+    noised, noise, times = drawn(micro, batch)
+    unet = jax.jit(lambda params, x: micro.config.modules["unet"].apply({"params": params}, x, times, batch["context"]))
     ours, theirs = (
         [np.square(np.asarray(unet(params[name], x), np.float64) - noise).mean((1, 2, 3)) for x in noised]
         for name in ("unet", "reference")
@@ -386,15 +396,15 @@ def test_a_tie_counts_half(batch, params, gradient):
     assert metrics["accuracy"] == (0.625 if metrics["margin"] > 0 else 0.375)
 
 
-def test_the_gradient_is_that_of_torch(held, batch, params, gradient, model_folder, torch):
+def test_the_gradient_is_that_of_torch(micro, batch, params, gradient, micro_folder, torch):
     diffusers = pytest.importorskip("diffusers")
     batch = without_words(batch)
     (loss, _), grads = gradient(params, batch)
-    unet = diffusers.UNet2DConditionModel.from_pretrained(model_folder / "unet")
+    unet = diffusers.UNet2DConditionModel.from_pretrained(micro_folder / "unet")
     reference = copy.deepcopy(unet).requires_grad_(False)
     for tensor in reference.parameters():
         tensor.mul_(0.9)
-    noised, noise, times = drawn(held, batch)
+    noised, noise, times = drawn(micro, batch)
     context, times = torch.from_numpy(batch["context"]), torch.from_numpy(times.copy())
 
     def errors(unet, x):
@@ -405,7 +415,7 @@ def test_the_gradient_is_that_of_torch(held, batch, params, gradient, model_fold
     theirs = -torch.nn.functional.logsigmoid(-BETA * (preferred - other)).mean()
     theirs.backward()
     np.testing.assert_allclose(loss, theirs.item(), rtol=1e-4)
-    tiny_diffusion.check_gradients(held.config, grads["unet"], unet)
+    tiny_diffusion.check_gradients(micro.config, grads["unet"], unet)
 
 
 def test_nothing_passes_through_the_reference(batch, params, gradient):
@@ -414,10 +424,10 @@ def test_nothing_passes_through_the_reference(batch, params, gradient):
     assert all(np.any(x) for x in jax.tree.leaves(grads["unet"]))
 
 
-def test_lora_is_measured_against_the_unet_below_it(held, batch, gradient):
+def test_lora_is_measured_against_the_unet_below_it(micro, batch, gradient):
     rng = np.random.default_rng(1)
-    unet = jax.tree.map(np.asarray, held.params["unet"])
-    shapes = nn.unbox(jax.eval_shape(lambda key: finetuning.initial_params(held.config, 2, key), jax.random.key(0)))["lora"]
+    unet = jax.tree.map(np.asarray, micro.params["unet"])
+    shapes = nn.unbox(jax.eval_shape(lambda key: finetuning.initial_params(micro.config, 2, key), jax.random.key(0)))["lora"]
     lora = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), shapes)
     for two in lora.values():
         two["up"] = np.zeros_like(two["up"])
@@ -449,7 +459,7 @@ def test_weights_scale_the_gradient_and_not_the_value():
         np.testing.assert_allclose(found, weights[..., None] * np.cos(x), rtol=1e-6)
 
 
-def test_weights_of_tokens_change_the_gradient_of_the_loss_alone(held, batch, params, gradient):
+def test_weights_of_tokens_change_the_gradient_of_the_loss_alone(micro, batch, params, gradient):
     (plain_loss, _), plain = gradient(params, without_words(batch))
     (loss, _), found = gradient(params, batch)
     ones, none = ({name: np.full_like(batch[name], x) for name in ("preferred_words", "other_words")} for x in (1, 0))
@@ -459,12 +469,12 @@ def test_weights_of_tokens_change_the_gradient_of_the_loss_alone(held, batch, pa
     np.testing.assert_allclose(loss, plain_loss, rtol=1e-5)
 
     def keys(tree):
-        block = tree["unet"]["down_blocks_0"]["attentions_0"]["transformer_blocks_0"]["attn2"]
+        block = tree["unet"]["mid_block"]["attentions_0"]["transformer_blocks_0"]["attn2"]
         return np.stack([block["to_k"]["kernel"], block["to_v"]["kernel"]])
 
     np.testing.assert_allclose(keys(of_ones), keys(plain), atol=1e-4 * np.abs(keys(plain)).max())
     assert not keys(of_none).any() and np.abs(keys(found) / keys(plain) - 1).max() > 0.1
-    loss_fn = preferences.make_loss(held.config, BETA, 1.0)
+    loss_fn = preferences.make_loss(micro.config, BETA, 1.0)
 
     def error(params, batch):
         return loss_fn(params, batch, preferences.normalisers_of(batch), jax.random.key(1))[1]["preferred_error"]

@@ -126,12 +126,16 @@ class Noised(typing.NamedTuple):
     target: jax.Array
 
 
-def noised(model: folder.Config, moments: jax.Array, key: jax.Array) -> Noised:
-    """Latents drawn from the VAE's posterior, float32[B, h, w, 2Z] (mean and log variance), and noised."""
-    latent_key, time_key, noise_key = jax.random.split(key, 3)
+def drawn_latents(model: folder.Config, moments: jax.Array, key: jax.Array) -> jax.Array:
+    """Draws from the VAE's posterior, float32[B, h, w, 2Z] (mean and log variance): scaled latents float32[B, h, w, Z]."""
     mean, logvar = jnp.split(moments, 2, axis=-1)
-    x0 = mean + jnp.exp(0.5 * logvar) * jax.random.normal(latent_key, mean.shape)
-    x0 = model.vae.scaling_factor * x0
+    return model.vae.scaling_factor * (mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape))
+
+
+def noised(model: folder.Config, moments: jax.Array, key: jax.Array) -> Noised:
+    """Latents of the VAE's posterior, float32[B, h, w, 2Z] (mean and log variance), at random timesteps."""
+    latent_key, time_key, noise_key = jax.random.split(key, 3)
+    x0 = drawn_latents(model, moments, latent_key)
     noise = jax.random.normal(noise_key, x0.shape)
     timesteps = jax.random.randint(time_key, x0.shape[:1], 0, model.schedule.num_train_timesteps)
     return Noised(model.schedule.add_noise(x0, noise, timesteps), timesteps, model.schedule.target(x0, noise, timesteps))

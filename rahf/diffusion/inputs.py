@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm.auto import tqdm
 
-from rahf import checkpoints, partitioning
+from rahf import checkpoints, hosts, partitioning
 from rahf.diffusion import folder
 from rahf.fingerprint import fingerprint
 from rahf.reward import embed, specs
@@ -339,8 +339,7 @@ class Inputs:
 
     def rewards(self, reward: Callable, cache: pathlib.Path) -> np.ndarray:
         """The rewards of the model's own images, float32[n]. As `rewards_of`."""
-        rewards = rewards_of(self.tables["images"], self.identities["images"], reward, cache)
-        return multihost_utils.broadcast_one_to_all(rewards) if jax.process_count() > 1 else rewards
+        return hosts.agreed(rewards_of(self.tables["images"], self.identities["images"], reward, cache))
 
     def heatmaps(self, critic, cache: pathlib.Path) -> np.ndarray:
         """A critic's heatmaps of the model's own images as the UNet sees them, float32[n, h, w, 2], as `heatmaps_of`.
@@ -357,7 +356,7 @@ class Inputs:
         def parts(done):
             for part in parts_of(decoded(table, size, resize, done), REWARDED_AT_ONCE, "heatmaps", len(table), done):
                 found = heatmaps_of(critic, np.stack(part), table.prompts[done : done + len(part)], grid)
-                yield multihost_utils.broadcast_one_to_all(found) if jax.process_count() > 1 else found
+                yield hosts.agreed(found)
                 done += len(part)
 
         if identity is None:

@@ -78,7 +78,6 @@ RESUME_MAY_DIFFER = (
     *("reward.source", "dense.source", "eval.reward", "eval.features", "eval.reference"),  # their contents are recorded
     "eval.patience",
     "model.remat",
-    "train.num_steps",
 )
 
 
@@ -276,7 +275,7 @@ def train(config, workdir, reward=None, held_out=None, critic=None, cache=None, 
             params = checkpoints.restore(best, step, training.params)
         model = diffusion_train.on_devices(base, merged(params), mesh)
         if jax.process_index() == 0:
-            if (workdir / "model").exists():  # of an earlier end: with more steps or patience, the run goes on
+            if (workdir / "model").exists():  # of an earlier end: with more patience, the run goes on
                 (workdir / "model").rmtree()
             diffusion_train.write_model(model, workdir / "model")
             run.print(f"{workdir / 'model'}: the model of step {step}")

@@ -50,15 +50,18 @@ def of_prompts(prompts: np.ndarray, rewards: np.ndarray, history: History) -> np
     return found.astype(np.float32)
 
 
-def of_groups(prompts: np.ndarray, rewards: np.ndarray) -> tuple[np.ndarray, int]:
+def of_groups(groups: np.ndarray, rewards: np.ndarray) -> tuple[np.ndarray, int]:
     """GRPO's advantages, float32[n]: the reward less its group's mean, by its group's deviation; 0 in a group of equals.
+
+    Args:
+      groups: int[n], the group of each. rewards: float32[n].
 
     Returns:
       The advantages, and the number of groups whose rewards are all equal.
     """
     rewards, found, equal = np.asarray(rewards, np.float64), np.zeros(len(rewards)), 0
-    for prompt in np.unique(prompts):
-        rows = prompts == prompt
+    for group in np.unique(groups):
+        rows = groups == group
         own = rewards[rows]
         if np.ptp(own) == 0:
             equal += 1

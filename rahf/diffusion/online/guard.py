@@ -29,8 +29,8 @@ import matplotlib
 import matplotlib.ticker
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
+from rahf import hosts
 from rahf.diffusion import evaluate
 from rahf.diffusion.generator_metrics import Mean, diversity, frechet_distance, mean_of
 from rahf.fingerprint import fingerprint
@@ -147,7 +147,7 @@ class Guard:
             results["diversity"] = diversity(found, prompts)
             if self._reference is not None:
                 results["fid"] = frechet_distance(found, self._reference)
-        results, shares = multihost_utils.broadcast_one_to_all((results, shares))
+        results, shares = hosts.agreed((results, shares))
         results = {name: float(value) for name, value in results.items() if math.isfinite(value)}
         shares = {name: of_prompts.tolist() for name, of_prompts in shares.items()}
         self.history = [*earlier, {"step": step, **results, "prompts": digest, "shares": shares}]

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet
 
+from rahf import hosts
 from rahf import program as programs
 from rahf.diffusion import finetuning, folder, inputs, side_by_side
 from rahf.diffusion.blocks import repeated
@@ -362,9 +363,7 @@ def make_loss(model: folder.Config, beta: float, lora_alpha: float) -> Callable:
     def loss_fn(params, rows, normalisers, key):
         latent_key, time_key, noise_key = jax.random.split(key, 3)
         moments = _in_turn(rows["preferred"], rows["other"])
-        mean, logvar = jnp.split(moments, 2, axis=-1)
-        x0 = mean + jnp.exp(0.5 * logvar) * jax.random.normal(latent_key, mean.shape)
-        x0 = model.vae.scaling_factor * x0
+        x0 = finetuning.drawn_latents(model, moments, latent_key)
         pairs = len(rows["context"])
         noise = repeated(jax.random.normal(noise_key, (pairs, *x0.shape[1:])), len(x0))
         timesteps = repeated(jax.random.randint(time_key, (pairs,), 0, schedule.num_train_timesteps), len(x0))
@@ -419,7 +418,8 @@ def pairs_of(config, reward: Callable | None, cache: pathlib.Path) -> Pairs:
     if data.images:
         table = ImageTable(data.images)
         digest = inputs.fingerprint_of_table(table, "images: digest")
-        return of_rewards(table, inputs.rewards_of(table, digest, reward, cache), config.reward.margin)
+        rewards = hosts.agreed(inputs.rewards_of(table, digest, reward, cache))
+        return of_rewards(table, rewards, config.reward.margin)
     if data.sets:
         return of_responses(data.pairs, sets_of(data.sets))
     files = input_files.matches(data.pairs)

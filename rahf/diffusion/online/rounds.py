@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
-from rahf import loop, partitioning
+from rahf import hosts, loop, partitioning
 from rahf import program as programs
 from rahf.diffusion import folder, inputs, sample
 from rahf.diffusion.online import advantages, deals, policy, words
@@ -91,8 +90,10 @@ class Rounds:
         """`run.kept` of a new round."""
         config, size = self.config, self.config.train.batch_size
         group, pictures, seed = group_of(config), config.policy.pictures, config.seed
-        texts = deals.dealt(seed, len(self.prompts), number * pictures // group, pictures // group).repeat(group)
-        texts = np.random.default_rng((seed, deals.PICTURES, number)).permutation(texts)
+        dealt = deals.dealt(seed, len(self.prompts), number * pictures // group, pictures // group)
+        groups = np.arange(len(dealt)).repeat(group)
+        groups = np.random.default_rng((seed, deals.PICTURES, number)).permutation(groups)
+        texts = dealt[groups]
         ways, rewards, feedback = [], [], []
         for first in range(0, pictures, size):
             run.stop_between()
@@ -104,10 +105,10 @@ class Rounds:
             rewards.append(specs.checked(self.reward, images, prompts))
             if self.critic is not None:
                 feedback.append(self.critic.predict(images, prompts))
-        rewards = self._agreed(np.concatenate(rewards))
+        rewards = hosts.agreed(np.concatenate(rewards))
         advantages.check(rewards, first=number == 0)
         history = advantages.History(**{name: np.asarray(value) for name, value in run.kept["history"].items()})
-        values, history, noted = self._advantages(texts, rewards, history)
+        values, history, noted = self._advantages(texts, groups, rewards, history)
         run.log("rollout", noted | {"reward": rewards.mean(), "reward_deviation": rewards.std()})
         run.print(f"step {run.step}: reward of {pictures} pictures {rewards.mean():.4g} ± {rewards.std():.2g}")
         values, weights = self._from_critic(values, texts, feedback)
@@ -138,17 +139,13 @@ class Rounds:
             )
         return way, images
 
-    def _agreed(self, values: np.ndarray) -> np.ndarray:
-        """Those of process 0."""
-        return multihost_utils.broadcast_one_to_all(values) if jax.process_count() > 1 else values
-
-    def _advantages(self, texts, rewards, history):
+    def _advantages(self, texts, groups, rewards, history):
         limit, noted = self.config.policy.max_advantage, {}
         if self.config.method == "ddpo":
             history = history.with_rewards(texts, rewards)
             values = advantages.of_prompts(texts, rewards, history)
         else:
-            values, equal = advantages.of_groups(texts, rewards)
+            values, equal = advantages.of_groups(groups, rewards)
             noted["equal_groups"] = equal
         return np.clip(values, -limit, limit), history, noted
 
@@ -161,14 +158,14 @@ class Rounds:
             maps = [inputs.on_grid(one.heatmaps, self.config.train.batch_size, grid) for one in feedback]
             maps = np.concatenate(maps)[..., names].sum(-1)
             limit = self.config.policy.max_advantage
-            found = np.clip(advantages.regional(values, self._agreed(maps), dense.weight), -limit, limit)
+            found = np.clip(advantages.regional(values, hosts.agreed(maps), dense.weight), -limit, limit)
         if dense.words > 0:
             prompts = [self.prompts[text] for text in texts]
             labelled = [text for one in feedback for text in one.labelled_prompts]
             weights = words.token_weights(
                 self.tokenizer, prompts, labelled, dense.words, 1, self.contexts.shape[1], self.critic.vocabulary.written
             )
-            weights = self._agreed(np.where(values[:, None] < 0, 2 - weights, weights))
+            weights = hosts.agreed(np.where(values[:, None] < 0, 2 - weights, weights))
         return found, weights
 
     def _trained_steps(self, number: int) -> np.ndarray:
