@@ -261,9 +261,9 @@ class SkippedSteps:
         if self.in_a_row >= self._limit:
             raise UserError(
                 f"the loss or its gradient was not finite in {self.in_a_row} steps in a row, up to step {step}; expected "
-                f"fewer than train.max_bad_steps={self._limit}. Their updates were skipped, their batches are in "
-                f"{self._folder}. Look at these, lower --config.optimizer.learning_rate (in another --workdir), or raise "
-                "--config.train.max_bad_steps."
+                f"fewer than train.max_bad_steps={self._limit}. Their updates were skipped; what was read for "
+                f"them is in {self._folder}. Look at it, lower --config.optimizer.learning_rate (in another --workdir), or "
+                "raise --config.train.max_bad_steps."
             )
 
 

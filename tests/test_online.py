@@ -93,6 +93,7 @@ def config_of(place, method="ddpo", **changes):
     config.method = method
     config.model.update(folder=str(place), dtype="float32", remat=False)
     config.data.update(prompts=str(place.parent / "prompts.txt"), held_out=str(place.parent / "held_out.txt"))
+    config.data.prompts = "" if method == "dpo" else config.data.prompts
     config.rollout.update(steps=4, guidance_scale=1.0)
     config.sample.update(steps=4, guidance_scale=1.0, sampler="ddim")
     config.policy.update(pictures=64, epochs=2, clip=1.0, group=0 if method == "ddpo" else 16)
@@ -358,7 +359,7 @@ def test_dpo_reaches_a_known_optimum(place, held, tmp_path, one_device):
     vae["quant_conv"]["kernel"] = held.params["vae"]["quant_conv"]["kernel"] * np.repeat(np.float32([20, 0]), 4)  # near 1
     folder.write(dataclasses.replace(held, params=held.params | {"vae": vae}), tmp_path / "base")
     held, own, others = folder.read(tmp_path / "base"), table(tmp_path / "own", 0), table(tmp_path / "others", 1)
-    options = {"data.images": str(own.path), "data.prompts": "", "data.held_out": "", "eval.prompts": 1, "eval.images": 1}
+    options = {"data.images": str(own.path), "data.held_out": "", "eval.prompts": 1, "eval.images": 1}
     options |= {"train.num_steps": 30, "eval.every": 30, "preference.beta": 100.0}
     config = config_of(tmp_path / "base", "dpo", **options, **rate(1e-2))
     online.train(config, tmp_path / "run", left)
@@ -477,7 +478,12 @@ def checkpoints_of(workdir):
         ("draft", {"dense.heatmaps": ("flaws",)}, r"dense.heatmaps: got \('flaws',\), expected one or more of .* once"),
         ("ddpo", {"dense.heatmaps": ()}, r"dense.heatmaps: got \(\), expected one or more"),
         ("ddpo", {"data.prompts": ""}, "data.prompts: got '' for ddpo, expected a file"),
-        ("grpo", {"data.pretraining": "pairs"}, "data.pretraining: got 'pairs' with grpo, expected ''"),
+        ("grpo", {"data.pretraining": "pairs"}, "data.pretraining: got 'pairs' with grpo .*, which does not read"),
+        ("refl", {"data.pretraining": "pairs", "train.beta": 0.0}, "data.pretraining: .* with refl and train.beta=0.0"),
+        ("draft", {"data.pairs": "p.jsonl"}, "data.pairs: got 'p.jsonl' with draft, which does not read it"),
+        ("dpo", {"data.prompts": "p.txt", "data.pairs": "p.jsonl"}, "data.prompts: got 'p.txt' with dpo, which does not"),
+        ("dpo", {"data.pairs": "p.jsonl", "beta": 0.5}, "beta: got 0.5 with dpo, expected 0: preference.beta holds"),
+        ("dpo", {"data.pairs": "p.jsonl", "reward.margin": 0.5}, "reward.margin: got 0.5 without data.images, expected 0"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(place, tmp_path, method, changes, message):
@@ -511,6 +517,7 @@ def test_a_reward_without_a_gradient_is_refused(held, reward, message):
         ("draft", {}, differentiable.of_function(numpy_brightness), "reward: its gradient cannot be computed"),
         ("refl", {}, None, "reward.source: got '' for refl, expected a reward: --config.reward.source=rahf:DIR:overall"),
         ("dpo", {}, None, "preferences: got data.pairs='' and data.images='', expected one of them"),
+        ("ddpo", {}, SMOOTH, "reward: got a Differentiable for ddpo, expected a function"),
         ("ddpo", {"model.folder": ""}, near, "model.folder: got '', expected a diffusers folder"),
         ("ddpo", {"train.batch_size": 4}, near, "train.batch_size: got 4, expected a multiple of 8"),
         ("ddpo", {"rollout.steps": 1}, near, "rollout.steps: got 1, expected at least 2 steps that add noise"),

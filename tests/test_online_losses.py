@@ -77,12 +77,12 @@ def contexts():
 
 @pytest.fixture(scope="module")
 def ways(held, contexts):
-    """(model, regional, devices) -> the way of ROWS pictures, the pictures and whether they are finite."""
+    """(model, regional, devices, parts) -> the way of ROWS pictures, the pictures and whether they are finite."""
 
     @functools.cache
-    def of(name, regional, devices=1):
+    def of(name, regional, devices=1, parts=1):
         model = {"noise": held.config, "velocity": velocity(held.config)}[name]
-        config = config_of(**{"dense.weight": float(regional)})
+        config = config_of(**{"dense.weight": float(regional), "train.accumulation_steps": parts})
         mesh = partitioning.make_mesh(devices=jax.devices()[:devices])
         draw = policy.draw(model, config, policy.steps_of(model.schedule, STEPS), mesh)
         params = {"unet": held.params["unet"]}
@@ -588,9 +588,10 @@ def test_a_step_is_the_same_on_one_and_on_eight_devices(
             np.testing.assert_allclose(found, leaves[0], atol=1e-3 * np.abs(leaves[0]).max() + 1e-5)
 
 
-def test_pictures_are_the_same_on_eight_devices(ways):
-    (one, images, _), (eight, other, finite) = (ways("noise", True, devices) for devices in (1, 8))
+@pytest.mark.parametrize(("devices", "parts"), [(8, 1), (2, 2)])
+def test_pictures_are_the_same_on_several_devices_and_in_parts(ways, devices, parts):
+    (one, images, _), (found, other, finite) = ways("noise", True), ways("noise", True, devices, parts)
     for name in one:
-        np.testing.assert_allclose(eight[name], one[name], atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(found[name], one[name], atol=1e-4, err_msg=name)
     np.testing.assert_allclose(images.astype(int), other, atol=1)
     assert finite.shape == (ROWS,)

@@ -2,10 +2,11 @@
 
     python -m benchmarks.online --workdir=DIR [--foundation=FEEDBACK]
 
-The base, the critic that is raised (its plausibility) and the judges of exact truth are those of `benchmarks.feedback`, made
-in workdir/foundation, or taken from a workdir of it. A second critic of another architecture, trained on the same labels, is
-never raised: it stands for what a user has to watch a run with. Every method draws as many pictures; those by the reward's
-gradient go on to about the processor time of the policy gradients. Each run is a process, and resumes:
+The base, the critic that is raised (the mean of its plausibility and alignment) and the judges of exact truth are those of
+`benchmarks.feedback`, made in workdir/foundation, or taken from a workdir of it. A second critic of another architecture,
+trained on the same labels, is never raised: it stands for what a user has to watch a run with. Every method draws as many
+pictures; those by the reward's gradient go on to about the processor time of the policy gradients. Each run is a process,
+and resumes:
 
     runs/NAME-SEED/evaluations.jsonl    trained and held-out critic, judges, FID, diversity, processor seconds
     table.md, curves.png, look.png, results.json
@@ -30,7 +31,7 @@ from benchmarks.alignment import drawings, stages
 from benchmarks.alignment.stages import seed_of
 from benchmarks.feedback import __main__ as feedback
 from benchmarks.feedback import judges
-from rahf import experiments, workdirs
+from rahf import checkpoints, experiments, workdirs
 from rahf import train as critic_train
 from rahf.diffusion import evaluate, sample
 from rahf.diffusion import train as diffusion_train
@@ -53,33 +54,29 @@ OWN_IMAGES = 8  # of a prompt, in the base's own pictures
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A row of the tables.
-
-    Attributes:
-      label: in the tables. changes: of `config.online`. longer: times that it draws `config.pictures`.
-      dense: whether it reads the critic's regions.
-    """
+    """A row of the tables: a method, what it changes of `config.online`, and its label."""
 
     label: str
+    method: str
     changes: dict
-    longer: int = 1
-    dense: bool = False
 
 
 RUNS = {
-    "ddpo": Run("ddpo", {"method": "ddpo", "policy.group": 4}),
-    "grpo": Run("grpo", {"method": "grpo"}),
-    "grpo_kl": Run("grpo, KL", {"method": "grpo", "beta": 0.3}),
-    "grpo_regions": Run("grpo, regions", {"method": "grpo", "dense.weight": 1.0}, dense=True),
-    "refl": Run("refl", {"method": "refl"}, 2),
-    "draft": Run("draft", {"method": "draft"}, 2),
-    "draft_lv": Run("draft, 2 noisings", {"method": "draft", "gradient.noisings": 2}, 2),
-    "draft_kl": Run("draft, distance", {"method": "draft", "beta": 3.0}, 2),
-    "draft_regions": Run("draft, regions", {"method": "draft", "dense.weight": 0.9}, 2, dense=True),
-    "dpo": Run("dpo", {"method": "dpo"}),
+    "ddpo": Run("ddpo", "ddpo", {"policy.group": 4, "policy.history": 8}),
+    "grpo": Run("grpo", "grpo", {}),
+    "grpo_kl": Run("grpo, KL", "grpo", {"beta": 0.3}),
+    "grpo_regions": Run("grpo, regions", "grpo", {"dense.weight": 1.0}),
+    "grpo_words": Run("grpo, words", "grpo", {"dense.words": 0.5}),
+    "refl": Run("refl", "refl", {}),
+    "draft": Run("draft", "draft", {}),
+    "draft_lv": Run("draft, 2 noisings", "draft", {"gradient.noisings": 2}),
+    "draft_kl": Run("draft, distance", "draft", {"beta": 3.0}),
+    "draft_regions": Run("draft, regions", "draft", {"dense.weight": 0.9}),
+    "dpo": Run("dpo", "dpo", {}),
+    "dpo_words": Run("dpo, words", "dpo", {"dense.words": 0.5}),
 }
 WEIGHTED = "weighted"
-SEEDED = (WEIGHTED, *RUNS)
+DRAWN_BEFORE = (WEIGHTED, "dpo", "dpo_words")  # learn from pictures that the base drew, whose processor time is theirs
 
 
 def check(config) -> None:
@@ -89,6 +86,8 @@ def check(config) -> None:
     if config.pictures % (OWN_IMAGES * config.online.policy.pictures):
         unit = OWN_IMAGES * config.online.policy.pictures
         raise UserError(f"pictures: got {config.pictures}, expected a multiple of {unit}")
+    if unknown := set(config.seeded) - {WEIGHTED, *RUNS}:
+        raise UserError(f"seeded: got {sorted(unknown)}, expected some of {[WEIGHTED, *RUNS]}")
 
 
 class Judge:
@@ -134,30 +133,36 @@ def make_own(config, root: pathlib.Path, foundation: pathlib.Path) -> None:
     stages.write_table(root / "own.parquet", images, texts)
 
 
+def rewarded(critic: pathlib.Path) -> str:
+    """The reward of a critic: the mean of two scores."""
+    return f"rahf:{critic}:plausibility=0.5,alignment=0.5"
+
+
 def settings_of(config, root: pathlib.Path, foundation: pathlib.Path, name: str, seed: int):
     """The config of an online run."""
     run, settings = RUNS[name], config.online.copy_and_resolve_references()
+    settings.method = run.method
     settings.update_from_flattened_dict(run.changes)
     settings.seed, settings.model.folder = seed_of(config, 200 + seed), str(foundation / "base/model")
-    settings.reward.source = f"rahf:{foundation / 'critic'}:plausibility"
+    settings.reward.source = rewarded(foundation / "critic")
     settings.data.held_out = str(root / "held_out.txt")
     settings.eval.update(prompts=config.eval.prompts, images=config.eval.images)
-    if run.dense:
+    if settings.dense.weight or settings.dense.words:
         settings.dense.source = f"rahf:{foundation / 'critic'}"
     if settings.method == "dpo":
         settings.data.images = str(root / "own.parquet")
         steps = config.weighted.train.num_steps
     else:
         settings.data.prompts = str(root / "prompts.txt")
-        steps = run.longer * config.pictures // settings.train.batch_size
-    settings.train.num_steps, settings.eval.every = steps, steps // (run.longer * config.evaluations)
+        steps = config.pictures // settings.train.batch_size
+    settings.train.num_steps, settings.eval.every = steps, max(1, steps // config.evaluations)
     return settings
 
 
 def run_one(config, root: pathlib.Path, foundation: pathlib.Path, name: str, seed: int) -> None:
     """One run, to its end; writes peak.json last."""
     place, judge = root / "runs" / f"{name}-{seed}", Judge(foundation)
-    held_out = specs.reward_of(f"rahf:{root / 'held_out'}:plausibility")
+    held_out = specs.reward_of(rewarded(root / "held_out"))
     if name != WEIGHTED:
         settings = settings_of(config, root, foundation, name, seed)
         online.train(settings, place, held_out=held_out, cache=root / "cache", judge=judge)
@@ -172,10 +177,10 @@ def weigh(config, root, foundation, place, seed: int, held_out, judge) -> None:
     settings = config.weighted.copy_and_resolve_references()
     settings.model.folder, settings.seed = str(foundation / "base/model"), seed_of(config, 80 + seed)
     settings.data.images = str(root / "own.parquet")
-    settings.reward.source = source = f"rahf:{foundation / 'critic'}:plausibility"
-    began = time.process_time()
+    settings.reward.source = source = rewarded(foundation / "critic")
     diffusion_train.train(settings, place, cache=root / "cache")
-    seconds = time.process_time() - began + json_files.read(root / "own.json")["processor_seconds"]
+    with checkpoints.manager(place, "checkpoints") as latest:
+        seconds = checkpoints.read_metadata(latest, settings.train.num_steps)["processor_seconds"]
     texts = sample.read_prompts(root / "held_out.txt")[: config.eval.prompts]
     texts = [text for text in texts for _ in range(config.eval.images)]
     drawn = stages.drawn(place / "model", texts, 0, config.feedback.sampling, place / "drawn.npy")
@@ -185,8 +190,8 @@ def weigh(config, root, foundation, place, seed: int, held_out, judge) -> None:
 
 def runs_of(config) -> list[tuple[str, int]]:
     """All (name, seed); every run's first seed comes first."""
-    found = [(name, seed) for seed in range(config.seeds) for name in (WEIGHTED, *RUNS)]
-    return [(name, seed) for name, seed in found if seed == 0 or name in SEEDED]
+    names = (WEIGHTED, *RUNS)
+    return [(name, seed) for seed in range(config.seeds) for name in names if seed == 0 or name in config.seeded]
 
 
 def in_process(name: str, seed: int) -> None:
@@ -205,14 +210,9 @@ COLUMNS = {  # key of an evaluation -> title, factor, decimals
 }
 
 
-def at(history: list[dict], key: str, value: float) -> dict:
-    """The evaluation after the start that is nearest to a number of steps or of processor seconds."""
-    return min(history[1:] or history, key=lambda entry: abs(entry[key] - value))
-
-
-def best_guarded(history: list[dict]) -> dict:
-    """The evaluation that early stopping keeps: that of the highest held-out reward."""
-    return guard.best(history)
+def at_seconds(history: list[dict], budget: float) -> dict:
+    """The evaluation after the start that is nearest to a number of processor seconds."""
+    return min(history[1:] or history, key=lambda entry: abs(entry["processor_seconds"] - budget))
 
 
 def row(config, label: str, entries: list[dict], peaks: list[float]) -> dict[str, str]:
@@ -225,8 +225,8 @@ def row(config, label: str, entries: list[dict], peaks: list[float]) -> dict[str
             error = np.std(values, ddof=1) / math.sqrt(len(values))
         shown = f" ± {error:.{decimals}f}" if math.isfinite(error) else ""
         found[title] = f"{np.mean(values):.{decimals}f}{shown}"
-    seconds = np.mean([entry["processor_seconds"] for entry in entries])
-    found["processor minutes"] = f"{seconds / 60:.1f}" if seconds else "-"
+    found["steps"] = f"{np.mean([entry['step'] for entry in entries]):.0f}"
+    found["processor minutes"] = f"{np.mean([entry['processor_seconds'] for entry in entries]) / 60:.1f}"
     found["peak GiB"] = f"{max(peaks):.1f}" if peaks else "-"
     return found
 
@@ -246,31 +246,25 @@ def tables(config, root: pathlib.Path, found) -> str:
     """At equal pictures, at equal processor time, and what early stopping keeps; as Markdown."""
     markdown = functools.partial(tabulate.tabulate, headers="keys", tablefmt="github", disable_numparse=True)
     drawn = json_files.read(root / "own.json")["processor_seconds"]
-    base = next(runs[0][0][0] for name, runs in found.items() if name != WEIGHTED)
-    budget = np.mean([history[-1]["processor_seconds"] for history, _ in found["grpo"]])
+    for name in found.keys() & set(DRAWN_BEFORE):
+        for history, _ in found[name]:
+            for entry in history[1:] or history:
+                entry["processor_seconds"] += drawn
+    base = next(runs[0][0][0] for name, runs in found.items() if name != WEIGHTED) | {"processor_seconds": 0}
+    budget = min(history[-1]["processor_seconds"] for runs in found.values() for history, _ in runs)
 
     def all_of(choose):
         rows = [row(config, "base", [base], [])]
         for name, runs in found.items():
-            label, peaks = "reward-weighted" if name == WEIGHTED else RUNS[name].label, [peak for _, peak in runs]
-            entries = [choose(name, history) for history, _ in runs]
-            if name == "dpo":
-                entries = [entry | {"processor_seconds": entry["processor_seconds"] + drawn} for entry in entries]
-            rows.append(row(config, label, entries, peaks))
+            label = "reward-weighted" if name == WEIGHTED else RUNS[name].label
+            rows.append(row(config, label, [choose(history) for history, _ in runs], [peak for _, peak in runs]))
         return markdown(rows)
 
-    steps = config.pictures // config.online.train.batch_size
-
-    def drawing(name):
-        return name not in (WEIGHTED, "dpo")
-
-    by_pictures = all_of(lambda name, of: at(of, "step", steps) if drawing(name) else of[-1])
-    by_time = all_of(lambda name, of: at(of, "processor_seconds", budget) if drawing(name) else of[-1])
-    guarded = all_of(lambda name, of: best_guarded(of))
     return (
-        f"{config.pictures:,} pictures each:\n\n{by_pictures}\n\n"
-        f"The evaluation nearest to {budget / 60:.1f} processor minutes:\n\n{by_time}\n\n"
-        f"The evaluation of the highest held-out critic (early stopping):\n\n{guarded}\n"
+        f"{config.pictures:,} pictures each:\n\n{all_of(lambda history: history[-1])}\n\n"
+        f"The evaluation nearest to {budget / 60:.1f} processor minutes:\n\n"
+        f"{all_of(functools.partial(at_seconds, budget=budget))}\n\n"
+        f"The evaluation of the highest held-out critic (early stopping):\n\n{all_of(guard.best)}\n"
     )
 
 
@@ -279,7 +273,7 @@ def curves(config, found) -> bytes:
     from matplotlib.figure import Figure
 
     drawing = Figure(figsize=(12, 6.4), layout="constrained")
-    colours = {name: matplotlib.colormaps["tab10"](i) for i, name in enumerate(RUNS)}
+    colours = {name: matplotlib.colormaps["tab20"](i) for i, name in enumerate(RUNS)}
     for axes, (key, (title, factor, _)) in zip(drawing.subplots(2, 3).flat, COLUMNS.items(), strict=True):
         for name, runs in found.items():
             if name == WEIGHTED:

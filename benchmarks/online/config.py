@@ -11,17 +11,18 @@ def get_config():
     of_feedback = feedback.get_config()
     config = ml_collections.ConfigDict()
     config.seed = 0
+    of_feedback.base.train.num_steps = 1_500  # of 2,500, to leave the time to the runs
     config.feedback = of_feedback  # base, critic and judges
-    config.pictures = 2_048  # that each method draws
-    config.evaluations = 4  # of a run, beside the one before its first step
+    config.pictures = 3_584  # that each method draws
+    config.evaluations = 8  # of a run, beside the one before its first step
     config.eval = dict(prompts=100, images=2)  # held-out pictures of each evaluation
-    config.seeds = 3  # of the methods that `SEEDED` names
+    config.seeds = 3  # of these rows
+    config.seeded = ("weighted", "draft")
 
-    held_out = experiments.load("baseline_synth_resnet")  # the second critic, of another architecture
-    held_out.model.image_size = 32
-    held_out.model.resnet.stem = "small"
-    held_out.train.num_steps = 500
-    held_out.eval.every = 250
+    held_out = experiments.load("baseline_synth_clip")  # the second critic, of another architecture
+    held_out.model.clip.vision.update(image_size=32, patch_size=4, depth=4)
+    held_out.train.num_steps = 1_500
+    held_out.eval.every = 500
     config.held_out = held_out
 
     online = experiments.load("sd_online")
@@ -29,9 +30,9 @@ def get_config():
     online.lora.rank = 0  # the whole UNet, as in reward-weighted fine-tuning
     online.rollout.update(steps=12, guidance_scale=2.0)
     online.sample = dict(of_feedback.sampling, seed=0)
-    online.policy.update(pictures=64, steps=0.5)
+    online.policy.update(pictures=64, steps=0.25)
     online.train.update(batch_size=32)
-    online.optimizer.update(learning_rate=3e-4, final_learning_rate=3e-4, weight_decay=0.0)
+    online.optimizer.update(weight_decay=0.0)
     online.log_every, online.checkpoint_every = 4, 16
     config.online = online
 

@@ -384,6 +384,7 @@ def tensor_map(part: str, config: Config, ours: Mapping[str, jax.ShapeDtypeStruc
     return found
 
 
+@functools.lru_cache(maxsize=8)
 def _shapes(config: Config) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
     """Part -> its parameters by name."""
     shapes = {part: {} for part in config.modules}

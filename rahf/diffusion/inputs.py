@@ -289,8 +289,18 @@ class Inputs:
         return cls.of_tables(config, model, tables)
 
     @classmethod
-    def of_tables(cls, config, model: folder.StableDiffusion, tables: Mapping[str, ImageTable], prompts: Sequence[str] = ()):
-        """Of tables that are open, and of prompts without pictures. Raises UserError: a prompt that is too long."""
+    def of_tables(
+        cls,
+        config,
+        model: folder.StableDiffusion,
+        tables: Mapping[str, ImageTable],
+        prompts: Sequence[str] = (),
+        identities: Mapping[str, str] | None = None,
+    ):
+        """Of tables that are open, and of prompts without pictures. Raises UserError: a prompt that is too long.
+
+        identities: fingerprints of those tables that have one already; the others are read for it.
+        """
 
         def check(prompt, name):
             try:
@@ -305,7 +315,9 @@ class Inputs:
         for prompt in prompts:
             check(prompt, "data.prompts")
         texts = dict.fromkeys([*prompts, *(prompt for table in tables.values() for prompt in table.prompts if prompt)])
-        identities = {name: fingerprint_of_table(table, f"{name}: digest") for name, table in tables.items()}
+        identities = dict(identities or {})
+        for name in tables.keys() - identities.keys():
+            identities[name] = fingerprint_of_table(tables[name], f"{name}: digest")
         vocabulary = [path for name in folder.VOCABULARY if (path := model.vocabulary / name).is_file()]
         sizes = dataclasses.replace(model.config, unet=dataclasses.replace(model.config.unet, remat=False))
         identities["model"] = fingerprint(digests(model.params), sizes, *vocabulary)

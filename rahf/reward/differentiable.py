@@ -58,7 +58,7 @@ class Differentiable:
 
 def called(reward: Differentiable) -> Callable:
     """The reward as one of finished pictures, (images uint8[B, H, W, 3], prompts) -> float32[B]; of the same identity."""
-    score, params = jax.jit(reward.score), functools.cache(lambda: jax.device_put(reward.params))
+    score, params = jax.jit(reward.score), functools.cache(lambda: jax.tree.map(_of_this_process, reward.params))
 
     def call(images, prompts):
         images = jnp.asarray(np.stack(images), jnp.float32) / 127.5 - 1
@@ -66,6 +66,11 @@ def called(reward: Differentiable) -> Callable:
 
     call.identity = reward.identity
     return call
+
+
+def _of_this_process(x):
+    """An array on this process's devices, where it was whole on those of all processes."""
+    return jax.device_put(x) if getattr(x, "is_fully_addressable", True) else x.addressable_data(0)
 
 
 def of_function(function: Callable[[Array], Array], identity: str | None = None) -> Differentiable:

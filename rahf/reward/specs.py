@@ -102,6 +102,14 @@ def identity_of(reward, name: str = "reward") -> str | None:
     return identity
 
 
+def check_prompts(reward: Callable, prompts: Sequence[str]) -> None:
+    """Refuses a prompt that a RAHF in a reward cannot read: UserError. Other rewards may refuse one when they are called."""
+    for _, member in getattr(reward, "members", [("", reward)]):
+        if isinstance(member, ScoreReward):
+            for prompt in dict.fromkeys(prompts):
+                member.model.text_ids(prompt)
+
+
 def checked(reward: Callable, images: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
     """Calls a reward with B images and their prompts: float32[B].
 

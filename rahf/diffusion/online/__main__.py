@@ -75,7 +75,7 @@ RANGES = programs.RANGES | {
 RESUME_MAY_DIFFER = (
     *workdirs.CONDUCT,
     *("model.folder", "data.prompts", "data.held_out", "data.pairs", "data.images", "data.sets", "data.pretraining"),
-    *("reward.source", "dense.source", "eval.reward", "eval.features", "eval.reference"),  # their contents are recorded
+    *("reward.source", "dense.source", "eval.reward"),  # their contents are recorded
     "eval.patience",
     "model.remat",
 )
@@ -109,8 +109,23 @@ def check(config, has_critic: bool = False) -> None:
         )
     if config.train.text_dropout and config.method != "dpo":
         raise UserError(f"train.text_dropout: got {config.train.text_dropout} with {config.method}, expected 0, or dpo")
-    if config.data.pretraining and not gradients:
-        raise UserError(f"data.pretraining: got {config.data.pretraining!r} with {config.method}, expected '': leave it out")
+    data, method = config.data, config.method
+    unused = {  # key -> whether the method reads it
+        "data.pretraining": gradients and config.train.beta > 0,
+        "data.prompts": method != "dpo",
+        "data.pairs": method == "dpo",
+        "data.sets": method == "dpo" and bool(data.pairs),
+        "data.images": method == "dpo",
+    }
+    for key, read in unused.items():
+        name = key.removeprefix("data.")
+        if data[name] and not read:
+            beta = f" and train.beta={config.train.beta}" if name == "pretraining" else ""
+            raise UserError(f"{key}: got {data[name]!r} with {method}{beta}, which does not read it: leave it out")
+    if config.beta > 0 and method == "dpo":
+        raise UserError(f"beta: got {config.beta} with dpo, expected 0: preference.beta holds its model near the start")
+    if config.reward.margin > 0 and not data.images:
+        raise UserError(f"reward.margin: got {config.reward.margin} without data.images, expected 0: it is of their rewards")
 
 
 def program(model: folder.Config, config, reward=None, critic: backprop.Critic | None = None) -> programs.Program:
@@ -152,8 +167,9 @@ def texts_of(config, prompts: list[str]) -> Texts:
         return Texts(prompts, held_out[: config.eval.prompts])
     if len(prompts) <= config.eval.prompts:
         raise UserError(
-            f"data.prompts: got {len(prompts)} different prompts, expected more than the {config.eval.prompts} that are "
-            "held out for evaluation; pass more, lower --config.eval.prompts, or pass --config.data.held_out=FILE"
+            f"{'data.prompts' if config.data.prompts else preferences.NAME}: got {len(prompts)} different prompts, expected "
+            f"more than the {config.eval.prompts} that are held out for evaluation; pass more, lower --config.eval.prompts, "
+            "or pass --config.data.held_out=FILE"
         )
     chosen = set(np.random.default_rng((config.seed, 4)).permutation(len(prompts))[: config.eval.prompts].tolist())
     kept = [prompt for i, prompt in enumerate(prompts) if i not in chosen]
@@ -188,22 +204,32 @@ def train(config, workdir, reward=None, held_out=None, critic=None, cache=None, 
     sampler.plan(base.config.schedule, config.sample.sampler, config.sample.steps)
     reward, slope = rewards_of(config, reward)
     held_out = specs.reward_of(config.eval.reward) if held_out is None and config.eval.reward else held_out
-    critic = specs.critic_of(config.dense.source).model if critic is None and config.dense.source else critic
+    if critic is None and config.dense.source:
+        critic = specs.critic_of(config.dense.source).model
+        if config.dense.words > 0:
+            critic.require(f"dense.source: {config.dense.source}", "keywords")
     workdir = paths.absolute(workdir)
     watch = guard_of(config, workdir, reward, held_out, print=lambda text: run.print(text))
-    cache = diffusion_train.cache_of(cache, workdir)
+    cache, identities = diffusion_train.cache_of(cache, workdir), {}
     pairs = preferences.pairs_of(config, reward, cache) if config.method == "dpo" else None
     if pairs and jax.process_index() == 0:
         print(pairs, flush=True)
     texts = texts_of(config, pairs.preferred.prompts if pairs else sample.read_prompts(config.data.prompts))
-    tables = {"preferred": pairs.preferred, "other": pairs.other} if pairs else {}
-    if config.data.pretraining:
-        tables["pretraining"] = ImageTable(config.data.pretraining)
-    data = inputs.Inputs.of_tables(config, base, tables, [*texts.trained, *texts.held_out])
+    if pairs:
+        tables, identities = {"preferred": pairs.preferred, "other": pairs.other}, pairs.identities
+    else:
+        tables = {"pretraining": ImageTable(config.data.pretraining)} if config.data.pretraining else {}
+    every = [*texts.trained, *texts.held_out]
+    data = inputs.Inputs.of_tables(config, base, tables, every, identities)
+    for one in (reward, held_out):
+        specs.check_prompts(one, every)
+    if critic is not None:
+        diffusion_train.check_critic(critic, texts.trained)
 
     # ---- Training step ----------------------------------------------------------------------------------------------
     constants, flaws = {"vae": base.params["vae"]}, None
     if slope:
+        slope.rows(texts.held_out)  # raises for a prompt that is too long
         backprop.check_gradient(slope, texts.trained[:2], base.config)
         constants["reward"] = slope.params
         if critic is not None:
@@ -213,15 +239,13 @@ def train(config, workdir, reward=None, held_out=None, critic=None, cache=None, 
     config = training.config
     with config.unlocked():
         config.identity = data.identities | {"prompts": fingerprint(texts.trained, texts.held_out)}
-    workdirs.open_workdir(workdir, config, RESUME_MAY_DIFFER)
-    identities = {"reward": specs.identity_of(reward), "held_out": specs.identity_of(held_out, "held_out")}
-    workdirs.record(workdir / "rewards.json", identities | {"critic": specs.identity_of(critic, "critic")}, "rewards")
+    if not workdirs.is_new(workdir):
+        workdirs.open_workdir(workdir, config, RESUME_MAY_DIFFER)
     contexts = data.contexts(cache, mesh)
     constants["empty"] = contexts[-1:]
     if "reference" in training.constants:
         constants["reference"] = jax.tree.map(lambda tensor: tensor.read(), base.params["unet"])
     training = training.given({name: constants[name] for name in training.constants})
-    print_run(workdir, training)
 
     # ---- Batches ----------------------------------------------------------------------------------------------------
     batches_from, rollouts = None, None
@@ -237,6 +261,9 @@ def train(config, workdir, reward=None, held_out=None, critic=None, cache=None, 
             config, base.config, training, texts.trained, contexts, base.tokenizer, vae, reward, critic
         )
         rollouts = made.rollouts()
+    workdirs.open_workdir(workdir, config, RESUME_MAY_DIFFER)  # a new one only now, when all inputs were read
+    workdirs.record(workdir / "rewards.json", identities_of(reward, held_out, critic), "rewards")
+    print_run(workdir, training)
 
     # ---- Steps; evaluation, the best checkpoint, the trained model --------------------------------------------------
     merge = functools.partial(finetuning.merged, alpha=config.lora.alpha)
@@ -258,6 +285,8 @@ def train(config, workdir, reward=None, held_out=None, critic=None, cache=None, 
             if held_out is not None and watch.best[0] == step and (kept is None or kept < step):
                 checkpoints.save(best, step, run.params, {"value": watch.best[1]})
 
+        if held_out is not None:
+            checkpoints.best_value(best, training.params)  # sets a damaged one aside
         if watch:
             watch.resume(run.step)
         if run.step == 0:
@@ -269,10 +298,11 @@ def train(config, workdir, reward=None, held_out=None, critic=None, cache=None, 
                     run.print(f"step {step}: {config.eval.patience} evaluations without a better one: the run ends")
                     run.end()
         params, step = run.params, run.step
-        if held_out is not None:
-            checkpoints.finish(best)
-            step = checkpoints.best_step(best)
-            params = checkpoints.restore(best, step, training.params)
+        checkpoints.finish(best)
+        if (kept := best.latest_step()) is not None:
+            step, params = kept, checkpoints.restore(best, kept, training.params)
+        elif held_out is not None:
+            run.print(f"WARNING: the best model, of step {watch.best[0]}, was damaged and is lost; this is the last one")
         model = diffusion_train.on_devices(base, merged(params), mesh)
         if jax.process_index() == 0:
             if (workdir / "model").exists():  # of an earlier end: with more patience, the run goes on
@@ -294,15 +324,26 @@ def rewards_of(config, given) -> tuple[Callable | None, differentiable.Different
         expected = "expected a reward: --config.reward.source=rahf:DIR:overall"
         raise UserError(f"reward.source: got '' for {config.method}, {expected}")
     if not gradients:
+        if given is not None and not callable(given):
+            raise UserError(f"reward: got a {type(given).__name__} for {config.method}, expected a function")
         return given, None
     if not isinstance(given, differentiable.Differentiable):
         raise UserError(f"reward: got a {type(given).__name__} for {config.method}, expected a Differentiable")
     return differentiable.called(given), given
 
 
+def identities_of(reward, held_out, critic) -> dict[str, str | None]:
+    """Of what a run learns from and is watched by, which must not change while it lasts."""
+    found = {"reward": specs.identity_of(reward), "held_out": specs.identity_of(held_out, "held_out")}
+    return found | {"critic": specs.identity_of(critic, "critic")}
+
+
 def guard_of(config, workdir, reward, held_out, print) -> guard.Guard | None:
     """What watches the run; None without any reward. Raises UserError as `guard.Guard`."""
     if reward is None and held_out is None:
+        for name in ("features", "reference", "patience"):
+            if value := config.eval[name]:
+                raise UserError(f"eval.{name}: got {value!r} without a reward, expected one: --config.eval.reward=SPEC")
         return None
     features = specs.features_of(config.eval.features) if config.eval.features else None
     reference = None

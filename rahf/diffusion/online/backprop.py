@@ -1,8 +1,8 @@
 """Gradients of a differentiable reward through the sampler: ReFL (arXiv 2304.05977) and DRaFT (arXiv 2309.17400).
 
     draft    the whole sampler runs; the gradient passes through its last K steps and the VAE's decoder. With several
-             noisings (DRaFT-LV), the finished latents are noised again to the last step's level, several times, and the loss
-             is the mean over them.
+             noisings (DRaFT-LV), the finished latents are noised again to the last step's level, several times; the
+             reward is the mean over them.
     refl     the sampler runs to a random late step; the gradient passes through the clean picture predicted there.
 
     loss = -mean(min(reward, ceiling)) + beta distance + train.beta (denoising error of pre-training pairs)

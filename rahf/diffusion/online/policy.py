@@ -64,9 +64,19 @@ def draw(model: folder.Config, config, steps: Plan, mesh) -> partitioning.MeshFu
     """
     schedule, grid = model.schedule, model.unet.sample_size
     shape = grid, grid, model.vae.latent_channels
-    regional = config.dense.weight > 0
+    regional, parts = config.dense.weight > 0, config.train.accumulation_steps
 
     def drawn(params, vae, context, empty, numbers, seed):
+        def part(rows):
+            return drawn_part(params, vae, rows[0], empty, rows[1], seed)
+
+        if parts == 1:
+            return part((context, numbers))
+        rows = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), (context, numbers))
+        # Each device keeps its rows: neighbours are of different parts.
+        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), jax.lax.map(part, rows))
+
+    def drawn_part(params, vae, context, empty, numbers, seed):
         keys, unet = sample.image_keys(seed, numbers), finetuning.merged(params, config.lora.alpha)
         scale = config.rollout.guidance_scale
         predict = sample.of_contexts(model, unet, context, empty if scale > 1 else None, np.float32(scale))
@@ -115,8 +125,9 @@ def make_loss(model: folder.Config, config, steps: Plan):
     steps = jax.tree.map(np.asarray, steps)
 
     def loss_fn(params, rows, normalisers, key):
-        places, step = jnp.arange(len(rows["latents"])), rows["steps"][:, rows.get("turn", 0)]
-        x, after = (rows["latents"][places, step + i] for i in (0, 1))
+        step = rows["steps"][:, rows.get("turn", 0)]
+        of_step = jax.vmap(lambda way, i: way[i])  # so that each device reads its own rows alone
+        x, after = (of_step(rows["latents"], step + i) for i in (0, 1))
         now = jax.tree.map(lambda value: jnp.asarray(value)[step].reshape(-1, 1, 1, 1), steps)
         empty, through = params["empty"] if scale > 1 else None, None
         if "words" in rows:
@@ -130,7 +141,7 @@ def make_loss(model: folder.Config, config, steps: Plan):
             return mean_of(schedule, now, x, predict(x, now.timesteps.reshape(-1)))
 
         mean = mean_by(finetuning.merged(params, config.lora.alpha), through)
-        new, old = log_prob(after, mean, now.noise), rows["log_prob"][places, step]
+        new, old = log_prob(after, mean, now.noise), of_step(rows["log_prob"], step)
         ratio = jnp.exp((new if old.ndim == 3 else new.mean((1, 2))) - old)
         advantage, parts = rows["advantage"], normalisers["rows"] * trained
         losses = jnp.maximum(-advantage * ratio, -advantage * jnp.clip(ratio, 1 - clip, 1 + clip))

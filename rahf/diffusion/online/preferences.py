@@ -5,8 +5,8 @@
     d_w, d_l: the trained model's denoising error minus the reference's, of the preferred and of the other picture
 
 The error is the mean over the latents' pixels and channels (the paper has the sum), for one noise and one timestep that both
-networks and both pictures share. beta is all that the paper multiplies the difference with, beta T omega, the same for each
-timestep. The authors' code multiplies it with half of its `beta_dpo`: 5,000 there is 2,500 here.
+networks and both pictures share. beta is the paper's beta T omega, the same for each timestep. The authors' code multiplies
+with half of its `beta_dpo`: 5,000 there is 2,500 here.
 
 Pairs come from
 
@@ -35,6 +35,7 @@ from rahf.diffusion import finetuning, folder, inputs, side_by_side
 from rahf.diffusion.blocks import repeated
 from rahf.diffusion.online.words import token_weights, weighted
 from rahf.fingerprint import fingerprint
+from rahf.reward import specs
 from rahf.reward.image_table import ImageTable, refuse
 from richhf_data import images, input_files
 from richhf_data.errors import UserError
@@ -453,7 +454,9 @@ def batches_from(
       training: program.Training.
     """
     moments = {name: data.moments(name, cache, training.mesh) for name in ("preferred", "other")}
-    words = {name: words_of(config, data, name, critic, sign) for name, sign in (("preferred", 1), ("other", -1))}
+    words = {}
+    if config.dense.words:
+        words = {name: words_of(config, data, name, critic, sign, cache) for name, sign in (("preferred", 1), ("other", -1))}
     known = set(prompts)
     trained = np.array([prompt in known for prompt in data.tables["preferred"].prompts], np.float32)
     rows = data.rows("preferred", moments["preferred"], trained)
@@ -465,20 +468,27 @@ def batches_from(
             empty = np.random.default_rng((config.seed, 2, step)).random(size)[own] < config.train.text_dropout
             batch = {"context": contexts[np.where(empty, len(contexts) - 1, rows.text[drawn])]}
             batch |= {name: array[drawn] for name, array in moments.items()}
-            yield batch | {f"{name}_words": weights[drawn] for name, weights in words.items() if weights is not None}
+            yield batch | {f"{name}_words": np.where(empty[:, None], 1, of[drawn]) for name, of in words.items()}
 
     return batches
 
 
-def words_of(config, data: inputs.Inputs, name: str, critic, sign: int) -> np.ndarray | None:
-    """The weights of the tokens of a table's prompts, float32[n, L]; None without `dense.words`."""
-    if not config.dense.words:
-        return None
-    table, labelled = data.tables[name], []
-    decoded = (images.decode(encoded, where) for where, encoded in table.images())
-    for part in inputs.parts_of(decoded, inputs.REWARDED_AT_ONCE, f"{name}: words", len(table)):
-        first = len(labelled)
-        labelled += critic.predict(part, table.prompts[first : first + len(part)]).labelled_prompts
-    model = data.model
-    options = config.dense.words, sign, model.config.text.text.length, critic.vocabulary.written
-    return token_weights(model.tokenizer, table.prompts, labelled, *options)
+def words_of(config, data: inputs.Inputs, name: str, critic, sign: int, cache: pathlib.Path) -> np.ndarray:
+    """The weights of the tokens of a table's prompts, float32[n, L]. Cached only if the critic has an identity."""
+    table, model, identity = data.tables[name], data.model, specs.identity_of(critic, "critic")
+    length = model.config.text.text.length
+
+    def parts(done):
+        rows = itertools.islice(table.images(), done, None)
+        decoded = (images.decode(encoded, where) for where, encoded in rows)
+        for part in inputs.parts_of(decoded, inputs.REWARDED_AT_ONCE, f"{name}: words", len(table), done):
+            prompts = table.prompts[done : done + len(part)]
+            labelled = critic.predict(part, prompts).labelled_prompts
+            options = config.dense.words, sign, length, critic.vocabulary.written
+            yield hosts.agreed(token_weights(model.tokenizer, prompts, labelled, *options))
+            done += len(part)
+
+    if identity is None:
+        return np.concatenate(list(parts(0)))
+    key = fingerprint(data.identities[name], identity, config.dense.words, sign, data.identities["model"])
+    return inputs.kept(cache / f"words-{key}.npy", (len(table), length), parts)
