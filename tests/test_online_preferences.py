@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import types
 
 import cv2
 import jax
@@ -563,3 +564,30 @@ def test_the_frozen_parts_read_both_sides(held, tmp_path):
     np.testing.assert_array_equal(found["preferred"][0], found["other"][1])  # one picture
     assert np.abs(found["preferred"][1] - found["other"][0]).max() > 1e-3
     assert data.rows("other", found["other"], np.ones(2, np.float32)).text.tolist() == [0, 1]
+
+
+def test_a_dropped_prompt_has_no_misaligned_words(held, tmp_path):
+    """"cat" is misaligned in every picture; half of the batch learns without a prompt."""
+
+    def predict(images, prompts):
+        return types.SimpleNamespace(labelled_prompts=[prompt.replace("cat", "cat_0") for prompt in prompts])
+
+    pairs = preferences.of_table(pair_rows(tmp_path, ("a cat", 30, 40), ("a red cat", 90, 30)))
+    tables = {"preferred": pairs.preferred, "other": pairs.other}
+    identities = {**pairs.identities, "model": ""}
+    data = inputs.Inputs(experiments.load("sd_reward"), held, tables, ["a cat", "a red cat", ""], identities)
+    config = experiments.load("sd_online")
+    config.train.update(batch_size=8, text_dropout=0.5)
+    config.dense.words = 0.75
+    critic = types.SimpleNamespace(predict=predict, vocabulary=types.SimpleNamespace(written=str), identity="odd")
+    training = types.SimpleNamespace(mesh=partitioning.make_mesh(), own_rows=np.arange(8))
+    contexts = np.arange(3, dtype=np.float32)
+    for _ in range(2):  # the second time, from the cache
+        of = config, data, contexts, ["a cat", "a red cat"], critic, tmp_path / "cache", training
+        batch = next(preferences.batches_from(*of)(0))
+        dropped = batch["context"] == 2
+        assert 0 < dropped.sum() < 8
+        for name, weight in (("preferred_words", 0.25), ("other_words", 1.75)):
+            assert (batch[name][dropped] == 1).all()
+            assert [sorted(set(row)) for row in batch[name][~dropped]] == [sorted({1, weight})] * np.sum(~dropped)
+        critic.predict = None
