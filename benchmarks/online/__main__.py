@@ -3,10 +3,9 @@
     python -m benchmarks.online --workdir=DIR [--foundation=FEEDBACK]
 
 The base, the critic that is raised (the mean of its plausibility and alignment) and the judges of exact truth are those of
-`benchmarks.feedback`, made in workdir/foundation, or taken from a workdir of it. A second critic of another architecture,
-trained on the same labels, is never raised: it stands for what a user has to watch a run with. Every method draws as many
-pictures; those by the reward's gradient go on to about the processor time of the policy gradients. Each run is a process,
-and resumes:
+`benchmarks.feedback`, made in workdir/foundation, or taken from a workdir of it. A second critic from another seed, trained
+half as long on the same labels, is never raised: it stands for what a user has to watch a run with. Every method draws as
+many pictures. Each run is a process, and resumes:
 
     runs/NAME-SEED/evaluations.jsonl    trained and held-out critic, judges, FID, diversity, processor seconds
     table.md, curves.png, look.png, results.json
@@ -19,6 +18,7 @@ import pathlib
 import resource
 import subprocess
 import sys
+import textwrap
 import time
 
 import matplotlib
@@ -61,20 +61,23 @@ class Run:
     changes: dict
 
 
+RATES = {"ddpo": 3e-5, "grpo": 3e-5, "refl": 1e-4, "draft": 1e-4, "dpo": 3e-5}  # learning rates
 RUNS = {
     "ddpo": Run("ddpo", "ddpo", {"policy.group": 4, "policy.history": 8}),
     "grpo": Run("grpo", "grpo", {}),
-    "grpo_kl": Run("grpo, KL", "grpo", {"beta": 0.3}),
+    "grpo_fast": Run("grpo, rate 1e-4", "grpo", {"optimizer.learning_rate": 1e-4, "optimizer.final_learning_rate": 1e-4}),
+    "grpo_kl": Run("grpo, KL", "grpo", {"beta": 1.0}),
     "grpo_regions": Run("grpo, regions", "grpo", {"dense.weight": 1.0}),
     "grpo_words": Run("grpo, words", "grpo", {"dense.words": 0.5}),
     "refl": Run("refl", "refl", {}),
     "draft": Run("draft", "draft", {}),
     "draft_lv": Run("draft, 2 noisings", "draft", {"gradient.noisings": 2}),
-    "draft_kl": Run("draft, distance", "draft", {"beta": 3.0}),
+    "draft_kl": Run("draft, distance", "draft", {"beta": 1.0}),
     "draft_regions": Run("draft, regions", "draft", {"dense.weight": 0.9}),
     "dpo": Run("dpo", "dpo", {}),
     "dpo_words": Run("dpo, words", "dpo", {"dense.words": 0.5}),
 }
+DASHES = "-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1))  # of a method's variants, in figures
 WEIGHTED = "weighted"
 DRAWN_BEFORE = (WEIGHTED, "dpo", "dpo_words")  # learn from pictures that the base drew, whose processor time is theirs
 
@@ -129,7 +132,7 @@ def make_own(config, root: pathlib.Path, foundation: pathlib.Path) -> None:
     began = time.process_time()
     model, seed = foundation / "base/model", seed_of(config, 130)
     images = stages.drawn(model, texts, seed, config.feedback.sampling, root / "own.npy")
-    json_files.write(root / "own.json", {"processor_seconds": time.process_time() - began})
+    json_files.write(root / "own_seconds.json", {"processor_seconds": time.process_time() - began})
     stages.write_table(root / "own.parquet", images, texts)
 
 
@@ -142,6 +145,7 @@ def settings_of(config, root: pathlib.Path, foundation: pathlib.Path, name: str,
     """The config of an online run."""
     run, settings = RUNS[name], config.online.copy_and_resolve_references()
     settings.method = run.method
+    settings.optimizer.learning_rate = settings.optimizer.final_learning_rate = RATES[run.method]
     settings.update_from_flattened_dict(run.changes)
     settings.seed, settings.model.folder = seed_of(config, 200 + seed), str(foundation / "base/model")
     settings.reward.source = rewarded(foundation / "critic")
@@ -215,6 +219,11 @@ def at_seconds(history: list[dict], budget: float) -> dict:
     return min(history[1:] or history, key=lambda entry: abs(entry["processor_seconds"] - budget))
 
 
+def last_within_fid(history: list[dict]) -> dict:
+    """The last evaluation whose FID is at most that of the start."""
+    return [entry for entry in history if entry["judged/fid"] <= history[0]["judged/fid"]][-1]
+
+
 def row(config, label: str, entries: list[dict], peaks: list[float]) -> dict[str, str]:
     """A row of a table: means over seeds, ± their standard error, or that over prompts of a single seed."""
     found = {"": label, "seeds": str(len(entries))}
@@ -243,9 +252,9 @@ def histories(config, root: pathlib.Path) -> dict[str, list[tuple[list[dict], fl
 
 
 def tables(config, root: pathlib.Path, found) -> str:
-    """At equal pictures, at equal processor time, and what early stopping keeps; as Markdown."""
+    """At equal pictures, at equal processor time, and what the second critic and FID would keep; as Markdown."""
     markdown = functools.partial(tabulate.tabulate, headers="keys", tablefmt="github", disable_numparse=True)
-    drawn = json_files.read(root / "own.json")["processor_seconds"]
+    drawn = json_files.read(root / "own_seconds.json")["processor_seconds"]
     for name in found.keys() & set(DRAWN_BEFORE):
         for history, _ in found[name]:
             for entry in history[1:] or history:
@@ -264,7 +273,8 @@ def tables(config, root: pathlib.Path, found) -> str:
         f"{config.pictures:,} pictures each:\n\n{all_of(lambda history: history[-1])}\n\n"
         f"The evaluation nearest to {budget / 60:.1f} processor minutes:\n\n"
         f"{all_of(functools.partial(at_seconds, budget=budget))}\n\n"
-        f"The evaluation of the highest held-out critic (early stopping):\n\n{all_of(guard.best)}\n"
+        f"The evaluation of the highest held-out critic (early stopping):\n\n{all_of(guard.best)}\n\n"
+        f"The last evaluation whose FID is at most the base's:\n\n{all_of(last_within_fid)}\n"
     )
 
 
@@ -272,22 +282,24 @@ def curves(config, found) -> bytes:
     """A PNG: what the critics and the judges say while each method trains, over the pictures that it has drawn."""
     from matplotlib.figure import Figure
 
-    drawing = Figure(figsize=(12, 6.4), layout="constrained")
-    colours = {name: matplotlib.colormaps["tab20"](i) for i, name in enumerate(RUNS)}
+    drawing = Figure(figsize=(12, 6.8), layout="constrained")
+    colours, looks = dict(zip(RATES, matplotlib.colormaps["tab10"].colors, strict=False)), {}
+    for name, one in RUNS.items():
+        variants = sum(of.method == one.method for of in list(RUNS.values())[: list(RUNS).index(name)])
+        looks[name] = {"color": colours[one.method], "linestyle": DASHES[variants]}
     for axes, (key, (title, factor, _)) in zip(drawing.subplots(2, 3).flat, COLUMNS.items(), strict=True):
         for name, runs in found.items():
             if name == WEIGHTED:
                 axes.axhline(factor * np.mean([of[-1][key] for of, _ in runs]), color="#999999", linestyle="--", linewidth=1)
                 continue
-            steps = [entry["step"] * config.online.train.batch_size for entry in runs[0][0]]
-            lines = [[factor * entry[key] for entry in history] for history, _ in runs]
-            values = np.mean([line for line in lines if len(line) == len(steps)], axis=0)
-            axes.plot(steps, values, marker="o", markersize=3, linewidth=1.4, color=colours[name], label=RUNS[name].label)
+            steps = np.array([entry["step"] for entry in runs[0][0]])
+            values = np.mean([[factor * entry[key] for entry in history] for history, _ in runs], axis=0)
+            axes.plot(config.pictures * steps / steps[-1], values, marker="o", markersize=3, linewidth=1.4, label=RUNS[name].label, **looks[name])
         axes.set_title(title, fontsize=10)
         axes.tick_params(labelsize=8)
-    drawing.supxlabel("pictures drawn (dpo: rows of its batches); dashed: reward-weighted fine-tuning", fontsize=9)
+    drawing.supxlabel("pictures drawn (dpo: of those that the base drew, its steps over this width); grey: reward-weighted fine-tuning", fontsize=9)
     handles, labels = axes.get_legend_handles_labels()
-    drawing.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
+    drawing.legend(handles, labels, loc="outside upper center", ncols=7, fontsize=8)
     return stages.png_of(drawing, 100)
 
 
@@ -315,7 +327,7 @@ def look(config, root: pathlib.Path, found, shown: int = 12) -> bytes:
             cell.set(xticks=[], yticks=[])
         line[0].set_ylabel(label, fontsize=7)
     for cell, text in zip(cells[0], texts, strict=True):
-        cell.set_title(text, fontsize=6)
+        cell.set_title(textwrap.fill(text, 16), fontsize=6)
     return stages.png_of(drawing, 100)
 
 

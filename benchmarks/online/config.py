@@ -13,16 +13,15 @@ def get_config():
     config.seed = 0
     of_feedback.base.train.num_steps = 1_500  # of 2,500, to leave the time to the runs
     config.feedback = of_feedback  # base, critic and judges
-    config.pictures = 3_584  # that each method draws
-    config.evaluations = 8  # of a run, beside the one before its first step
+    config.pictures = 2_560  # that each method draws
+    config.evaluations = 5  # of a run, beside the one before its first step
     config.eval = dict(prompts=100, images=2)  # held-out pictures of each evaluation
     config.seeds = 3  # of these rows
     config.seeded = ("weighted", "draft")
 
-    held_out = experiments.load("baseline_synth_clip")  # the second critic, of another architecture
-    held_out.model.clip.vision.update(image_size=32, patch_size=4, depth=4)
-    held_out.train.num_steps = 1_500
-    held_out.eval.every = 500
+    held_out = of_feedback.critic.copy_and_resolve_references()  # the second critic, from another seed
+    held_out.train.num_steps = 750
+    held_out.eval.every = 375
     config.held_out = held_out
 
     online = experiments.load("sd_online")
