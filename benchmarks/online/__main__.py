@@ -294,10 +294,12 @@ def curves(config, found) -> bytes:
                 continue
             steps = np.array([entry["step"] for entry in runs[0][0]])
             values = np.mean([[factor * entry[key] for entry in history] for history, _ in runs], axis=0)
-            axes.plot(config.pictures * steps / steps[-1], values, marker="o", markersize=3, linewidth=1.4, label=RUNS[name].label, **looks[name])
+            options = {"marker": "o", "markersize": 3, "linewidth": 1.4, "label": RUNS[name].label} | looks[name]
+            axes.plot(config.pictures * steps / steps[-1], values, **options)
         axes.set_title(title, fontsize=10)
         axes.tick_params(labelsize=8)
-    drawing.supxlabel("pictures drawn (dpo: of those that the base drew, its steps over this width); grey: reward-weighted fine-tuning", fontsize=9)
+    below = "pictures drawn (dpo: its steps, on pictures that the base drew); grey: reward-weighted fine-tuning"
+    drawing.supxlabel(below, fontsize=9)
     handles, labels = axes.get_legend_handles_labels()
     drawing.legend(handles, labels, loc="outside upper center", ncols=7, fontsize=8)
     return stages.png_of(drawing, 100)
