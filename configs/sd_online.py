@@ -5,7 +5,7 @@ docs/online.md says which method when, and what each costs.
   command    python -m rahf.diffusion.online --config=sd_online --config.method=draft --workdir=DIR \\
                  --config.model.folder=SD15 --config.data.prompts=prompts.txt --config.reward.source=rahf:DIR:plausibility
   hardware   8 TPU v3 cores or one GPU of 80 GB
-  result     not yet measured
+  result     not yet measured; docs/results.md has the methods at small scale
 """
 
 from rahf import experiments
