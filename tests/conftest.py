@@ -63,6 +63,22 @@ def unpacked(data_dir, tmp_path_factory):
     return unpack
 
 
+@pytest.fixture(scope="session")
+def micro_folder(unpacked, tmp_path_factory) -> pathlib.Path:
+    """The folder of the smallest diffusion model, `tiny_diffusion.write_micro`."""
+    import tiny_diffusion
+
+    return tiny_diffusion.write_micro(tmp_path_factory.mktemp("micro") / "model", unpacked("diffusion_tiny") / "first")
+
+
+@pytest.fixture(scope="session")
+def micro(micro_folder):
+    """That model."""
+    from rahf.diffusion import folder
+
+    return folder.read(micro_folder)
+
+
 @pytest.fixture(scope="module")
 def standard_promotion():
     """For tests that also run code of other libraries, such as optax, which promotes types and ranks."""

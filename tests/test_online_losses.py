@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from rahf import experiments, partitioning
 from rahf import program as programs
-from rahf.diffusion import finetuning, folder, sample, schedule
+from rahf.diffusion import finetuning, sample, schedule
 from rahf.diffusion.online import backprop, policy, preferences
 from rahf.models import cpu
 from rahf.reward import differentiable
@@ -30,17 +30,7 @@ ALPHAS = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
 
 
 @pytest.fixture(scope="module")
-def place(unpacked, tmp_path_factory):
-    return tiny_diffusion.write_micro(tmp_path_factory.mktemp("micro") / "model", unpacked("diffusion_tiny") / "first")
-
-
-@pytest.fixture(scope="module")
-def held(place):
-    return folder.read(place)
-
-
-@pytest.fixture(scope="module")
-def networks(held):
+def networks(micro):
     """The UNet's prediction for one text each, and the VAE's decoder, jitted. Of inputs in float64 so are the results."""
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -76,18 +66,18 @@ def contexts():
 
 
 @pytest.fixture(scope="module")
-def ways(held, contexts):
+def ways(micro, contexts):
     """(model, regional, devices, parts) -> the way of ROWS pictures, the pictures and whether they are finite."""
 
     @functools.cache
     def of(name, regional, devices=1, parts=1):
-        model = {"noise": held.config, "velocity": velocity(held.config)}[name]
+        model = {"noise": micro.config, "velocity": velocity(micro.config)}[name]
         config = config_of(**{"dense.weight": float(regional), "train.accumulation_steps": parts})
         mesh = partitioning.make_mesh(devices=jax.devices()[:devices])
         draw = policy.draw(model, config, policy.steps_of(model.schedule, STEPS), mesh)
-        params = {"unet": held.params["unet"]}
+        params = {"unet": micro.params["unet"]}
         texts, empty, numbers = contexts[:-1], contexts[-1:], np.arange(ROWS, dtype=np.int32)
-        return jax.device_get(draw(params, held.params["vae"], texts, empty, numbers, sample.seed_data(SEED)))
+        return jax.device_get(draw(params, micro.params["vae"], texts, empty, numbers, sample.seed_data(SEED)))
 
     return of
 
@@ -126,18 +116,18 @@ def noise_of_step(i):
 
 
 @pytest.mark.parametrize("name", ["noise", "velocity"])
-def test_transitions_are_ddims(held, networks, contexts, ways, name):
+def test_transitions_are_ddims(micro, networks, contexts, ways, name):
     """Means, deviations, samples, log-probabilities. One model's are of pixels, the other's of pictures."""
     regional = name == "velocity"
     way, images, finite = ways(name, regional)
     latents = way["latents"].astype(np.float64)
     assert latents.shape == (ROWS, STEPS + 1, 4, 4, 4) and finite.all()
-    model = {"noise": held.config, "velocity": velocity(held.config)}[name]
+    model = {"noise": micro.config, "velocity": velocity(micro.config)}[name]
     shapes = policy.way_shapes(model, config_of(**{"dense.weight": float(regional)}), ROWS)
     assert {key: array.shape for key, array in way.items()} == {key: shape for key, (shape, _) in shapes.items()}
     initial = sample.noise(sample.image_keys(sample.seed_data(SEED), np.arange(ROWS)), sample.INITIAL, (4, 4, 4))
     np.testing.assert_array_equal(way["latents"][:, 0], initial)
-    predict = functools.partial(networks[0], model, held.params["unet"])
+    predict = functools.partial(networks[0], model, micro.params["unet"])
     for i, time in enumerate(TIMES):
         x, after = latents[:, i], latents[:, i + 1]
         mean, sigma = transition(name, x, guided(predict, contexts, way["latents"][:, i], time), time)
@@ -146,13 +136,13 @@ def test_transitions_are_ddims(held, networks, contexts, ways, name):
             expected = normal_log_prob(after, mean, sigma).mean((3,) if regional else (1, 2, 3))
             np.testing.assert_allclose(way["log_prob"][:, i], expected, atol=2e-4)
     assert (sigma == 0) == (name == "velocity")
-    drawn = networks[1](model, held.params["vae"], way["latents"][:, -1])
+    drawn = networks[1](model, micro.params["vae"], way["latents"][:, -1])
     np.testing.assert_allclose(images.astype(int), sample.to_uint8(np.asarray(drawn)), atol=1)
     assert images.dtype == np.uint8 and images.std() > 1
 
 
-def test_steps_without_noise_are_not_trained(held):
-    for model, count in ((held.config, 4), (velocity(held.config), 3)):
+def test_steps_without_noise_are_not_trained(micro):
+    for model, count in ((micro.config, 4), (velocity(micro.config), 3)):
         steps = policy.steps_of(model.schedule, STEPS)
         assert policy.trained_of(config_of(), steps) == np.count_nonzero(steps.noise) == count
     assert policy.trained_of(config_of(**{"policy.steps": 0.5}), steps) == 2
@@ -161,11 +151,11 @@ def test_steps_without_noise_are_not_trained(held):
         policy.steps_of(model.schedule, 2)
 
 
-def test_transitions_are_diffusers(place, contexts, ways, torch):
+def test_transitions_are_diffusers(micro_folder, contexts, ways, torch):
     """The whole pipeline with eta = 1 and our noise; and its scheduler's means and deviations on our latents."""
     diffusers = pytest.importorskip("diffusers")
     way, images, _ = ways("noise", False)
-    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(place)
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(micro_folder)
     pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.check_inputs = lambda *args, **kwargs: None  # refuses pictures of 4 x 4
@@ -235,13 +225,13 @@ def policy_config(regional, **changes):
 
 
 @pytest.fixture(scope="module")
-def policy_gradient(held, contexts):
+def policy_gradient(micro, contexts):
     """(regional, params, batch) -> loss, metrics and gradient of all turns; compiled once for each kind."""
 
     @functools.cache
     def compiled(regional):
         config = policy_config(regional)
-        loss_fn = policy.make_loss(held.config, config, policy.steps_of(held.config.schedule, STEPS))
+        loss_fn = policy.make_loss(micro.config, config, policy.steps_of(micro.config.schedule, STEPS))
 
         def of(params, fixed, batch, turn):
             def loss(params):
@@ -261,9 +251,9 @@ def policy_gradient(held, contexts):
 
 
 @pytest.mark.parametrize("regional", [False, True])
-def test_the_policys_loss_is_the_papers(held, networks, contexts, recorded, policy_gradient, regional):
+def test_the_policys_loss_is_the_papers(micro, networks, contexts, recorded, policy_gradient, regional):
     """With guidance, clipping and KL: PPO's clipped loss, step by step from the UNet's outputs; also of each pixel."""
-    batch, params = recorded(regional), held.params["unet"]
+    batch, params = recorded(regional), micro.params["unet"]
     unet, reference = scaled(NOW, params), scaled(REFERENCE, params)
     loss, metrics, _ = policy_gradient(regional, unet, reference, batch)
     losses, distances, ratios, rows = [], [], [], np.arange(ROWS)
@@ -273,7 +263,7 @@ def test_the_policys_loss_is_the_papers(held, networks, contexts, recorded, poli
         x, after = (batch["latents"][rows, step + k] for k in (0, 1))
         time = np.array(TIMES)[step]
         mean, other = (
-            transition("noise", x, guided(functools.partial(networks[0], held.config, of), contexts, x, time), time)[0]
+            transition("noise", x, guided(functools.partial(networks[0], micro.config, of), contexts, x, time), time)[0]
             for of in (unet, reference)
         )
         sigma = transition("noise", x, x, time)[1]
@@ -295,12 +285,12 @@ def test_the_policys_loss_is_the_papers(held, networks, contexts, recorded, poli
 
 
 @pytest.mark.parametrize("regional", [False, True])
-def test_the_policys_gradient_is_that_of_torch(held, place, contexts, recorded, policy_gradient, torch, regional):
+def test_the_policys_gradient_is_that_of_torch(micro, micro_folder, contexts, recorded, policy_gradient, torch, regional):
     """Through diffusers' UNet; with regional advantages, a hook weighs the gradients of the texts' keys and values."""
     diffusers = pytest.importorskip("diffusers")
-    batch, params, clip = recorded(regional), held.params["unet"], CLIP[regional]
+    batch, params, clip = recorded(regional), micro.params["unet"], CLIP[regional]
     loss, _, gradient = policy_gradient(regional, scaled(NOW, params), scaled(REFERENCE, params), batch)
-    unet = diffusers.UNet2DConditionModel.from_pretrained(place / "unet")
+    unet = diffusers.UNet2DConditionModel.from_pretrained(micro_folder / "unet")
     reference, weights = copy.deepcopy(unet).requires_grad_(False), []
     for network, factor in ((unet, NOW), (reference, REFERENCE)):
         for tensor in network.parameters():
@@ -343,12 +333,12 @@ def test_the_policys_gradient_is_that_of_torch(held, place, contexts, recorded, 
     total = torch.stack(losses).mean()
     total.backward()
     np.testing.assert_allclose(loss, total.item(), atol=2e-5)
-    tiny_diffusion.check_gradients(held.config, gradient, unet, 1e-3)
+    tiny_diffusion.check_gradients(micro.config, gradient, unet, 1e-3)
 
 
-def test_with_lora_the_reference_is_the_unet_below_it(held, contexts, recorded, policy_gradient):
-    batch, unet, rng = recorded(False), held.params["unet"], np.random.default_rng(2)
-    of = policy.program(held.config, policy_config(False, **{"lora.rank": 2, "lora.alpha": 4.0}))
+def test_with_lora_the_reference_is_the_unet_below_it(micro, contexts, recorded, policy_gradient):
+    batch, unet, rng = recorded(False), micro.params["unet"], np.random.default_rng(2)
+    of = policy.program(micro.config, policy_config(False, **{"lora.rank": 2, "lora.alpha": 4.0}))
     assert of.frozen == ("unet",) and list(of.constants) == ["empty"]
     shapes = jax.eval_shape(of.init, jax.random.key(0))["lora"]
     lora = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), nn.unbox(shapes))
@@ -360,14 +350,14 @@ def test_with_lora_the_reference_is_the_unet_below_it(held, contexts, recorded, 
         np.testing.assert_allclose(sum(metrics[name] for metrics in found), value, rtol=1e-3, atol=1e-5)
 
 
-def test_one_step_of_each_picture_can_be_trained(held, recorded):
+def test_one_step_of_each_picture_can_be_trained(micro, recorded):
     """And as many turns as steps."""
     batch = recorded(False)
     for share, turns in ((0.25, 1), (0.5, 2)):
-        of = policy.program(held.config, config_of(**{"policy.steps": share}))
+        of = policy.program(micro.config, config_of(**{"policy.steps": share}))
         assert of.turns == turns
         one = batch | {"steps": batch["steps"][:, :turns]} | ({"turn": np.int32(0)} if turns > 1 else {})
-        params = {"unet": held.params["unet"], "empty": batch["context"][:1]}
+        params = {"unet": micro.params["unet"], "empty": batch["context"][:1]}
         loss, _ = jax.eval_shape(of.loss, params, one, of.normalisers(batch), jax.random.key(0))
         assert loss.shape == ()
         shapes = {name: shape for name, (shape, _) in of.batch_shapes(ROWS).items()}
@@ -400,15 +390,15 @@ METHODS = {
 
 
 @pytest.fixture
-def in_float64(held, monkeypatch):
+def in_float64(micro, monkeypatch):
     """The model's configuration and parameters in float64, in which everything computes as long as this is used."""
     monkeypatch.setattr(jnp, "float32", jnp.float64)  # what the modules compute in, beside their dtype
     monkeypatch.setattr(cpu, "computed_once", lambda x: x)  # rounds to float32
     monkeypatch.setattr(checked, "fields", lambda *args: None)  # of a config: float64 is no dtype of ours
-    parts = {part: dataclasses.replace(getattr(held.config, part), dtype="float64") for part in ("unet", "vae")}
+    parts = {part: dataclasses.replace(getattr(micro.config, part), dtype="float64") for part in ("unet", "vae")}
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        params = jax.tree.map(lambda x: np.asarray(x, np.float64), held.params)
-        yield dataclasses.replace(held, config=dataclasses.replace(held.config, **parts), params=params)
+        params = jax.tree.map(lambda x: np.asarray(x, np.float64), micro.params)
+        yield dataclasses.replace(micro, config=dataclasses.replace(micro.config, **parts), params=params)
 
 
 def sampled_by_hand(config, model, unet_of, decode, start, now, contexts, rows, key):
@@ -535,22 +525,22 @@ def test_flaws_are_the_mean_of_a_critics_heatmaps():
 
 
 # ---- Devices --------------------------------------------------------------------------------------------------------
-def program_of(kind, held, recorded, contexts):
+def program_of(kind, micro, recorded, contexts):
     """A program, its config, its constants and a batch whose rows all differ."""
-    rng, unet, method = np.random.default_rng(6), held.params["unet"], {"gradient": "draft", "preferences": "dpo"}
+    rng, unet, method = np.random.default_rng(6), micro.params["unet"], {"gradient": "draft", "preferences": "dpo"}
     config = config_of(**{"train.batch_size": ROWS, "method": method.get(kind, "ddpo"), "beta": 0.5, "dense.words": 0.5})
-    constants = {"empty": contexts[-1:], "reference": scaled(REFERENCE, unet), "vae": held.params["vae"]}
+    constants = {"empty": contexts[-1:], "reference": scaled(REFERENCE, unet), "vae": micro.params["vae"]}
     if kind == "policy":
         config = policy_config(True, **{"train.batch_size": ROWS})
-        return policy.program(held.config, config), config, constants, recorded(True)
+        return policy.program(micro.config, config), config, constants, recorded(True)
     if kind == "gradient":
         config.update_from_flattened_dict({"beta": 0.0, "dense.weight": 0.75})
         parts = [dataclasses.replace(part, params=part.params.astype(np.float32)) for part in (REWARD, CRITIC)]
         parts = [dataclasses.replace(part, rows=lambda p, of=part.rows: of(p).astype(np.float32)) for part in parts]
-        made = backprop.program(held.config, config, *parts)
+        made = backprop.program(micro.config, config, *parts)
         constants |= {"reward": parts[0].params, "critic": parts[1].params}
     else:
-        made = preferences.program(held.config, config)
+        made = preferences.program(micro.config, config)
     shapes = made.batch_shapes(ROWS)
     batch = {name: rng.standard_normal(shape).astype(dtype) for name, (shape, dtype) in shapes.items()}
     return made, config, constants, batch
@@ -558,17 +548,17 @@ def program_of(kind, held, recorded, contexts):
 
 @pytest.mark.parametrize("kind", ["policy", "gradient", "preferences"])
 def test_a_step_is_the_same_on_one_and_on_eight_devices(
-    held, recorded, contexts, policy_gradient, standard_promotion, kind
+    micro, recorded, contexts, policy_gradient, standard_promotion, kind
 ):
     """Loss, gradient and parameters; the policy's, which draws nothing at random, with its batch in parts too."""
-    made, config, constants, batch = program_of(kind, held, recorded, contexts)
+    made, config, constants, batch = program_of(kind, micro, recorded, contexts)
     results = []
     for devices in (1, 8):
         config.train.accumulation_steps = 2 if kind == "policy" and devices == 1 else 1
         mesh = partitioning.make_mesh(devices=jax.devices()[:devices])
         training = programs.assemble(made, config, mesh, optax.sgd(0.1))
         training = training.given({name: constants[name] for name in training.constants})
-        params = {"unet": scaled(NOW, held.params["unet"])}
+        params = {"unet": scaled(NOW, micro.params["unet"])}
         params = jax.tree.map(lambda x, to: partitioning.place(x, to.sharding), params, training.params)
         placed = training.place({name: batch[name] for name in training.batch})
         state, metrics = training.step(training.init_state(params), placed)
@@ -577,10 +567,10 @@ def test_a_step_is_the_same_on_one_and_on_eight_devices(
     assert not one["skipped"] and abs(one["loss"]) > 1e-2
     for name in one:
         np.testing.assert_allclose(eight[name], one[name], rtol=1e-4, atol=1e-6, err_msg=name)
-    before = scaled(NOW, held.params["unet"])
+    before = scaled(NOW, micro.params["unet"])
     gradients = [jax.tree.map(lambda x, y: (x - y) / 0.1, before, after) for after in (one_params, eight_params)]
     if kind == "policy":
-        loss, _, gradient = policy_gradient(True, before, scaled(REFERENCE, held.params["unet"]), batch)
+        loss, _, gradient = policy_gradient(True, before, scaled(REFERENCE, micro.params["unet"]), batch)
         np.testing.assert_allclose(one["loss"], loss, rtol=1e-4)
         gradients.append(gradient)
     for leaves in zip(*map(jax.tree.leaves, gradients), strict=True):

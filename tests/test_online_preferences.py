@@ -315,16 +315,6 @@ def held(model_folder):
 
 
 @pytest.fixture(scope="module")
-def micro_folder(unpacked, tmp_path_factory):
-    return tiny_diffusion.write_micro(tmp_path_factory.mktemp("micro") / "model", unpacked("diffusion_tiny") / "first")
-
-
-@pytest.fixture(scope="module")
-def micro(micro_folder):
-    return folder.read(micro_folder)
-
-
-@pytest.fixture(scope="module")
 def batch(micro):
     rng = np.random.default_rng(0)
     shapes = preferences.batch_shapes(micro.config, PAIRS, words=True)

@@ -65,7 +65,7 @@ RATES = {"ddpo": 3e-5, "grpo": 3e-5, "refl": 1e-4, "draft": 1e-4, "dpo": 3e-5}  
 RUNS = {
     "ddpo": Run("ddpo", "ddpo", {"policy.group": 4, "policy.history": 8}),
     "grpo": Run("grpo", "grpo", {}),
-    "grpo_fast": Run("grpo, rate 1e-4", "grpo", {"optimizer.learning_rate": 1e-4, "optimizer.final_learning_rate": 1e-4}),
+    "grpo_fast": Run("grpo, rate 1e-4", "grpo", {"optimizer.learning_rate": 1e-4}),
     "grpo_kl": Run("grpo, KL", "grpo", {"beta": 1.0}),
     "grpo_regions": Run("grpo, regions", "grpo", {"dense.weight": 1.0}),
     "grpo_words": Run("grpo, words", "grpo", {"dense.words": 0.5}),
@@ -80,7 +80,6 @@ RUNS = {
 }
 DASHES = "-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1))  # of a method's variants, in figures
 WEIGHTED = "weighted"
-DRAWN_BEFORE = (WEIGHTED, "dpo", "dpo_words")  # learn from pictures that the base drew, whose processor time is theirs
 
 
 def check(config) -> None:
@@ -146,8 +145,9 @@ def settings_of(config, root: pathlib.Path, foundation: pathlib.Path, name: str,
     """The config of an online run."""
     run, settings = RUNS[name], config.online.copy_and_resolve_references()
     settings.method = run.method
-    settings.optimizer.learning_rate = settings.optimizer.final_learning_rate = RATES[run.method]
+    settings.optimizer.learning_rate = RATES[run.method]
     settings.update_from_flattened_dict(run.changes)
+    settings.optimizer.final_learning_rate = settings.optimizer.learning_rate
     settings.seed, settings.model.folder = seed_of(config, 200 + seed), str(foundation / "base/model")
     settings.reward.source = rewarded(foundation / "critic")
     settings.data.held_out = str(root / "held_out.txt")
@@ -225,7 +225,7 @@ def last_within_fid(history: list[dict]) -> dict:
     return [entry for entry in history if entry["judged/fid"] <= history[0]["judged/fid"]][-1]
 
 
-def row(config, label: str, entries: list[dict], peaks: list[float]) -> dict[str, str]:
+def row(label: str, entries: list[dict], peaks: list[float]) -> dict[str, str]:
     """A row of a table: means over seeds, ± their standard error, or that over prompts of a single seed."""
     found = {"": label, "seeds": str(len(entries))}
     for key, (title, factor, decimals) in COLUMNS.items():
@@ -242,32 +242,34 @@ def row(config, label: str, entries: list[dict], peaks: list[float]) -> dict[str
 
 
 def histories(config, root: pathlib.Path) -> dict[str, list[tuple[list[dict], float]]]:
-    """name -> (evaluations, peak of memory in GiB) of each finished seed."""
-    found = {}
+    """name -> (evaluations, peak of memory in GiB) of each finished seed.
+
+    The processor time of what learns from pictures that the base drew includes theirs.
+    """
+    found, drawn = {}, json_files.read(root / "own_seconds.json")["processor_seconds"]
     for name, seed in runs_of(config):
         place = root / "runs" / f"{name}-{seed}"
         if (place / "peak.json").is_file():
             peak = json_files.read(place / "peak.json")["peak_gib"]
-            found.setdefault(name, []).append((guard.read_history(epath.Path(place / guard.HISTORY)), peak))
+            history = guard.read_history(epath.Path(place / guard.HISTORY))
+            for entry in history:
+                if entry["step"] > 0 and (name == WEIGHTED or RUNS[name].method == "dpo"):
+                    entry["processor_seconds"] += drawn
+            found.setdefault(name, []).append((history, peak))
     return found
 
 
-def tables(config, root: pathlib.Path, found) -> str:
+def tables(config, found) -> str:
     """At equal pictures, at equal processor time, and what the second critic and FID would keep; as Markdown."""
     markdown = functools.partial(tabulate.tabulate, headers="keys", tablefmt="github", disable_numparse=True)
-    drawn = json_files.read(root / "own_seconds.json")["processor_seconds"]
-    for name in found.keys() & set(DRAWN_BEFORE):
-        for history, _ in found[name]:
-            for entry in history[1:] or history:
-                entry["processor_seconds"] += drawn
-    base = next(runs[0][0][0] for name, runs in found.items() if name != WEIGHTED) | {"processor_seconds": 0}
+    base = next(runs[0][0][0] for name, runs in found.items() if name != WEIGHTED)
     budget = min(history[-1]["processor_seconds"] for runs in found.values() for history, _ in runs)
 
     def all_of(choose):
-        rows = [row(config, "base", [base], [])]
+        rows = [row("base", [base], [])]
         for name, runs in found.items():
             label = "reward-weighted" if name == WEIGHTED else RUNS[name].label
-            rows.append(row(config, label, [choose(history) for history, _ in runs], [peak for _, peak in runs]))
+            rows.append(row(label, [choose(history) for history, _ in runs], [peak for _, peak in runs]))
         return markdown(rows)
 
     return (
@@ -365,7 +367,7 @@ def report(config, root: pathlib.Path, stage: stages.Timed) -> None:
     found = histories(config, root)
     if not {WEIGHTED, "grpo"} <= found.keys():
         return
-    text = f"{tables(config, root, found)}\n{stage.summary()}\n"
+    text = f"{tables(config, found)}\n{stage.summary()}\n"
     dropped = "shares", "prompts"
     keep = {
         name: [

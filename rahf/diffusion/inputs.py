@@ -214,8 +214,29 @@ def fingerprint_of_table(table: ImageTable, desc: str) -> str:
     return fingerprint(table.prompts, [hashlib.sha256(encoded).hexdigest() for part in parts for _, encoded in part])
 
 
+def of_images(
+    table: ImageTable, function: Callable, desc: str, place: pathlib.Path | None, shape: tuple[int, ...], shown=None
+) -> np.ndarray:
+    """What a function gives for a table's images, float32[*shape], part by part. Every host has it of process 0.
+
+    Args:
+      function: (B decoded images, their prompts) -> float32[B, ...].
+      place: the file in which it is `kept`, or None. shown: number of rows to skip -> the images; as they are by default.
+    """
+
+    def as_they_are(done):
+        return (images.decode(encoded, where) for where, encoded in itertools.islice(table.images(), done, None))
+
+    def parts(done):
+        for part in parts_of((shown or as_they_are)(done), REWARDED_AT_ONCE, desc, len(table), done):
+            yield hosts.agreed(function(part, table.prompts[done : done + len(part)]))
+            done += len(part)
+
+    return np.concatenate(list(parts(0))) if place is None else np.asarray(kept(place, shape, parts))
+
+
 def rewards_of(table: ImageTable, digest: str, reward: Callable, cache: pathlib.Path) -> np.ndarray:
-    """The rewards of a table, float32[n]. Cached only if the reward has an identity (reward/specs.py).
+    """The rewards of a table, float32[n], of process 0. Cached only if the reward has an identity (reward/specs.py).
 
     Args:
       digest: `fingerprint_of_table`.
@@ -225,17 +246,11 @@ def rewards_of(table: ImageTable, digest: str, reward: Callable, cache: pathlib.
     """
     identity = specs.identity_of(reward)
 
-    def parts(done):
-        rows = itertools.islice(table.images(), done, None)
-        decoded_rows = (images.decode(encoded, where) for where, encoded in rows)
-        for part in parts_of(decoded_rows, REWARDED_AT_ONCE, "rewards", len(table), done):
-            batch = np.stack(part) if len({image.shape for image in part}) == 1 else part
-            yield specs.checked(reward, batch, table.prompts[done : done + len(part)])
-            done += len(part)
+    def rewards(part, prompts):
+        return specs.checked(reward, np.stack(part) if len({image.shape for image in part}) == 1 else part, prompts)
 
-    if identity is None:
-        return np.concatenate(list(parts(0)))
-    return np.asarray(kept(cache / f"rewards-{fingerprint(digest, identity)}.npy", (len(table),), parts))
+    place = identity and cache / f"rewards-{fingerprint(digest, identity)}.npy"
+    return of_images(table, rewards, "rewards", place, (len(table),))
 
 
 def heatmaps_of(critic, images: np.ndarray, prompts: Sequence[str], grid: int) -> np.ndarray:
@@ -351,7 +366,7 @@ class Inputs:
 
     def rewards(self, reward: Callable, cache: pathlib.Path) -> np.ndarray:
         """The rewards of the model's own images, float32[n]. As `rewards_of`."""
-        return hosts.agreed(rewards_of(self.tables["images"], self.identities["images"], reward, cache))
+        return rewards_of(self.tables["images"], self.identities["images"], reward, cache)
 
     def heatmaps(self, critic, cache: pathlib.Path) -> np.ndarray:
         """A critic's heatmaps of the model's own images as the UNet sees them, float32[n, h, w, 2], as `heatmaps_of`.
@@ -365,16 +380,12 @@ class Inputs:
         grid, resize = self.model.config.unet.sample_size, self.config.data.resize
         size = grid * self.model.config.vae.factor
 
-        def parts(done):
-            for part in parts_of(decoded(table, size, resize, done), REWARDED_AT_ONCE, "heatmaps", len(table), done):
-                found = heatmaps_of(critic, np.stack(part), table.prompts[done : done + len(part)], grid)
-                yield hosts.agreed(found)
-                done += len(part)
+        def heatmaps(part, prompts):
+            return heatmaps_of(critic, np.stack(part), prompts, grid)
 
-        if identity is None:
-            return np.concatenate(list(parts(0)))
-        key = fingerprint(self.identities["images"], size, grid, resize, identity)
-        return kept(cache / f"regions-{key}.npy", (len(table), grid, grid, len(schema.HEATMAPS)), parts)
+        place = identity and cache / f"regions-{fingerprint(self.identities['images'], size, grid, resize, identity)}.npy"
+        shown = functools.partial(decoded, table, size, resize)
+        return of_images(table, heatmaps, "heatmaps", place, (len(table), grid, grid, len(schema.HEATMAPS)), shown)
 
     def rows(self, name: str, moments: np.ndarray, weight: np.ndarray, region: np.ndarray | None = None) -> Rows:
         """The rows of a table with their moments and weights."""

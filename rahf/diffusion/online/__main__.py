@@ -109,20 +109,19 @@ def check(config, has_critic: bool = False) -> None:
         )
     if config.train.text_dropout and config.method != "dpo":
         raise UserError(f"train.text_dropout: got {config.train.text_dropout} with {config.method}, expected 0, or dpo")
-    data, method = config.data, config.method
-    unused = {  # key -> whether the method reads it
-        "data.pretraining": gradients and config.train.beta > 0,
-        "data.prompts": method != "dpo",
-        "data.pairs": method == "dpo",
-        "data.sets": method == "dpo" and bool(data.pairs),
-        "data.images": method == "dpo",
+    data, preferred = config.data, config.method == "dpo"
+    reads = {
+        "prompts": not preferred,
+        "pairs": preferred,
+        "sets": preferred and bool(data.pairs),
+        "images": preferred,
+        "pretraining": gradients and config.train.beta > 0,
     }
-    for key, read in unused.items():
-        name = key.removeprefix("data.")
+    for name, read in reads.items():
         if data[name] and not read:
-            beta = f" and train.beta={config.train.beta}" if name == "pretraining" else ""
-            raise UserError(f"{key}: got {data[name]!r} with {method}{beta}, which does not read it: leave it out")
-    if config.beta > 0 and method == "dpo":
+            given = config.method + (f" and train.beta={config.train.beta}" if name == "pretraining" else "")
+            raise UserError(f"data.{name}: got {data[name]!r} with {given}, which does not read it: leave it out")
+    if config.beta > 0 and preferred:
         raise UserError(f"beta: got {config.beta} with dpo, expected 0: preference.beta holds its model near the start")
     if config.reward.margin > 0 and not data.images:
         raise UserError(f"reward.margin: got {config.reward.margin} without data.images, expected 0: it is of their rewards")

@@ -29,7 +29,6 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet
 
-from rahf import hosts
 from rahf import program as programs
 from rahf.diffusion import finetuning, folder, inputs, side_by_side
 from rahf.diffusion.blocks import repeated
@@ -419,8 +418,7 @@ def pairs_of(config, reward: Callable | None, cache: pathlib.Path) -> Pairs:
     if data.images:
         table = ImageTable(data.images)
         digest = inputs.fingerprint_of_table(table, "images: digest")
-        rewards = hosts.agreed(inputs.rewards_of(table, digest, reward, cache))
-        return of_rewards(table, rewards, config.reward.margin)
+        return of_rewards(table, inputs.rewards_of(table, digest, reward, cache), config.reward.margin)
     if data.sets:
         return of_responses(data.pairs, sets_of(data.sets))
     files = input_files.matches(data.pairs)
@@ -476,19 +474,13 @@ def batches_from(
 def words_of(config, data: inputs.Inputs, name: str, critic, sign: int, cache: pathlib.Path) -> np.ndarray:
     """The weights of the tokens of a table's prompts, float32[n, L]. Cached only if the critic has an identity."""
     table, model, identity = data.tables[name], data.model, specs.identity_of(critic, "critic")
-    length = model.config.text.text.length
+    length, place = model.config.text.text.length, None
 
-    def parts(done):
-        rows = itertools.islice(table.images(), done, None)
-        decoded = (images.decode(encoded, where) for where, encoded in rows)
-        for part in inputs.parts_of(decoded, inputs.REWARDED_AT_ONCE, f"{name}: words", len(table), done):
-            prompts = table.prompts[done : done + len(part)]
-            labelled = critic.predict(part, prompts).labelled_prompts
-            options = config.dense.words, sign, length, critic.vocabulary.written
-            yield hosts.agreed(token_weights(model.tokenizer, prompts, labelled, *options))
-            done += len(part)
+    def weights(part, prompts):
+        labelled = critic.predict(part, prompts).labelled_prompts
+        return token_weights(model.tokenizer, prompts, labelled, config.dense.words, sign, length, critic.vocabulary.written)
 
-    if identity is None:
-        return np.concatenate(list(parts(0)))
-    key = fingerprint(data.identities[name], identity, config.dense.words, sign, data.identities["model"])
-    return inputs.kept(cache / f"words-{key}.npy", (len(table), length), parts)
+    if identity is not None:
+        key = fingerprint(data.identities[name], identity, config.dense.words, sign, data.identities["model"])
+        place = cache / f"words-{key}.npy"
+    return inputs.of_images(table, weights, f"{name}: words", place, (len(table), length))
