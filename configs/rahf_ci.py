@@ -20,7 +20,8 @@ def get_config():
         heatmap_head=dict(filters=(8,), deconv_filters=(8, 4), output_hidden=4, strips=2),
     )
     config.data.num_workers = 0
-    config.optimizer.update(kind="adamw", warmup_steps=2)  # quicker to compile than muon
+    # Quicker to compile than muon; and every `train.num_steps` has the same program, so that it is compiled once.
+    config.optimizer.update(kind="adamw", schedule="rsqrt", warmup_steps=2)
     config.train.update(batch_size=8, num_steps=4)
     config.eval.update(every=2, batch_size=8, num_examples=8)
     return config

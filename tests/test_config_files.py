@@ -65,8 +65,8 @@ def release(file):
     notes = readers.release.release_notes(file.parent)
     notes["vit"] = HEADS | notes["vit"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "param_shapes", lambda *arguments: {})
-        patch.setattr(readers, "matched", lambda *arguments: {})
+        patch.setattr(readers.release, "param_shapes", lambda *arguments: {})
+        patch.setattr(readers.release, "matched", lambda *arguments: {})
         return readers.release.rahf_from_release(release_tensors(), notes, f"RAHF {file.parent}")
 
 

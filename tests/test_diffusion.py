@@ -338,11 +338,10 @@ def primitives(jaxpr):
             yield from primitives(inner)
 
 
-def test_texts_in_succession_give_what_repeated_latents_give(tiny):
-    model = folder.read(tiny("first"))
-    inputs = tiny_diffusion.parts_inputs(dataclasses.asdict(model.config.unet))
+def test_texts_in_succession_give_what_repeated_latents_give(micro):
+    inputs = tiny_diffusion.parts_inputs(dataclasses.asdict(micro.config.unet))
     latents, context = inputs["latents"], np.concatenate([inputs["context"], 2 * inputs["context"]])
-    unet = model.config.modules["unet"].apply
+    unet = micro.config.modules["unet"].apply
 
     @jax.jit
     def both(variables, timesteps):
@@ -350,7 +349,7 @@ def test_texts_in_succession_give_what_repeated_latents_give(tiny):
         expected = unet(variables, np.repeat(latents, 2, axis=0), jnp.repeat(timesteps, 2), context)
         return expected, unet(variables, latents, timesteps, text)
 
-    expected, found = both({"params": model.params["unet"]}, inputs["timesteps"])
+    expected, found = both({"params": micro.params["unet"]}, inputs["timesteps"])
     assert expected.shape == (4, *latents.shape[1:])
     np.testing.assert_allclose(found, expected, atol=1e-6 * np.abs(expected).max())
 
@@ -440,15 +439,15 @@ def command(tmp_path, *arguments):
     return done.returncode, done.stdout, done.stderr
 
 
-def test_the_command_writes_pictures_that_predict_reads(tiny, tmp_path):
+def test_the_command_writes_pictures_that_predict_reads(micro_folder, micro, tmp_path):
     image, output = tmp_path / "image.png", tmp_path / "out"
-    PIL.Image.fromarray(tiny_diffusion.picture(16)).save(image)
-    arguments = [f"--model={tiny('first')}", f"--output={output}", "--sampler=dpm++", "--steps=5", f"--image={image}"]
+    PIL.Image.fromarray(tiny_diffusion.picture(4)).save(image)
+    arguments = [f"--model={micro_folder}", f"--output={output}", "--sampler=dpm++", "--steps=5", f"--image={image}"]
     status, out, err = command(tmp_path, *arguments, *(f"--prompt={p}" for p in PROMPTS), "--num_images=2", "--batch_size=3")
     assert status == 0, err
     assert "4 images" in out and "8/8" in err  # two batches of 4 steps
-    prompts, picture = np.repeat(PROMPTS, 2).tolist(), tiny_diffusion.picture(16)
-    expected = sample.generate(folder.read(tiny("first")), prompts, steps=5, sampler="dpm++", image=picture)
+    prompts, picture = np.repeat(PROMPTS, 2).tolist(), tiny_diffusion.picture(4)
+    expected = sample.generate(micro, prompts, steps=5, sampler="dpm++", image=picture)
     inputs = predict.read_inputs(str(output / "images.jsonl"), None)
     assert [prompt for _, prompt in inputs] == prompts
     for (path, _), pixels in zip(inputs, sample.to_uint8(expected), strict=True):
@@ -457,12 +456,12 @@ def test_the_command_writes_pictures_that_predict_reads(tiny, tmp_path):
     assert status == 2 and err.splitlines()[-1].startswith("error: output: ") and "Traceback" not in err
 
 
-def test_a_killed_run_goes_on_and_draws_nothing_twice(tiny, tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_and_draws_nothing_twice(micro_folder, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("cat\n\n  a red cat \nred\n")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a red cat"}\n{"prompt": "red", "kind": 1}\n')
     options = {name: None for name in ("prompt", "image", "mask", "height", "width", "strength", "dtype", "vae_tile")}
     options |= {"num_images": 2, "batch_size": 3, "steps": 2, "sampler": "ddim", "guidance_scale": 3.0, "attention": "auto"}
-    options |= {"seed": 1, "negative_prompt": "", "truncate": False, "model": tiny("first"), "guide": None}
+    options |= {"seed": 1, "negative_prompt": "", "truncate": False, "model": micro_folder, "guide": None}
     options |= {f"guide_{name}": None for name in sample.GUIDE}
 
     def run(output, **changes):

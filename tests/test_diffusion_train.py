@@ -59,13 +59,13 @@ def blocks(maps, by):
     return maps.reshape(rows, height // by, by, width // by, by).mean((2, 4))
 
 
-def config_of(model_folder, tmp_path, **changes):
-    """A run of six steps on both kinds of rows."""
+def config_of(model_folder, tmp_path, size=16, **changes):
+    """A run of six steps on both kinds of rows, of pictures as large as the model's."""
     config = experiments.load("sd_reward")
     config.model.update(folder=str(model_folder), dtype="float32", remat=False)
     for name, count in (("images", 10), ("pretraining", 6)):
         place = tmp_path / name
-        config.data[name] = str(place) if place.exists() else table(place, count, count)
+        config.data[name] = str(place) if place.exists() else table(place, count, count, size=size)
     config.train.update(batch_size=8, num_steps=6)
     config.optimizer.update(warmup_steps=1, learning_rate=1e-2)
     config.sample.update(every=3, steps=2, prompts=("a red cat",))
@@ -146,17 +146,17 @@ def test_loss_is_the_weighted_denoising_error(model_folder):
     assert loss_of(batch | {"region": np.zeros_like(region)})["reward_weighted"] == 0
 
 
-def test_a_step_is_the_same_on_one_and_on_eight_devices(model_folder, tmp_path):
+def test_a_step_is_the_same_on_one_and_on_eight_devices(micro_folder, micro, tmp_path):
     """Each device has other weights of rows and pixels: an average of averages would differ. So must a step's moments."""
-    config, held, results = config_of(model_folder, tmp_path, **{"train.beta": 0.5}), folder.read(model_folder), []
-    batch = batch_of(held.config, 16)
+    config, results = config_of(micro_folder, tmp_path, **{"train.beta": 0.5}), []
+    batch = batch_of(micro.config, 16)
     per_device = [np.sum(part["weight"]) for part in (jax.tree.map(lambda x, i=i: x[2 * i :][:2], batch) for i in range(8))]
     assert len(set(per_device)) > 4
     for devices, model_axis in ((1, 1), (8, 2)):
         config.mesh.model = model_axis
         mesh = partitioning.mesh_of(config.mesh, jax.devices()[:devices])
-        training = programs.assemble(finetuning.program(held.config, config, regions=True), config, mesh)
-        params = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), {"unet": held.params["unet"]}, training.params)
+        training = programs.assemble(finetuning.program(micro.config, config, regions=True), config, mesh)
+        params = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), {"unet": micro.params["unet"]}, training.params)
         step = jax.device_put(np.int32(2), training.state["step"].sharding)
         state, metrics = training.step(training.init_state(params) | {"step": step}, training.place(batch))
         results.append(jax.device_get((metrics, state["opt_state"][1][0].mu["unet"])))
@@ -358,12 +358,14 @@ def test_a_critic_that_gives_no_heatmaps_is_refused(maps, message):
 
 
 # ---- Runs -----------------------------------------------------------------------------------------------------------
-def test_a_killed_run_ends_with_the_same_bits(model_folder, tmp_path, monkeypatch, capsys):
-    config = config_of(model_folder, tmp_path)
+def test_a_killed_run_ends_with_the_same_bits(micro_folder, tmp_path, monkeypatch, capsys):
+    config = config_of(micro_folder, tmp_path, size=4)
     train.train(config, tmp_path / "whole", brightness, critic=Critic())
     printed = capsys.readouterr().out
-    assert "rewards of 10 images: mean 0.4966, 0.4821 to 0.505; raw weights" in printed
-    assert "regions of 10 images: mean weight 0.4966, " in printed
+    means = [np.asarray(PIL.Image.open(picture)).mean() / 255 for picture in (tmp_path / "images").glob("*.png")]
+    mean = np.mean(means)
+    assert f"rewards of 10 images: mean {mean:.4g}, {min(means):.4g} to {max(means):.4g}; raw weights" in printed
+    assert f"regions of 10 images: mean weight {mean:.4g}, " in printed
 
     def killed(*args, **kwargs):
         raise KeyboardInterrupt
@@ -373,7 +375,8 @@ def test_a_killed_run_ends_with_the_same_bits(model_folder, tmp_path, monkeypatc
         train.train(config, tmp_path / "killed", brightness, critic=Critic())
     train.train(config, tmp_path / "killed", brightness, critic=Critic())
     assert "resumed from step 3" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"(?s)other rewards or regions:.*mean: it began with 0.4966.*this is 0.9932"):
+    other = rf"(?s)other rewards or regions:.*mean: it began with {mean:.3f}.*this is {2 * mean:.3f}"
+    with pytest.raises(ValueError, match=other):
         train.train(config, tmp_path / "killed", lambda images, prompts: 2 * brightness(images, prompts), critic=Critic())
     for critic in (Critic("other", by=4), None):
         with pytest.raises(ValueError, match=r"(?s)a run with other rewards.*regions: it began with '[0-9a-f]{16}', this"):
@@ -381,7 +384,7 @@ def test_a_killed_run_ends_with_the_same_bits(model_folder, tmp_path, monkeypatc
     unets = [tmp_path / name / "model/unet/diffusion_pytorch_model.safetensors" for name in ("whole", "killed")]
     assert unets[0].read_bytes() == unets[1].read_bytes()
 
-    trained, start = folder.read(tmp_path / "whole/model"), folder.read(model_folder)
+    trained, start = folder.read(tmp_path / "whole/model"), folder.read(micro_folder)
     changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), trained.params, start.params)
     assert all(jax.tree.leaves(changed["unet"])) and not any(jax.tree.leaves([changed["vae"], changed["text_encoder"]]))
     grids = [PIL.Image.open(tmp_path / "whole/samples" / f"step_0000000{step}.png") for step in (3, 6)]
@@ -390,14 +393,14 @@ def test_a_killed_run_ends_with_the_same_bits(model_folder, tmp_path, monkeypatc
     assert (np.asarray(grids[0]) != np.asarray(grids[1])).any()
 
 
-def test_pairs_alone_train_and_lora_is_written_merged(model_folder, tmp_path):
+def test_pairs_alone_train_and_lora_is_written_merged(micro_folder, tmp_path):
     """And it changes the attention alone."""
-    config = config_of(model_folder, tmp_path, **{"lora.rank": 2, "data.images": ""})
+    config = config_of(micro_folder, tmp_path, size=4, **{"lora.rank": 2, "data.images": ""})
     config.train.num_steps = 3
     train.train(config, tmp_path / "run")
     before, after = (
         safetensors.numpy.load_file(pathlib.Path(place) / "unet/diffusion_pytorch_model.safetensors")
-        for place in (model_folder, tmp_path / "run/model")
+        for place in (micro_folder, tmp_path / "run/model")
     )
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     assert changed and all(any(f".{part}." in name for part in finetuning.ADAPTED) for name in changed)

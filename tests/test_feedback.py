@@ -45,7 +45,6 @@ def _config(**data):
     config = experiments.load("rahf_ci")
     config.data.update(source="seqio", text_length=60, keyword_length=60, **data)
     config.train.update(num_steps=1, batch_size=16)
-    config.optimizer.warmup_steps = 0
     config.eval.update(every=1, num_examples=6)
     return config
 

@@ -23,7 +23,6 @@ def test_a_run_lives_in_a_bucket(tmp_path):
         "NO_GCE_CHECK": "true",
         "EPATH_USE_TF": "false",  # whose file system cannot be told another address
         "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
         "XLA_FLAGS": quick_xla.FLAGS,
     }
 

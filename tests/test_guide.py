@@ -31,12 +31,6 @@ def wavy(images):
 SCORE = differentiable.of_function(wavy)
 
 
-@pytest.fixture(scope="module")
-def tiny(unpacked):
-    """name of `tiny_diffusion.MODELS` -> the model."""
-    return functools.cache(lambda name: folder.read(tiny_diffusion.write_weights(unpacked("diffusion_tiny") / name)))
-
-
 def drawn(model, prompts=PROMPTS, **options):
     given = {"seed": SEED, "negative_prompt": NEGATIVE, "steps": STEPS, "guidance_scale": GUIDANCE} | options
     return sample.generate(model, prompts, **given)
@@ -53,21 +47,20 @@ def critic(dtype="float32"):
 
 
 # ---- The gradient ---------------------------------------------------------------------------------------------------
-def test_the_gradient_is_that_of_a_finite_difference(tiny, monkeypatch, standard_promotion):
+def test_the_gradient_is_that_of_a_finite_difference(micro, monkeypatch, standard_promotion):
     """In float64: of the score of the decoded clean picture, with respect to the noised latents, with guidance."""
     of_critic = critic("float64")
     monkeypatch.setattr(jnp, "float32", jnp.float64)  # what the modules compute in, beside their dtype
     monkeypatch.setattr(cpu, "computed_once", lambda x: x)  # rounds to float32
     with jax.enable_x64(True):
-        model = tiny("first")
         parts = {}
         for name in ("unet", "vae", "text"):
-            parts[name] = dataclasses.replace(getattr(model.config, name))
+            parts[name] = dataclasses.replace(getattr(micro.config, name))
             object.__setattr__(parts[name], "dtype", "float64")
-        config = dataclasses.replace(model.config, **parts)
-        params, of_score = jax.tree.map(lambda x: np.asarray(x, np.float64), (model.params, of_critic.params))
-        ids, negative = model.text_ids(PROMPTS), model.text_ids([NEGATIVE])
-        x = np.random.default_rng(0).standard_normal((2, 8, 8, 4))
+        config = dataclasses.replace(micro.config, **parts)
+        params, of_score = jax.tree.map(lambda x: np.asarray(x, np.float64), (micro.params, of_critic.params))
+        ids, negative = micro.text_ids(PROMPTS), micro.text_ids([NEGATIVE])
+        x = np.random.default_rng(0).standard_normal((2, 4, 4, 4))
         steps = plan(config.schedule, "ddim", STEPS)
         now = jax.tree.map(lambda row: row[1], steps)
         alpha = np.float64(now.alpha)
@@ -107,43 +100,42 @@ def test_a_score_is_that_of_the_reward(tmp_path):
 
 
 # ---- Sampling -------------------------------------------------------------------------------------------------------
-def test_without_a_scale_the_pictures_are_those_of_no_guide(tiny):
-    plain = drawn(tiny("first"))
-    np.testing.assert_array_equal(drawn(tiny("first"), guide=guide.Guidance(SCORE, scale=0.0)), plain)
-    assert np.abs(drawn(tiny("first"), guide=guide.Guidance(SCORE, scale=10.0)) - plain).max() > 1e-3
+def test_without_a_scale_the_pictures_are_those_of_no_guide(micro):
+    plain = drawn(micro)
+    np.testing.assert_array_equal(drawn(micro, guide=guide.Guidance(SCORE, scale=0.0)), plain)
+    assert np.abs(drawn(micro, guide=guide.Guidance(SCORE, scale=10.0)) - plain).max() > 1e-3
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_guidance_raises_the_score(tiny, sampler):
-    plain = drawn(tiny("first"), sampler=sampler)
+def test_guidance_raises_the_score(micro, sampler):
+    plain = drawn(micro, sampler=sampler)
     for options in ({"scale": 200.0}, {"scale": 0.0, "backward_steps": 3, "backward_rate": 30.0}):
-        guided = drawn(tiny("first"), sampler=sampler, guide=guide.Guidance(SCORE, **options))
+        guided = drawn(micro, sampler=sampler, guide=guide.Guidance(SCORE, **options))
         assert (wavy(guided) > wavy(plain)).all(), options
 
 
-def test_the_velocity_and_no_classifier_free_guidance_are_guided_too(tiny):
-    model = tiny("first")
-    schedule = dataclasses.replace(model.config.schedule, prediction_type="v_prediction")
-    model = dataclasses.replace(model, config=dataclasses.replace(model.config, schedule=schedule))
+def test_the_velocity_and_no_classifier_free_guidance_are_guided_too(micro):
+    schedule = dataclasses.replace(micro.config.schedule, prediction_type="v_prediction")
+    model = dataclasses.replace(micro, config=dataclasses.replace(micro.config, schedule=schedule))
     little, much = (drawn(model, guidance_scale=1.0, guide=guide.Guidance(SCORE, scale=scale)) for scale in (1e-6, 50.0))
     assert (wavy(much) > wavy(little)).all()
 
 
-def test_steps_outside_of_the_span_are_not_guided(tiny):
+def test_steps_outside_of_the_span_are_not_guided(micro):
     half = guide.Guidance(SCORE, scale=10.0, recurrence=2, start=0.5, end=0.75)
     assert half.active(STEPS).tolist() == [False, False, True, False]
-    plain, part, whole = (drawn(tiny("first"), guide=one) for one in (None, half, guide.Guidance(SCORE, scale=10.0)))
+    plain, part, whole = (drawn(micro, guide=one) for one in (None, half, guide.Guidance(SCORE, scale=10.0)))
     assert np.abs(part - plain).max() > 1e-4 and np.abs(part - whole).max() > 1e-4
 
 
-def test_images_do_not_depend_on_the_devices(tiny):
+def test_images_do_not_depend_on_the_devices(micro):
     ids = critic().rows(PROMPTS)
     score = dataclasses.replace(critic(), rows=lambda prompts: np.stack([ids[PROMPTS.index(p)] for p in prompts]))
     of_critic = guide.Guidance(score, scale=30.0)
-    mesh, model, prompts = partitioning.make_mesh(), tiny("first"), PROMPTS * 4
-    one = drawn(model, prompts, guide=of_critic, sampler="ddpm")
-    placed = jax.tree.map(lambda x: partitioning.place(np.asarray(x), partitioning.replicated(mesh)), model.params)
-    eight = drawn(dataclasses.replace(model, params=placed), prompts, guide=of_critic, sampler="ddpm", mesh=mesh)
+    mesh, prompts = partitioning.make_mesh(), PROMPTS * 4
+    one = drawn(micro, prompts, guide=of_critic, sampler="ddpm")
+    placed = jax.tree.map(lambda x: partitioning.place(np.asarray(x), partitioning.replicated(mesh)), micro.params)
+    eight = drawn(dataclasses.replace(micro, params=placed), prompts, guide=of_critic, sampler="ddpm", mesh=mesh)
     np.testing.assert_allclose(one, eight, atol=2e-5)
 
 
@@ -215,13 +207,13 @@ def constant(images):
     return jnp.zeros(len(images)) + 0.5
 
 
-def test_what_cannot_guide_is_refused(tiny):
+def test_what_cannot_guide_is_refused(micro):
     with pytest.raises(UserError, match="guide: the gradient of the score is 0 in all 4 guided steps"):
-        drawn(tiny("first"), guide=guide.Guidance(differentiable.of_function(constant), scale=5.0))
+        drawn(micro, guide=guide.Guidance(differentiable.of_function(constant), scale=5.0))
     with pytest.raises(UserError, match=r"guide: got float32\[\] from the score, expected float\[2\], one number an"):
-        drawn(tiny("first"), guide=guide.Guidance(differentiable.of_function(jnp.mean), scale=5.0))
+        drawn(micro, guide=guide.Guidance(differentiable.of_function(jnp.mean), scale=5.0))
     with pytest.raises(UserError, match=r"guide: got int\[\] from the score, expected float\[2\]"):
-        drawn(tiny("first"), guide=guide.Guidance(differentiable.of_function(len), scale=5.0))
+        drawn(micro, guide=guide.Guidance(differentiable.of_function(len), scale=5.0))
     for options, message in (
         ({"scale": np.nan}, "guide.scale: got nan"),
         ({"start": 0.5, "end": 0.5}, "guide: got start 0.5 and end 0.5, expected a start before the end"),
@@ -231,7 +223,7 @@ def test_what_cannot_guide_is_refused(tiny):
         with pytest.raises(UserError, match=message):
             guide.Guidance(SCORE, **options)
     with pytest.raises(UserError, match=r"guide: got start 0\.3 and end 0\.4 of 4 steps, expected one step or more"):
-        drawn(tiny("first"), guide=guide.Guidance(SCORE, start=0.3, end=0.4))
+        drawn(micro, guide=guide.Guidance(SCORE, start=0.3, end=0.4))
 
 
 def test_flags_say_how_to_guide():

@@ -120,7 +120,8 @@ def test_a_notice_to_one_process_stops_all_at_the_same_step(runs, tmp_path):
     """The program is that of `runs`, so its compilation is there."""
     command = [
         sys.executable, "-m", "rahf.train", "--config=configs/rahf_ci.py", f"--workdir={tmp_path / 'run'}",
-        f"--config.data.data_dir={built()}", "--config.data.text_length=60", "--config.model.vit.stem_patch=0",
+        f"--config.data.data_dir={built()}", "--config.data.text_length=60",
+        "--config.model.vit.stem_patch=0", "--config.model.variant=augmented_prompt",
         *(f"--config.optimizer.{name}={value}" for name, value in hosts_worker.OPTIMIZER.items()),
         "--config.train.num_steps=100000", "--config.checkpoint_every=100000", "--config.eval.every=100000", *processes(),
     ]  # fmt: skip

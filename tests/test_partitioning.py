@@ -171,7 +171,6 @@ def loss_and_gradients(sharding, data, model, shard_group=2, variant="augmented_
         *[(sharding, data, model, {}) for sharding in SHARDINGS for data, model in ((8, 1), (4, 2))],
         ("fully_sharded", 2, 4, {}),
         ("data_parallel", 1, 8, {}),  # as by any sharding: nothing is left to shard
-        ("fully_sharded", 4, 2, {"variant": "multi_head"}),
         ("fully_sharded", 4, 2, {"variant": "multi_head", "scan": True, "shard_group": 16}),
     ],
 )

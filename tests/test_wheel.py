@@ -78,8 +78,8 @@ def wheel(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(wheel):
     """`wheel`, with a run and a picture in its folder."""
-    quick = ["--config.optimizer.kind=adamw", "--config.eval.every=4"]  # less to compile
-    done = wheel.run("-m", "rahf.train", "--config=rahf_ci", "--workdir=run", "--config.data.source=stream", *quick)
+    command = ["-m", "rahf.train", "--config=rahf_ci", "--workdir=run", "--config.data.source=stream"]
+    done = wheel.run(*command, "--config.eval.every=4")
     assert done.returncode == 0, done.stderr
     cv2.imwrite(str(wheel.folder / "cat.png"), np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8))
     return wheel
