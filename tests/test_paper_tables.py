@@ -7,7 +7,6 @@ import re
 import sys
 import types
 
-import jax
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -18,9 +17,8 @@ import tiny_model
 import tiny_preference
 from html_page import Page
 
-from rahf import checkpoints, convert, evaluate, experiments, predictor, sources, workdirs
+from rahf import convert, evaluate, experiments, predictor
 from rahf.fingerprint import fingerprint
-from rahf.models import rahf as rahf_model
 from rahf.reward import preference, specs
 from rahf.tables import __main__ as tables
 from rahf.tables import bootstrap, dataset, layout, measure, page, predictions, published, rows, targets
@@ -42,12 +40,7 @@ def workdir(tmp_path_factory, standard_promotion):
     folder = tmp_path_factory.mktemp("run")
     config = experiments.load("rahf_ci")
     config.data.data_dir = tiny_data.built()
-    workdirs.open_workdir(folder, config, ())
-    sources.install_vocabulary(config, folder)
-    _, params = tiny_model.model_and_params(rahf_model.RAHFConfig.from_dict(config.model.to_dict()))
-    with checkpoints.manager(folder, "best") as best:
-        checkpoints.save(best, 1, jax.device_put(params["params"]), {"value": 0.5})
-    return folder
+    return tiny_model.workdir(folder, config)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import pytest
 import tiny_model
 
 import rahf
-from rahf import checkpoints, convert, experiments, partitioning, predict, predictor, sources, suggest, train, workdirs
+from rahf import checkpoints, convert, experiments, partitioning, predict, predictor, suggest, workdirs
 from rahf.diffusion import inputs, select
 from rahf.models import rahf as rahf_model
 from rahf.reward import specs
@@ -36,15 +36,7 @@ def workdir(request, tmp_path_factory, standard_promotion):
     config = experiments.load("rahf_ci")
     config.model.variant = request.param
     config.data.source = "stream"
-    if request.param == "multi_head":
-        train.train(config, folder)
-        return folder
-    workdirs.open_workdir(folder, config, ())  # as if it had been trained
-    sources.install_vocabulary(config, folder)
-    _, params = tiny_model.model_and_params(rahf_model.RAHFConfig.from_dict(config.model.to_dict()))
-    with checkpoints.manager(folder, "best") as best:
-        checkpoints.save(best, 1, jax.device_put(params["params"]), {"value": 0.5})
-    return folder
+    return tiny_model.workdir(folder, config)
 
 
 @pytest.fixture

@@ -11,8 +11,7 @@ import tiny_clip
 import tiny_model
 
 import rahf
-from rahf import checkpoints, experiments, sources, workdirs
-from rahf.models.rahf import RAHFConfig
+from rahf import experiments
 from rahf.reward import differentiable, specs
 from richhf_data.errors import UserError
 
@@ -55,12 +54,7 @@ def critic(tmp_path_factory, standard_promotion):
     """A RAHF's workdir, as if it had been trained."""
     folder, config = tmp_path_factory.mktemp("critic"), experiments.load("rahf_ci")
     config.data.source = "stream"
-    workdirs.open_workdir(folder, config, ())
-    sources.install_vocabulary(config, folder)
-    _, params = tiny_model.model_and_params(RAHFConfig.from_dict(config.model.to_dict()))
-    with checkpoints.manager(folder, "best") as best:
-        checkpoints.save(best, 1, jax.device_put(params["params"]), {"value": 0.5})
-    return folder
+    return tiny_model.workdir(folder, config)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import safetensors.numpy
 
+from rahf import checkpoints, sources, workdirs
 from rahf.models import critics, rahf
 from rahf.predictor import load
 from richhf_data import schema
@@ -66,6 +67,16 @@ def random_params(module: nn.Module, *inputs, seed: int = 0) -> dict:
 def model_and_params(model_config: rahf.RAHFConfig) -> tuple[rahf.RAHF, dict]:
     model = rahf.RAHF(model_config)
     return model, {"params": random_params(model, *critics.dummy_inputs(model_config), seed=4)}  # writes varied keywords
+
+
+def workdir(folder, run_config):
+    """The folder, as if the run of a RAHF's config had trained in it."""
+    workdirs.open_workdir(folder, run_config, ())
+    sources.install_vocabulary(run_config, folder)
+    _, params = model_and_params(rahf.RAHFConfig.from_dict(run_config.model.to_dict()))
+    with checkpoints.manager(folder, "best") as best:
+        checkpoints.save(best, 1, jax.device_put(params["params"]), {"value": 0.5})
+    return folder
 
 
 def batch(model_config: rahf.RAHFConfig, rows: int, seed: int = 0) -> dict[str, np.ndarray]:
