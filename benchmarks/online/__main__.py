@@ -52,13 +52,17 @@ RANGES = {
 OWN_IMAGES = 8  # of a prompt, in the base's own pictures
 
 
+BOTH = "plausibility=0.5,alignment=0.5"
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A row of the tables: a method, what it changes of `config.online`, and its label."""
+    """A row of the tables: its label, a method, what it changes of `config.online`, and which scores are the reward."""
 
     label: str
     method: str
     changes: dict
+    reward: str = BOTH
 
 
 RATES = {"ddpo": 3e-5, "grpo": 3e-5, "refl": 1e-4, "draft": 1e-4, "dpo": 3e-5}  # learning rates
@@ -70,6 +74,7 @@ RUNS = {
     "grpo_regions": Run("grpo, regions", "grpo", {"dense.weight": 1.0}),
     "grpo_words": Run("grpo, words", "grpo", {"dense.words": 0.5}),
     "refl": Run("refl", "refl", {}),
+    "refl_alignment": Run("refl, alignment alone", "refl", {}, "alignment"),
     "draft": Run("draft", "draft", {}),
     "draft_lv": Run("draft, 2 noisings", "draft", {"gradient.noisings": 2}),
     "draft_kl": Run("draft, distance 1", "draft", {"beta": 1.0}),
@@ -136,9 +141,9 @@ def make_own(config, root: pathlib.Path, foundation: pathlib.Path) -> None:
     stages.write_table(root / "own.parquet", images, texts)
 
 
-def rewarded(critic: pathlib.Path) -> str:
-    """The reward of a critic: the mean of two scores."""
-    return f"rahf:{critic}:plausibility=0.5,alignment=0.5"
+def rewarded(critic: pathlib.Path, scores: str = BOTH) -> str:
+    """The reward of a critic."""
+    return f"rahf:{critic}:{scores}"
 
 
 def settings_of(config, root: pathlib.Path, foundation: pathlib.Path, name: str, seed: int):
@@ -149,7 +154,7 @@ def settings_of(config, root: pathlib.Path, foundation: pathlib.Path, name: str,
     settings.update_from_flattened_dict(run.changes)
     settings.optimizer.final_learning_rate = settings.optimizer.learning_rate
     settings.seed, settings.model.folder = seed_of(config, 200 + seed), str(foundation / "base/model")
-    settings.reward.source = rewarded(foundation / "critic")
+    settings.reward.source = rewarded(foundation / "critic", run.reward)
     settings.data.held_out = str(root / "held_out.txt")
     settings.eval.update(prompts=config.eval.prompts, images=config.eval.images)
     if settings.dense.weight or settings.dense.words:
@@ -220,9 +225,9 @@ def at_seconds(history: list[dict], budget: float) -> dict:
     return min(history[1:] or history, key=lambda entry: abs(entry["processor_seconds"] - budget))
 
 
-def last_within_fid(history: list[dict]) -> dict:
-    """The last evaluation whose FID is at most that of the start."""
-    return [entry for entry in history if entry["judged/fid"] <= history[0]["judged/fid"]][-1]
+def last_within_fid(history: list[dict], fid: float) -> dict | None:
+    """The last evaluation whose FID is at most `fid`; None where none is."""
+    return ([None] + [entry for entry in history if entry["judged/fid"] <= fid])[-1]
 
 
 def row(label: str, entries: list[dict], peaks: list[float]) -> dict[str, str]:
@@ -264,12 +269,15 @@ def tables(config, found) -> str:
     markdown = functools.partial(tabulate.tabulate, headers="keys", tablefmt="github", disable_numparse=True)
     base = next(runs[0][0][0] for name, runs in found.items() if name != WEIGHTED)
     budget = min(history[-1]["processor_seconds"] for runs in found.values() for history, _ in runs)
+    fid, weighted = base["judged/fid"], np.mean([history[-1]["judged/fid"] for history, _ in found[WEIGHTED]])
 
     def all_of(choose):
         rows = [row("base", [base], [])]
         for name, runs in found.items():
             label = "reward-weighted" if name == WEIGHTED else RUNS[name].label
-            rows.append(row(label, [choose(history) for history, _ in runs], [peak for _, peak in runs]))
+            entries = [history[-1] if name == WEIGHTED else choose(history) for history, _ in runs]
+            if None not in entries:
+                rows.append(row(label, entries, [peak for _, peak in runs]))
         return markdown(rows)
 
     return (
@@ -277,7 +285,9 @@ def tables(config, found) -> str:
         f"The evaluation nearest to {budget / 60:.1f} processor minutes:\n\n"
         f"{all_of(functools.partial(at_seconds, budget=budget))}\n\n"
         f"The evaluation of the highest held-out critic (early stopping):\n\n{all_of(guard.best)}\n\n"
-        f"The last evaluation whose FID is at most the base's:\n\n{all_of(last_within_fid)}\n"
+        f"The last evaluation whose FID is at most the base's:\n\n{all_of(functools.partial(last_within_fid, fid=fid))}\n\n"
+        f"The last evaluation whose FID is at most that of reward-weighted fine-tuning, {weighted:.0f}:\n\n"
+        f"{all_of(functools.partial(last_within_fid, fid=weighted))}\n"
     )
 
 

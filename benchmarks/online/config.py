@@ -17,7 +17,7 @@ def get_config():
     config.evaluations = 5  # of a run, beside the one before its first step
     config.eval = dict(prompts=100, images=2)  # held-out pictures of each evaluation
     config.seeds = 3  # of these rows
-    config.seeded = ("weighted", "draft")
+    config.seeded = ("weighted", "refl", "dpo")
 
     held_out = of_feedback.critic.copy_and_resolve_references()  # the second critic, from another seed
     held_out.train.num_steps = 750
