@@ -109,7 +109,8 @@ def test_one_process_writes_the_summaries(runs):
 
 def test_a_process_that_is_killed_in_training_ends_the_other(runs):
     folder, _, _, ((code, said), (killed, last_words)) = runs
-    assert (code, killed) == (1, -signal.SIGKILL), said
+    assert killed == -signal.SIGKILL, said
+    assert code in (1, -signal.SIGABRT), said  # JAX may notice it before the exchange of data fails, and abort
     assert "error: process 0 of 2: " in said
     for text in (said, last_words):
         assert "give the same command again on all machines" in text.splitlines()[-1]
