@@ -19,7 +19,6 @@ def config(source="stream", data_dir=""):
     from rahf import experiments
 
     config = experiments.load("rahf_ci")
-    config.model.variant = "augmented_prompt"  # has fewer parameters, and compiles sooner
     config.model.vit.stem_patch = 0  # its norm amplifies the rounding that another order of sums brings
     config.data.update(source=source, data_dir=data_dir, text_length=60)
     config.optimizer.update(OPTIMIZER)

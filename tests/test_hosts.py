@@ -109,8 +109,7 @@ def test_one_process_writes_the_summaries(runs):
 
 def test_a_process_that_is_killed_in_training_ends_the_other(runs):
     folder, _, _, ((code, said), (killed, last_words)) = runs
-    assert killed == -signal.SIGKILL, said
-    assert code in (1, -signal.SIGABRT), said  # JAX may notice it before the exchange of data fails, and abort
+    assert (code, killed) == (1, -signal.SIGKILL), said
     assert "error: process 0 of 2: " in said
     for text in (said, last_words):
         assert "give the same command again on all machines" in text.splitlines()[-1]
@@ -121,8 +120,7 @@ def test_a_notice_to_one_process_stops_all_at_the_same_step(runs, tmp_path):
     """The program is that of `runs`, so its compilation is there."""
     command = [
         sys.executable, "-m", "rahf.train", "--config=configs/rahf_ci.py", f"--workdir={tmp_path / 'run'}",
-        f"--config.data.data_dir={built()}", "--config.data.text_length=60",
-        "--config.model.vit.stem_patch=0", "--config.model.variant=augmented_prompt",
+        f"--config.data.data_dir={built()}", "--config.data.text_length=60", "--config.model.vit.stem_patch=0",
         *(f"--config.optimizer.{name}={value}" for name, value in hosts_worker.OPTIMIZER.items()),
         "--config.train.num_steps=100000", "--config.checkpoint_every=100000", "--config.eval.every=100000", *processes(),
     ]  # fmt: skip
