@@ -449,7 +449,12 @@ def means(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Weighted means of what is not nan: [n, K], [R, n] -> float64[R, K]; nan of nothing."""
     there = np.isfinite(values)
     with np.errstate(invalid="ignore"):
-        return weights @ np.where(there, values, 0.0) / (weights @ there.astype(np.float64))
+        return _weighted_sums(weights, np.where(there, values, 0.0)) / _weighted_sums(weights, there.astype(np.float64))
+
+
+def _weighted_sums(weights, values):
+    """[R, n], [n, K] -> [R, K]. A row does not depend on the others; by BLAS, R would decide its last bit."""
+    return np.einsum("rn,nk->rk", weights, values)
 
 
 def _summarise_scores(values, weights, undefined):
@@ -470,7 +475,7 @@ def _summarise_scores(values, weights, undefined):
 def _pearson(x, y, weights):
     """Pearson's correlation of n pairs with each row of weights [R, n]: float64[R]."""
     x, y = x - x.mean(), y - y.mean()  # of all: the resampled means are near 0, so that little cancels
-    sums = weights @ np.stack([x, y, x * x, y * y, x * y], axis=1)
+    sums = _weighted_sums(weights, np.stack([x, y, x * x, y * y, x * y], axis=1))
     with np.errstate(invalid="ignore", divide="ignore"):
         x, y, xx, yy, xy = (sums / weights.sum(axis=1, keepdims=True)).T
         return np.clip((xy - x * y) / np.sqrt((xx - x * x) * (yy - y * y)), -1, 1)
@@ -519,7 +524,7 @@ def _summarise_keywords(values, weights, undefined):
     known = np.isfinite(values.keywords).all(axis=1)
     counts, own = values.keywords[known], weights[:, known]
     if known.any():
-        micro = _precision_recall_f1(own @ counts, undefined)
+        micro = _precision_recall_f1(_weighted_sums(own, counts), undefined)
         per_prompt = means(np.stack(_precision_recall_f1(counts), axis=1), own).T
     else:
         micro = per_prompt = np.full((len(KEYWORD_METRICS), len(weights)), np.nan)
