@@ -14,7 +14,6 @@ import numpy as np
 import PIL.Image
 import pytest
 import safetensors.numpy
-import tiny_diffusion
 
 from rahf import checkpoints, experiments, loop, partitioning
 from rahf.diffusion import folder, inputs
@@ -76,16 +75,11 @@ HELD_OUT = ["red red cat", "cat red"]
 
 
 @pytest.fixture(scope="module")
-def place(unpacked, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("micro")
+def place(micro_folder):
+    """The model's folder, with prompts beside it."""
     for name, prompts in (("prompts.txt", PROMPTS), ("held_out.txt", HELD_OUT)):
-        (folder / name).write_text("".join(f"{prompt}\n" for prompt in prompts))
-    return tiny_diffusion.write_micro(folder / "model", unpacked("diffusion_tiny") / "first")
-
-
-@pytest.fixture(scope="module")
-def held(place):
-    return folder.read(place)
+        (micro_folder.parent / name).write_text("".join(f"{prompt}\n" for prompt in prompts))
+    return micro_folder
 
 
 def config_of(place, method="ddpo", **changes):
@@ -123,7 +117,7 @@ class Critic:
 
 
 @pytest.fixture
-def rounds_of(place, held, monkeypatch):
+def rounds_of(place, micro, monkeypatch):
     """(config, reward, critic) -> a generator of batches, and the run that it reads."""
 
     def draw(params, vae, context, empty, numbers, seed):
@@ -138,7 +132,7 @@ def rounds_of(place, held, monkeypatch):
             own_rows=np.arange(config.train.batch_size), place=dict, constants={"empty": contexts[-1:]}, batch={},
             mesh=partitioning.make_mesh(devices=jax.devices()[:1]),
         )  # fmt: skip
-        made = rounds.Rounds(config, held.config, training, PROMPTS, contexts, held.tokenizer, {}, reward, critic)
+        made = rounds.Rounds(config, micro.config, training, PROMPTS, contexts, micro.tokenizer, {}, reward, critic)
         run = types.SimpleNamespace(step=0, state={"params": {}}, kept=made.rollouts().empty(), logged=[])
         run.stop_between, run.print = (lambda: None), (lambda text: None)
         run.log = lambda section, values: run.logged.append(values)
@@ -353,11 +347,11 @@ def table(folder, seed):
     return ImageTable(folder)
 
 
-def test_dpo_reaches_a_known_optimum(place, held, tmp_path, one_device):
+def test_dpo_reaches_a_known_optimum(place, micro, tmp_path, one_device):
     """A reward makes the pairs. Of other pictures, with other noise, all are told apart, and the loss is near 0."""
-    vae = held.params["vae"] | {"quant_conv": {"bias": np.repeat(np.float32([0, -20]), 4)}}  # latents of no variance,
-    vae["quant_conv"]["kernel"] = held.params["vae"]["quant_conv"]["kernel"] * np.repeat(np.float32([20, 0]), 4)  # near 1
-    folder.write(dataclasses.replace(held, params=held.params | {"vae": vae}), tmp_path / "base")
+    vae = micro.params["vae"] | {"quant_conv": {"bias": np.repeat(np.float32([0, -20]), 4)}}  # latents of no variance,
+    vae["quant_conv"]["kernel"] = micro.params["vae"]["quant_conv"]["kernel"] * np.repeat(np.float32([20, 0]), 4)  # near 1
+    folder.write(dataclasses.replace(micro, params=micro.params | {"vae": vae}), tmp_path / "base")
     held, own, others = folder.read(tmp_path / "base"), table(tmp_path / "own", 0), table(tmp_path / "others", 1)
     options = {"data.images": str(own.path), "data.held_out": "", "eval.prompts": 1, "eval.images": 1}
     options |= {"train.num_steps": 30, "eval.every": 30, "preference.beta": 100.0}
@@ -505,9 +499,9 @@ def numpy_brightness(pictures):
         (lambda pictures: pictures.mean(), r"reward: got shape \(\), expected \[2\], one number an image"),
     ],
 )
-def test_a_reward_without_a_gradient_is_refused(held, reward, message):
+def test_a_reward_without_a_gradient_is_refused(micro, reward, message):
     with pytest.raises(UserError, match=message):
-        backprop.check_gradient(differentiable.of_function(reward), PROMPTS[:2], held.config)
+        backprop.check_gradient(differentiable.of_function(reward), PROMPTS[:2], micro.config)
 
 
 @pytest.mark.parametrize(

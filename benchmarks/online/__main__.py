@@ -50,9 +50,7 @@ RANGES = {
     "seeds": ranges.COUNT,
 }
 OWN_IMAGES = 8  # of a prompt, in the base's own pictures
-
-
-BOTH = "plausibility=0.5,alignment=0.5"
+BOTH = "plausibility=0.5,alignment=0.5"  # the reward of all rows but one
 
 
 @dataclasses.dataclass(frozen=True)
