@@ -5,6 +5,7 @@ import pathlib
 from setuptools import find_packages, setup
 
 ANNOTATE = ["starlette>=0.40", "uvicorn>=0.30"]
+SERVE = [*ANNOTATE, "prometheus_client>=0.20", "python-multipart>=0.0.9", "requests>=2.31"]
 DATA = [  # what needs TensorFlow: record files, built datasets, and training from them
     "seqio>=0.0.20",
     "tensorflow>=2.18",
@@ -50,13 +51,14 @@ setup(
     ],
     extras_require={
         "annotate": ANNOTATE,  # the annotation server
+        "serve": SERVE,  # the critic as a web service, and its client
         "data": DATA,
         "tpu": ["jax[tpu]>=0.5"],
         "cuda": ["jax[cuda12]>=0.5"],
         "launch": ["xmanager>=0.5"],  # asks for protobuf below 7: in an environment without constraints.txt
         "test": [
-            *ANNOTATE,
             *DATA,
+            *SERVE,
             "gcsfs>=2024.2",
             "httpx2>=2",  # Starlette's test client
             "krippendorff>=0.7",

@@ -156,7 +156,7 @@ def predict(
     ):
         for (name, items), rows in results:
             good = [number for number, item in items.items() if "failed" not in item]
-            predicted = {number: _item(model, items[number], row) for number, row in zip(good, rows, strict=True)}
+            predicted = {number: item_of(model, items[number], row) for number, row in zip(good, rows, strict=True)}
             if writer:
                 writer.write(name, items | predicted)
             bar.update(len(items))
@@ -196,10 +196,10 @@ def predict_items(model: predictor.Model, examples: Iterable[dict], batch_size: 
     """Items of rahf/report.py from examples: dictionaries of `image` (RGB, any size), `prompt`, `name`, maybe `truth`."""
     examples = list(examples)
     inputs = (model.prepare(item["image"], item["prompt"]) | {"name": item["name"]} for item in examples)
-    return map(functools.partial(_item, model), examples, model.predict_rows(inputs, batch_size))
+    return map(functools.partial(item_of, model), examples, model.predict_rows(inputs, batch_size))
 
 
-def _item(model: predictor.Model, example: dict, row: dict) -> dict:
+def item_of(model: predictor.Model, example: dict, row: dict) -> dict:
     """An item of rahf/report.py: an example with a row of `Predictor.predict_rows`."""
     scores, heatmaps, labelled = (row[name] for name in ("scores", "heatmaps", "labelled_prompt"))
     tokens = keywords.tokenize(example["prompt"])

@@ -14,14 +14,13 @@ from collections.abc import Iterable, Iterator, Sequence
 import flax.traverse_util
 import jax
 import numpy as np
-import PIL.Image
 from flax import linen as nn
 
 from rahf import ahead, checkpoints, partitioning, sources, weights, workdirs
 from rahf.fingerprint import fingerprint
 from rahf.models import critics
 from rahf.models.baselines import CLIPCriticConfig
-from richhf_data import jsonl, keywords, paths, schema
+from richhf_data import images, jsonl, keywords, paths, schema
 from richhf_data import vocabulary as vocabularies
 from richhf_data.errors import UserError
 
@@ -138,22 +137,26 @@ class Predictor:
                 if rows:
                     bucket = self.bucket(len(rows), batch_size)
                     size = bucket if on_cpu else max(bucket, size)
-                    outputs = self._begin(params, rows, size)
+                    outputs = self.begin(params, rows, size)
                 names = [row.get("name", f"row {number + i}") for i, row in enumerate(rows)]
                 number += len(rows)
                 yield key, names, outputs
 
         with contextlib.closing(ahead.taken(begun(), 1)) as results:
             for key, names, outputs in results:
-                outputs = [itertools.repeat(None) if output is None else output for output in jax.device_get(outputs)]
-                yield key, [self._row(*row) for row in zip(names, *outputs, strict=False)]
+                yield key, self.finish(names, outputs)
 
-    def _begin(self, params, rows: Sequence[dict], size: int) -> tuple[jax.Array, ...]:
+    def begin(self, params, rows: Sequence[dict], size: int) -> tuple[jax.Array, ...]:
         """The forward pass of some rows as a batch of `size`; does not wait for the devices."""
         local = partitioning.local_rows(self._rows, size)
         stacked = {name: np.stack([row[name] for row in rows]) for name in ("image", "text_ids")}
         own = {name: schema.pad_rows(array, size)[local] for name, array in stacked.items()}
         return self._forward(params, **partitioning.shard_batch(own, self._rows))
+
+    def finish(self, names: Sequence[str], outputs: Sequence) -> list[dict]:
+        """Waits for what `begin` returned: a dictionary for each name, as `predict_rows`."""
+        outputs = [itertools.repeat(None) if output is None else output for output in jax.device_get(outputs)]
+        return [self._row(*row) for row in zip(names, *outputs, strict=False)]
 
     def _row(self, name: str, scores: np.ndarray | None, heatmaps: np.ndarray | None, ids: np.ndarray | None) -> dict:
         if not all(np.isfinite(values).all() for values in (scores, heatmaps) if values is not None):
@@ -207,7 +210,7 @@ class Model:
         image = np.asarray(image)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
             raise UserError(f"image: got {image.dtype}{list(image.shape)}, expected uint8[H, W, 3], RGB")
-        return {"image": resize(image, self.model_config.image_size), "text_ids": self.text_ids(prompt)}
+        return {"image": images.resize(image, self.model_config.image_size), "text_ids": self.text_ids(prompt)}
 
     def text_ids(self, prompt: str) -> np.ndarray:
         """The texts that the model reads of a prompt, int32[R, L]. Raises UserError as `prepare`."""
@@ -255,7 +258,7 @@ class Model:
         pairs = enumerate(zip(images, prompts, strict=True))
         with contextlib.closing(ahead.mapped(prepare, pairs, batch_size)) as inputs:
             rows = list(self.predict_rows(inputs, batch_size))
-        return _feedback(rows, prompts, self)
+        return feedback_of(rows, prompts, self)
 
     def predict_rows(self, examples: Iterable[dict], batch_size: int) -> Iterator[dict]:
         """`Predictor.predict_rows` with the model's parameters."""
@@ -266,7 +269,7 @@ class Model:
         return self.predictor.predict_batches(self.params, batches, batch_size)
 
 
-def _feedback(rows: Sequence[dict], prompts: Sequence[str], model: "Model") -> Feedback:
+def feedback_of(rows: Sequence[dict], prompts: Sequence[str], model: "Model") -> Feedback:
     """Collects `predict_rows`' rows."""
     parts, scores, heatmaps = model.model_config.parts, {}, {}
     if "scores" in parts:
@@ -342,10 +345,3 @@ def check_vocabulary(model_config: critics.CriticConfig, vocabulary: vocabularie
             f"data.text_length: got {text_length}, the CLIP reads at most {most}; where prompts are longer, set "
             "--config.data.truncate_long_prompts=True"
         )
-
-
-def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """uint8[H, W, 3] -> uint8[size, size, 3], antialiased bilinear: within one level of `preprocessors.resize`."""
-    if image.shape[:2] == (size, size):
-        return image
-    return np.asarray(PIL.Image.fromarray(image).resize((size, size), PIL.Image.Resampling.BILINEAR))

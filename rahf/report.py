@@ -59,8 +59,13 @@ def write_views(
     tables: Sequence[Sequence[Sequence[str]]] = (),
 ) -> None:
     """As `write`, from what `view` returned for each item."""
-    page = _TEMPLATES.get_template("report.html.jinja").render(title=title, tables=tables, items=views)
+    page = render("report.html.jinja", items=views, title=title, tables=tables)
     paths.replace(path, page.encode(errors="backslashreplace"))  # a file's name may hold bytes that are no text
+
+
+def render(template: str, **values) -> str:
+    """A page of a template of this folder."""
+    return _TEMPLATES.get_template(template).render(**values)
 
 
 # ------------------------------------------------------------------------------------------------------ one item

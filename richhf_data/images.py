@@ -132,6 +132,13 @@ def plain(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[bytes, str, bytes]
     return encoded.getvalue(), ", ".join(changes), thumbnail
 
 
+def resize(image: np.ndarray, size: int) -> np.ndarray:
+    """uint8[H, W, 3] -> uint8[size, size, 3], antialiased bilinear: within one level of `preprocessors.resize`."""
+    if image.shape[:2] == (size, size):
+        return image
+    return np.asarray(PIL.Image.fromarray(image).resize((size, size), PIL.Image.Resampling.BILINEAR))
+
+
 def png(image: np.ndarray) -> bytes:
     """A picture, uint8[H, W, 3] in RGB or uint8[H, W] in grey, encoded."""
     done, data = cv2.imencode(".png", image[..., ::-1] if image.ndim == 3 else image)

@@ -98,7 +98,7 @@ def test_wheel_holds_three_packages_with_templates_and_configs(wheel):
 def test_core_requires_what_it_imports_and_nothing_of_the_extra(wheel):
     archive = zipfile.ZipFile(wheel.file)
     metadata = email.message_from_bytes(archive.read("rahf-0.1.0.dist-info/METADATA"))
-    required = {"core": set(), "data": set(), "annotate": set(), "test": set(), "beam": set()}
+    required = {name: set() for name in ("core", "data", "annotate", "serve", "test", "beam")}
     for requirement in metadata.get_all("Requires-Dist"):
         extra = re.search(r"extra == ['\"](\w+)", requirement)
         name = re.match(r"[\w.-]+", requirement)[0].lower().replace("_", "-")
@@ -106,7 +106,8 @@ def test_core_requires_what_it_imports_and_nothing_of_the_extra(wheel):
     assert required["data"] == {"seqio", "tensorflow", "tensorflow-datasets"}
     assert required["annotate"] == {"starlette", "uvicorn"} <= required["test"]
     assert required["data"] <= required["test"] and required["data"] <= required["beam"]
-    assert not (required["data"] | required["annotate"]) & required["core"]
+    assert required["annotate"] <= required["serve"] <= required["test"]
+    assert not (required["data"] | required["serve"]) & required["core"]
 
     imported = set()
     for name in archive.namelist():
@@ -116,7 +117,7 @@ def test_core_requires_what_it_imports_and_nothing_of_the_extra(wheel):
                     imported |= {alias.name.partition(".")[0] for alias in node.names}
                 elif isinstance(node, ast.ImportFrom):
                     imported.add(node.module.partition(".")[0])
-    imported -= {*sys.stdlib_module_names, *EXTRA, *required["annotate"], "rahf", "richhf_data", "apache_beam", "torch"}
+    imported -= {*sys.stdlib_module_names, *EXTRA, *required["serve"], "rahf", "richhf_data", "apache_beam", "torch"}
     distributions = importlib.metadata.packages_distributions()
     for module in imported:
         names = {name.lower().replace("_", "-") for name in distributions[module]}

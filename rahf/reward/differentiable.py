@@ -83,7 +83,7 @@ def rahf_score(config: critics.CriticConfig, weights: Mapping[str, float]) -> Ca
     module, size = critics.module_of(config), config.image_size
 
     def score(params, images, rows):
-        images = jax.image.resize(images, (len(images), size, size, 3), "linear")  # antialiased, as `predictor.resize`
+        images = jax.image.resize(images, (len(images), size, size, 3), "linear")  # antialiased, as `images.resize`
         scores, heatmaps, *_ = module.apply({"params": params}, images, rows, method="perceive")
         terms = {}
         if scores is not None:

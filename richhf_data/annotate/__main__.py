@@ -66,6 +66,7 @@ def _serve_flags() -> None:
 def serve() -> None:
     """Opens or makes the project, and serves until it is stopped."""
     try:
+        from richhf_data import web
         from richhf_data.annotate import server
     except ModuleNotFoundError as error:
         raise UserError(f"serve needs the package {error.name}; pip install 'rahf[annotate]' installs it") from error
@@ -98,8 +99,7 @@ def serve() -> None:
                 print(f"{address}       annotate\n{address}/admin progress")
             print("Ctrl+C stops; the same command goes on.", flush=True)
             application = server.app(project, accounts, args.url, (args.host.strip("[]"), "127.0.0.1", "localhost", "::1"))
-            with contextlib.suppress(KeyboardInterrupt):
-                server.run(application, bound, proxy=bool(args.url))
+            web.run(application, bound, proxy=bool(args.url))
 
 
 def _check(project: store.Store, annotators: int) -> None:

@@ -28,7 +28,6 @@ import sqlite3
 import time
 from collections.abc import Callable, Mapping
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.convertors import IntegerConvertor, register_url_convertor
@@ -37,7 +36,7 @@ from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Respon
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from richhf_data import command, drawing, jsonl, keywords, schema
+from richhf_data import command, drawing, jsonl, keywords, schema, web
 from richhf_data.annotate import kinds, overview
 from richhf_data.annotate.store import Annotator, Refused, Store
 from richhf_data.errors import UserError
@@ -46,14 +45,9 @@ MAX_BODY = 256 * 1024  # bytes
 RATE, BURST = 30, 200  # requests a second of one annotator, and how many at once
 HOST_RATE, HOST_BURST = 50, 400  # of one address, which a whole team may share before it has signed in
 _FOLDER = pathlib.Path(__file__).parent
-_HEADERS = {
+_HEADERS = web.HEADERS | {
     "content-security-policy": "default-src 'none'; img-src 'self' data:; style-src 'self'; script-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cross-origin-opener-policy": "same-origin",
-    "cross-origin-resource-policy": "same-origin",
-    "cache-control": "no-store",
 }
 
 
@@ -342,13 +336,6 @@ class _Guard:
             return
         request = Request(scope)
 
-        async def with_headers(message):
-            if message["type"] == "http.response.start":
-                given = {name.lower() for name, _ in message["headers"]}
-                more = [(name.encode(), value.encode()) for name, value in _HEADERS.items() if name.encode() not in given]
-                message = message | {"headers": [*message["headers"], *more]}
-            await send(message)
-
         key, who = await run_in_threadpool(self.site.visitor, request.cookies)
         request.state.visitor = key, who
         address = request.client.host if request.client else ""
@@ -359,7 +346,7 @@ class _Guard:
             response = _said(421, "This server is for its own machine alone.")
         else:
             response = self.app
-        await response(scope, receive, with_headers)
+        await response(scope, receive, web.with_headers(send, _HEADERS))
 
 
 def _said(status: int, message: str, headers: dict | None = None) -> JSONResponse:
@@ -404,14 +391,7 @@ def listen(host: str, port: int, accounts: bool) -> socket.socket:
             f"host: got {host}, which others can reach, and no annotators; expected 127.0.0.1, or --annotators=NAME,..., "
             "who get personal links"
         )
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        bound = socket.socket(family)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind((host, port))
-    except OSError as error:
-        raise UserError(f"port: cannot listen on {host}:{port} ({error.strerror}); take another --port or --host") from error
-    return bound
+    return web.bind(host, port)
 
 
 def is_loopback(host: str) -> bool:
@@ -419,14 +399,3 @@ def is_loopback(host: str) -> bool:
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"
-
-
-def run(application: Starlette, bound: socket.socket, proxy: bool = False) -> None:
-    """Serves until SIGINT or SIGTERM; requests that have begun are finished.
-
-    Args:
-      proxy: a server of this machine passes the requests on, and says in X-Forwarded-For whose they are.
-    """
-    options = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 5}
-    config = uvicorn.Config(application, proxy_headers=proxy, forwarded_allow_ips="127.0.0.1", **options)
-    uvicorn.Server(config).run(sockets=[bound])
