@@ -5,7 +5,7 @@ import pathlib
 from setuptools import find_packages, setup
 
 ANNOTATE = ["starlette>=0.40", "uvicorn>=0.30"]
-SERVE = [*ANNOTATE, "prometheus_client>=0.20", "python-multipart>=0.0.9", "requests>=2.31"]
+SERVE = [*ANNOTATE, "httptools>=0.6", "prometheus_client>=0.20", "python-multipart>=0.0.9", "requests>=2.31", "uvloop>=0.19"]
 DATA = [  # what needs TensorFlow: record files, built datasets, and training from them
     "seqio>=0.0.20",
     "tensorflow>=2.18",

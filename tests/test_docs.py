@@ -224,7 +224,8 @@ def test_python_examples_use_what_is_there(page):
                 bound |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
         used = set(bound.values())
         for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and (match := re.match(r"\w+", ast.unparse(node)))[0] in bound:
+            match = re.match(r"\w+", ast.unparse(node)) if isinstance(node, ast.Attribute) else None
+            if match and match[0] in bound:
                 used.add(bound[match[0]] + ast.unparse(node)[match.end() :])
         ours = [name for name in used if name.split(".")[0] in PACKAGES and re.fullmatch(r"[\w.]+", name)]
         assert all(map(is_there, ours)), ours

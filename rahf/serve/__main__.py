@@ -56,7 +56,7 @@ if __name__ == "__main__":
     flags.DEFINE_multi_string("reward", [], "A further reward, SPEC or NAME=SPEC; python -m pydoc rahf.reward.specs.")
     flags.DEFINE_string("host", "127.0.0.1", "The address to listen on; 0.0.0.0 for all of the machine's.")
     ranges.flag("port", 8080, "The port; 0 takes a free one.", ranges.Range(0, 65535, whole=True))
-    flags.DEFINE_list("batch_sizes", ["1", "4", "16", "32"], "Compiled at the start; a batch takes the next larger one.")
+    flags.DEFINE_list("batch_sizes", ["1", "2", "4", "8", "16", "32"], "Compiled at the start.")
     ranges.flag("wait_ms", 5, "Milliseconds that a picture waits for others to fill its batch.", ranges.Range(0, 10_000))
     ranges.flag("decoders", min(8, os.cpu_count()), "Processes that decode pictures.", ranges.Range(1, 256, whole=True))
     flags.DEFINE_bool("accept_pickle", False, "Read requests of flow_grpo and verl-omni: pickles, of plain data alone.")

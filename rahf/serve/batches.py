@@ -13,7 +13,7 @@ from rahf.serve.scoring import Row, Scorer
 class Batches:
     """The queue and its thread.
 
-    A batch takes what waits, up to the largest size; the first row of a smaller batch waits up to `wait` seconds for others.
+    A batch takes what waits, see `Scorer.take`; before a small batch, the first row waits up to `wait` seconds for others.
     While the devices compute a batch, the next one is handed to them if it is full.
 
     Args:
@@ -66,16 +66,16 @@ class Batches:
         most = self._scorer.most
         with self._changed:
             if only_full:
-                return self._popped(most) if len(self._rows) >= most else []
+                return self._popped() if len(self._rows) >= most else []
             while not self._rows and not self._closed:
                 self._changed.wait()
             end = time.monotonic() + self._wait
             while len(self._rows) < most and not self._closed and (left := end - time.monotonic()) > 0:
                 self._changed.wait(left)
-            return self._popped(most) or None
+            return self._popped() or None
 
-    def _popped(self, most: int) -> list[Row]:
-        return [self._rows.popleft() for _ in range(min(most, len(self._rows)))]
+    def _popped(self) -> list[Row]:
+        return [self._rows.popleft() for _ in range(self._scorer.take(len(self._rows)))] if self._rows else []
 
     def _finish(self, rows: Sequence[Row], begun, start: float) -> None:
         try:

@@ -15,6 +15,7 @@ from richhf_data.errors import UserError
 
 CRITIC = "rahf"  # the name of the critic among the rewards
 _NAME = re.compile(r"[A-Za-z][\w-]*")
+_FILLED = 0.75  # of a batch: the rest is computed for nothing
 
 
 @dataclasses.dataclass
@@ -59,6 +60,12 @@ class Scorer:
     def most(self) -> int:
         """Rows of the largest batch."""
         return self.sizes[-1]
+
+    def take(self, waiting: int) -> int:
+        """How many of the rows that wait make a batch: all, if they nearly fill a size; else what fills a smaller one."""
+        larger = next((size for size in self.sizes if size >= waiting), self.most)
+        fills = [size for size in self.sizes if size <= waiting]
+        return min(waiting, larger) if waiting >= _FILLED * larger or not fills else fills[-1]
 
     def compile(self) -> None:
         """Compiles every size by predicting an empty picture, the largest first."""
