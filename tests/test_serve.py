@@ -76,7 +76,7 @@ def serving(workdir, *arguments, folder):
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     config = experiments.load("rahf_ci")
-    config.data.source = "stream"
+    config.data.update(source="stream", truncate_long_prompts=True)
     return tiny_model.workdir(tmp_path_factory.mktemp("critic"), config)
 
 
@@ -137,6 +137,16 @@ def test_feedback_equals_predict_whatever_the_batch(service, pictures, expected)
             heatmap = found["heatmaps"][name]
             values = np.frombuffer(base64.b64decode(heatmap["float16"]), "<f2").reshape(heatmap["shape"])
             np.testing.assert_allclose(values, maps[i], atol=1e-3)
+
+
+def test_a_prompt_that_is_cut_is_said(service, pictures, workdir):
+    data, prompts, images = pictures
+    body = {"images": [text(data[0])] * 2, "prompts": ["red " * 100, prompts[0]]}
+    long, short = requests.post(f"{service.url}/v1/feedback", json=body).json()["results"]
+    assert long["prompt_cut"] is True and "prompt_cut" not in short
+    with pytest.warns(UserWarning, match="lose their ends"):
+        expected = rahf.load(workdir).predict(images[:1], body["prompts"][:1])
+    assert long["scores"] == pytest.approx(scores_of(expected, 0), abs=1e-5)
 
 
 def test_a_form_and_png_heatmaps(service, pictures, expected):

@@ -199,8 +199,27 @@ class _Service:
         if len(pictures) != len(prompts):
             raise UserError(f"prompts: got {len(prompts)} for {len(pictures)} images, expected one each")
         outcomes = await self.outcomes(pictures, prompts, [names] * len(pictures))
-        results = await run_in_threadpool(lambda: [_result(outcome, heatmaps) for outcome in outcomes])
+        results = await run_in_threadpool(lambda: [self._result(outcome, heatmaps) for outcome in outcomes])
         return JSONResponse({"model": self.scorer.model.identity, "results": results})
+
+    def _result(self, outcome: dict | str, heatmaps: str | None) -> dict:
+        """An outcome for JSON."""
+        if isinstance(outcome, str):
+            return {"error": outcome}
+        labelled, tokens = outcome["labelled_prompt"], keywords.tokenize(outcome["prompt"])
+        result = {
+            "scores": outcome["scores"],
+            "rewards": outcome["rewards"],
+            "keywords": None if labelled is None else keywords.misaligned_words(tokens, outcome["labels"]),
+            "labelled_prompt": labelled,
+        }
+        if outcome["errors"]:
+            result["errors"] = outcome["errors"]
+        if self.scorer.model.truncates and self.scorer.model.is_too_long(outcome["prompt"]):
+            result["prompt_cut"] = True
+        if heatmaps:
+            result["heatmaps"] = {name: _encoded(values, heatmaps) for name, values in outcome["heatmaps"].items()}
+        return result
 
     # ---- UniRL's protocol -------------------------------------------------------------------------------------------
     async def score(self, request: Request) -> Response:
@@ -397,24 +416,6 @@ def _from_base64(texts: Sequence) -> list[bytes | str]:
         except (ValueError, TypeError, AttributeError):
             found.append(f"image: got {text!r:.40}, expected a picture in base64")
     return found
-
-
-def _result(outcome: dict | str, heatmaps: str | None) -> dict:
-    """An outcome for JSON."""
-    if isinstance(outcome, str):
-        return {"error": outcome}
-    labelled, tokens = outcome["labelled_prompt"], keywords.tokenize(outcome["prompt"])
-    result = {
-        "scores": outcome["scores"],
-        "rewards": outcome["rewards"],
-        "keywords": None if labelled is None else keywords.misaligned_words(tokens, outcome["labels"]),
-        "labelled_prompt": labelled,
-    }
-    if outcome["errors"]:
-        result["errors"] = outcome["errors"]
-    if heatmaps:
-        result["heatmaps"] = {name: _encoded(values, heatmaps) for name, values in outcome["heatmaps"].items()}
-    return result
 
 
 def _encoded(heatmap: np.ndarray, kind: str) -> dict:
