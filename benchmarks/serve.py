@@ -71,6 +71,7 @@ def ask(*arguments):
     ours, theirs = context.Pipe()
     process = context.Process(target=_ask_in_process, args=(theirs, *arguments))
     process.start()
+    theirs.close()
     found = ours.recv()
     process.join()
     return found

@@ -19,6 +19,8 @@ from collections.abc import Mapping, Sequence
 import requests
 
 _AGAIN = {408, 429, 500, 502, 503, 504}
+_SCORES = {"plausibility", "alignment", "aesthetics", "overall"}
+_CHARACTERS = 32 * 2**20  # of the pictures of a request
 
 
 class ServiceError(RuntimeError):
@@ -50,7 +52,8 @@ class Client:
     def __call__(self, images: Sequence, prompts: Sequence[str]) -> list[float]:
         """A number for each of B images and their B prompts. Raises ServiceError for the first picture without one."""
         values = []
-        for number, found in enumerate(self.feedback(images, prompts)):
+        rewards = [name for name in self._answer if name not in _SCORES] or None
+        for number, found in enumerate(self.feedback(images, prompts, rewards=rewards)):
             terms = found.get("scores", {}) | found.get("rewards", {})
             if missing := [name for name in self._answer if name not in terms]:
                 reason = found.get("error") or found.get("errors", {}).get(missing[0]) or f"no reward {missing[0]!r}"
@@ -58,23 +61,27 @@ class Client:
             values.append(sum(weight * terms[name] for name, weight in self._answer.items()))
         return values
 
-    def feedback(self, images: Sequence, prompts: Sequence[str], heatmaps: str | None = None) -> list[dict]:
+    def feedback(
+        self, images: Sequence, prompts: Sequence[str], heatmaps: str | None = None, rewards: Sequence[str] | None = None
+    ) -> list[dict]:
         """What the service says of B images and their B prompts: for each its `scores`, `rewards`, `keywords`,
         `labelled_prompt`, or {"error": reason}.
 
         Args:
-          heatmaps: "png" or "float16" adds `heatmaps`, in base64.
+          heatmaps: "png" or "float16" adds `heatmaps`, in base64. rewards: the further rewards to compute; None = all.
 
         Raises:
           ServiceError: the service refuses the request, or does not answer.
         """
         if len(images) != len(prompts):
             raise ValueError(f"prompts: got {len(prompts)} for {len(images)} images, expected one each")
-        found = []
-        for start in range(0, len(images), self._batch):
-            part = slice(start, start + self._batch)
-            body = {"images": [_encoded(image) for image in images[part]], "prompts": list(prompts[part])}
-            found += self._post("/v1/feedback", body | {"heatmaps": heatmaps})["results"]
+        found, part = [], []
+        for number, image in enumerate(images, 1):
+            part.append(_encoded(image))
+            if number == len(images) or len(part) == self._batch or sum(map(len, part)) > _CHARACTERS:
+                body = {"images": part, "prompts": list(prompts[number - len(part) : number])}
+                found += self._post("/v1/feedback", body | {"heatmaps": heatmaps, "rewards": rewards})["results"]
+                part = []
         return found
 
     def _post(self, path: str, body: dict) -> dict:
@@ -89,7 +96,7 @@ class Client:
                     break
                 after = response.headers.get("retry-after", "")
                 pause = float(after) if after.isdecimal() else pause
-            except (requests.ConnectionError, requests.Timeout) as error:
+            except requests.RequestException as error:
                 reason = f"no answer: {error}"
             if attempt + 1 < self._tries:
                 time.sleep(pause)

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import functools
 import io
 import os
 import pathlib
@@ -38,11 +39,14 @@ from richhf_data.errors import UserError
 ROOT = pathlib.Path(__file__).parent.parent
 PROMPTS = ["a red cat", "two blue dogs in the forest", "a house"]
 OWN = """
+import time
 import numpy as np
 
 def brightness(images, prompts):
     if any("refuse" in prompt for prompt in prompts):
         raise ValueError("this prompt is refused")
+    if prompts[0].startswith("slow"):
+        time.sleep(0.5)
     return [float(np.mean(image)) for image in images]
 """
 
@@ -199,8 +203,11 @@ def test_flow_grpo_and_verl_omni(service, pictures, expected, path):
         ({"images": data[:1]}, "prompts: got none, and overall needs them"),
         ({"images": [b"x"], "prompts": ["a"]}, "images[0]: image: does not decode"),
         ({"images": data[:2], "prompts": ["a"]}, "prompts: expected one for each"),
-        ({"images": "x"}, "images: got none"),
+        ({"images": "x"}, "images: got a str"),
         (os.system, "got posix.system, expected data alone"),
+        ({"images": data[:1], "prompts": np.zeros((2, 0))}, "prompts: expected one for each"),
+        ({"images": data[:1], "prompts": [functools.reduce(lambda t, _: (t, t), range(40), ())]}, "prompt: got a tuple"),
+        ({"images": tuple(data[:1])}, "images: got a tuple"),
     ):
         response = requests.post(service.url + path, data=pickle.dumps(body))
         assert response.status_code == 400 and reason in pickle.loads(response.content)["error"]
@@ -215,7 +222,7 @@ def test_the_client(service, pictures, expected, tmp_path):
     np.testing.assert_allclose(reward(several, prompts[:4]), values, rtol=1e-5)
     with pytest.raises(client.ServiceError, match=r"images\[0\]: image: does not decode"):
         reward([b"x"], ["a"])
-    with pytest.raises(client.ServiceError, match="no reward 'beauty'"):
+    with pytest.raises(client.ServiceError, match=r"HTTP 422: .*rewards: got 'beauty'"):
         client.Client(service.url, "beauty")(data[:1], prompts[:1])
     with pytest.raises(client.ServiceError, match=r"HTTP 413: .*expected at most 32 a request"):
         reward_of_many = client.Client(service.url)
@@ -285,6 +292,8 @@ def test_the_page(service, pictures):
         (b'{"images": [], "prompts": [], "heatmaps": "gif"}', 422, "heatmaps: got 'gif'"),
         (b'{"images": [], "prompts": [], "rewards": ["x"]}', 422, "rewards: got 'x'"),
         (b'{"images": ' + b"[" * 100_000, 422, "nested too deeply"),
+        (b'{"images": [' + b"[]," * 100_000, 422, "more than 200,000 commas and brackets"),
+        (b'{"images": [], "prompts": [], "rewards": [["x"]]}', 422, "rewards: got list, expected a list of names"),
         (b'{"images": ["' + b"A" * 2**21 + b'"], "prompts": ["a"]}', 413, "more than 1 MiB"),
         (
             b'{"images": [' + b'"",' * 9_999 + b'""], "prompts": [' + b'"",' * 9_999 + b'""]}',
@@ -298,18 +307,62 @@ def test_a_bad_request_is_refused(service, body, status, reason):
     assert response.status_code == status and reason in response.json()["error"]
 
 
+def test_a_body_is_refused_before_it_is_read(service):
+    def ask(*headers):
+        host, port = service.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            head = [
+                "POST /v1/feedback HTTP/1.1",
+                "host: x",
+                "content-type: Application/JSON; charset=utf-8",
+                *headers,
+                "",
+                "",
+            ]
+            connection.sendall("\r\n".join(head).encode())
+            return connection.makefile("rb").read().decode()  # to its end: the service closes the connection
+
+    assert "413 " in ask("content-length: 100000000000") and "415 " in ask("content-encoding: gzip", "content-length: 1")
+    answer = requests.get(f"{service.url}/v1/feedback")
+    assert answer.status_code == 405 and "error" in answer.json()
+
+
+def test_a_client_that_leaves_takes_its_pictures_along(service, pictures):
+    data, prompts, _ = pictures
+    body = {"images": [text(data[0])] * 32, "prompts": ["slow " + prompts[0]] * 32}
+    for _ in range(2):
+        with pytest.raises(requests.Timeout):
+            requests.post(f"{service.url}/v1/feedback", json=body, timeout=0.3)
+    start = time.monotonic()
+    while requests.get(f"{service.url}/health").json()["waiting"]:
+        assert time.monotonic() - start < 5  # each picture would take half a second
+    assert len(client.Client(service.url, tries=1).feedback(data[:3], prompts[:3])) == 3
+    assert 'status="499"' in requests.get(f"{service.url}/metrics").text
+
+
 def test_a_bad_picture_or_prompt_is_an_error_of_its_own(service, pictures, expected):
     data, prompts, _ = pictures
     bomb = encoded(np.zeros((1, 1, 3), np.uint8))
     head = b"IHDR" + struct.pack(">II", 60_000, 60_000) + bomb[24:29]  # declares 3.6 gigapixels
     bomb = bomb[:12] + head + struct.pack(">I", zlib.crc32(head)) + bomb[33:]
-    bad = [data[0][:100], b"", bomb, b"GIF89a", data[1], 7]
-    body = {"images": [text(one) if isinstance(one, bytes) else one for one in bad], "prompts": ["a", "a", "a", "a", 3, "a"]}
+    large = encoded(np.zeros((5000, 5000, 3), np.uint8))
+    bad = [data[0][:100], b"", bomb, b"GIF89a", data[1], 7, large, data[1], data[1]]
+    texts = ["a", "a", "a", "a", [[]], "a", "a", "a" * 20_001, "\ud800"]
+    body = {"images": [text(one) if isinstance(one, bytes) else one for one in bad], "prompts": texts}
     body["images"].insert(3, text(data[2]))
     body["prompts"].insert(3, prompts[2])
     results = requests.post(f"{service.url}/v1/feedback", json=body).json()["results"]
     assert results.pop(3)["scores"] == pytest.approx(scores_of(expected, 2), abs=1e-5)
-    for found, reason in zip(results, ["truncated", "no bytes", "megapixels", "", "prompt: got 3", "base64"], strict=True):
+    reasons = [
+        "truncated",
+        "no bytes",
+        "60000 x 60000 pixels",
+        "",
+        "prompt: got a list",
+        "base64",
+        "expected at most 20 million",
+    ]
+    for found, reason in zip(results, [*reasons, "prompt: got 20,001 characters", "prompt: got"], strict=True):
         assert found.keys() == {"error"} and re.search(reason, found["error"]), found
 
 
@@ -425,6 +478,14 @@ def _deep(opcode: bytes, closing: bytes) -> bytes:
     return b"\x80\x04" + opcode * 50_000 + closing * 50_000 + b"."
 
 
+def _scalars(count: int) -> bytes:
+    """A pickle of so many scalars that share 400,000 bytes."""
+    dtype = b"cnumpy\ndtype\n\x8c\x08<U100000\x85R(K\x03\x8c\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    shared = b"B" + struct.pack("<I", 400_000) + b"a\0\0\0" * 100_000
+    names = b"cnumpy._core.multiarray\nscalar\nq\x02"
+    return b"\x80\x04(" + dtype + b"q\x00" + shared + b"q\x01" + names + b"h\x02h\x00h\x01\x86R" * count + b"t."
+
+
 @pytest.mark.parametrize(
     "data, reason",
     [
@@ -443,6 +504,9 @@ def _deep(opcode: bytes, closing: bytes) -> bytes:
         (b"\x80\x04" + b"]" * 300_000 + b".", "more than 200,000 opcodes"),
         (b"\x80\x04}" + _deep(b"(", b"t")[2:-1] + b"Ns.", "does not decode"),  # a key of 50,000 tuples in each other
         (b"\x80\x04K\x01)R.", "does not decode"),
+        (pickle.dumps({2**64: 1}), "a long integer as a key"),
+        (_scalars(1000), "the same bytes for too many values"),
+        (pickle.dumps(np.array([1]))[:-1] + b"N\x85b.", "does not decode"),  # built twice
         (b"\x80\x04K\x01(\x85.", "does not decode"),  # a tuple from before its mark
         (b"\x80\x04cnumpy\nndarray\n(K\x01tR.", "does not decode"),
     ],
@@ -452,6 +516,10 @@ def test_other_pickles_are_refused(data, reason):
         plain_pickle.loads(data)
     assert reason in str(error.value)
     assert not pathlib.Path("/tmp/it_ran").exists()
+
+
+def test_scalars_that_share_no_more_bytes_than_there_are_are_read():
+    assert plain_pickle.loads(_scalars(1))[-1] == "a" * 100_000
 
 
 def test_deep_data_does_no_harm():

@@ -35,6 +35,10 @@ def main() -> None:
         sizes = []
     if sizes not in _MOST_SIZES:
         raise UserError(f"batch_sizes: got {','.join(args.batch_sizes)}, expected {_MOST_SIZES}")
+    if args.max_waiting < args.max_pictures:
+        raise UserError(
+            f"max_waiting: got {args.max_waiting} with --max_pictures={args.max_pictures}, expected as many or more"
+        )
     with contextlib.closing(web.bind(args.host, args.port)) as bound:
         model = predictor.load(args.workdir, args.config)
         rewards = scoring.named_rewards(args.reward)

@@ -72,10 +72,12 @@ class Batches:
             end = time.monotonic() + self._wait
             while len(self._rows) < most and not self._closed and (left := end - time.monotonic()) > 0:
                 self._changed.wait(left)
-            return self._popped() or None
+            return self._popped() if self._rows or not self._closed else None
 
     def _popped(self) -> list[Row]:
-        return [self._rows.popleft() for _ in range(self._scorer.take(len(self._rows)))] if self._rows else []
+        """The next rows, without those whose request was given up; maybe none."""
+        count = self._scorer.take(len(self._rows)) if self._rows else 0
+        return [row for row in (self._rows.popleft() for _ in range(count)) if not row.future.cancelled()]
 
     def _finish(self, rows: Sequence[Row], begun, start: float) -> None:
         try:

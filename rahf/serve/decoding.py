@@ -39,11 +39,15 @@ def decode(pictures: Sequence[bytes], size: int, keep: int | None) -> list[Pictu
     found = []
     for data in pictures:
         try:
+            width, height = images.stored_size(data)
+            if width * height > images.MAX_PIXELS:
+                raise UserError(f"image: {width} x {height} pixels, expected at most {images.MAX_PIXELS / 1e6:g} million")
             image = images.decode(data, "picture")
             kept = None if keep is None else drawing.shrink(image, keep) if keep else image
             found.append(Picture(images.resize(image, size), image.shape[1::-1], kept))
         except UserError as error:
-            found.append(str(error).removeprefix("picture: "))
+            reason = str(error).removeprefix("picture: ")
+            found.append(reason if reason.startswith("image: ") else f"image: does not decode ({reason})")
         except MemoryError:
             found.append("image: too large for the memory of this machine")
     return found
@@ -89,5 +93,7 @@ class Decoders:
             raise
 
     def close(self) -> None:
-        """Ends the processes."""
-        self._pool.shutdown(cancel_futures=True)
+        """Ends the processes, in the midst of their work."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.kill()

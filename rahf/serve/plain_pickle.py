@@ -24,11 +24,11 @@ _VALUES = {
     "SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8",
 }  # fmt: skip
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_KEYS = str | bytes | int | float | None
+_KEYS = range(-(2**63), 2**63)  # the hash of a longer one takes long
 
 
 class _Unbuilt:
-    """A NumPy object between its REDUCE and its BUILD. `keys`: the places of the memo that hold it."""
+    """A NumPy object between its REDUCE and its only BUILD. `keys`: the places of the memo that hold it."""
 
     def __init__(self, build: Callable):
         self.build, self.keys = build, []
@@ -49,7 +49,7 @@ def loads(data: bytes):
 
 
 def _loads(data: bytes):
-    stack, marks, memo = [], [], {}
+    stack, marks, memo, copied = [], [], {}, 0
 
     def taken(start: int) -> list:
         """Takes the values from this place of the stack on, none of them from before the last mark."""
@@ -83,7 +83,7 @@ def _loads(data: bytes):
         elif name in ("SETITEM", "SETITEMS"):
             values = taken(len(stack) - 2 if name == "SETITEM" else marks.pop())
             for key, value in zip(values[::2], values[1::2], strict=True):
-                _of(dict, stack[-1])[_of(_KEYS, key)] = value
+                _of(dict, stack[-1])[_key(key)] = value
         elif name in ("MEMOIZE", "BINPUT", "LONG_BINPUT"):
             key = len(memo) if name == "MEMOIZE" else argument
             memo[key] = stack[-1]
@@ -99,12 +99,17 @@ def _loads(data: bytes):
             function, arguments = taken(len(stack) - 2)
             if not callable(function):
                 raise ValueError("a call of what is no function")
+            if function is _scalar:  # a copy of bytes, which may be in the pickle once and here many times
+                copied += len(arguments[-1])
+                if copied > len(data):
+                    raise ValueError("the same bytes for too many values")
             stack.append(function(*_of(tuple, arguments)))
         elif name == "BUILD":
             unbuilt, state = taken(len(stack) - 2)
             value = _of(_Unbuilt, unbuilt).build(*_of(tuple, state))
             stack.append(value)
             memo.update(dict.fromkeys(unbuilt.keys, value))
+            unbuilt.keys, unbuilt.build = [], _built_before
         elif name == "STOP":
             (value,) = stack
             return value
@@ -117,6 +122,16 @@ def _of(kind, value):
     if not isinstance(value, kind):
         raise ValueError(f"got a {type(value).__name__}")
     return value
+
+
+def _key(key):
+    if isinstance(key, int) and key not in _KEYS:
+        raise ValueError("a long integer as a key")
+    return _of(str | bytes | int | None, key)
+
+
+def _built_before(*_):
+    raise ValueError("a second BUILD of one object")
 
 
 def _global(module: str, name: str):

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -111,10 +112,13 @@ class Scorer:
         try:
             values = specs.checked(reward, [row.picture for row in padded], [row.prompt for row in padded])
             return [float(value) for value in values[: len(rows)]]
-        except UserError as error:
-            if len(rows) == 1:
+        except Exception as error:
+            if len(rows) > 1:
+                return [self._values(reward, [row])[0] for row in rows]
+            if isinstance(error, UserError):
                 return [str(error)]
-            return [self._values(reward, [row])[0] for row in rows]
+            traceback.print_exception(error)
+            return ["a fault of the reward; the service's log has the reason"]
 
     def _size(self, rows: int) -> int:
         return next(size for size in self.sizes if size >= rows)
