@@ -27,6 +27,7 @@ setup(
         "etils[epath]>=1.9",
         "flax>=0.10",
         "fsspec>=2024.2",
+        "huggingface_hub>=0.30",
         "jax>=0.5",
         "jinja2>=3.1",
         "matplotlib>=3.8",
