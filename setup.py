@@ -71,6 +71,7 @@ setup(
             "tensorboard>=2.16",
         ],
         "parity": ["torch>=2.4", "diffusers>=0.35", "open_clip_torch>=2.24"],
+        "onnx": ["jax2onnx>=0.17", "onnxruntime>=1.24"],  # asks for an older Orbax: without constraints.txt
         "beam": [*DATA, "apache-beam>=2.60", "sentencepiece<0.2.3"],  # Beam asks for protobuf 6: without constraints.txt
     },
 )

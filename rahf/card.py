@@ -26,6 +26,7 @@ FILES = {
     "vocab.json": "The same.",
     "merges.txt": "The same.",
     "predict.stablehlo": "The prediction as a function for `jax.export`; the weights are an argument.",
+    "predict.onnx": "The prediction for ONNX Runtime; it reads `weights.safetensors` beside it.",
     "SHA256SUMS": "The files' digests, which `rahf.load` compares.",
 }
 PREDICTS = """

@@ -5,7 +5,7 @@
 
 writes DIR/weights.safetensors, with our parameter names, DIR/config.json, the model's configuration, and DIR/SHA256SUMS.
 Training starts from such folders (pretrained.py) with `--config.init.vit=DIR` and `--config.init.t5=DIR`. A RAHF's folder
-also holds its vocabulary and predict.stablehlo (export.py); a run's also README.md, a model card
+also holds its vocabulary, predict.stablehlo and, with --onnx, predict.onnx (export.py); a run's also README.md, a model card
 (card.py); a CLIP's and an ImageReward's the files of its tokenizer.
 
     python -m rahf.convert --source=workdir --input=DIR --output=hf://owner/name --license=apache-2.0
@@ -35,7 +35,7 @@ from richhf_data.errors import UserError
 
 TOKENIZERS = {"clip": clip_tokenizer.FILES, "image_reward": bert_tokenizer.FILES}  # kind -> files
 FILES = dict.fromkeys(pretrained.SECTIONS, ()) | TOKENIZERS  # besides `COMMON`
-FILES |= {"rahf": ("vocabulary.model", *vocabularies.CLIP_FILES, "predict.stablehlo")}
+FILES |= {"rahf": ("vocabulary.model", *vocabularies.CLIP_FILES, "predict.stablehlo", "predict.onnx")}
 COMMON = ("weights.safetensors", folders.SUMS, "config.json")  # the last one marks a complete folder
 
 
@@ -47,6 +47,7 @@ def convert(
     timeout: float = weights.TIMEOUT,
     clip=None,
     license: str | None = None,
+    onnx: bool = False,
 ) -> Pretrained:
     """Reads weights and writes the folder `output`.
 
@@ -57,7 +58,7 @@ def convert(
         tokenizer, by default the input's. Without its files, what reads texts refuses the output.
       timeout: seconds that an address may take to answer, for `source="t5x"`.
       clip: a folder of kind "clip", for `source="aesthetic"`.
-      license: of the weights, for the model card of `source="workdir"`.
+      license: of the weights, for the model card of `source="workdir"`. onnx: write predict.onnx of a RAHF.
 
     Raises:
       UserError: an input that is not of the format `source`; a RAHF without a vocabulary, or with too large a one; a
@@ -65,6 +66,8 @@ def convert(
         conversion's, or that is an input; another process writes there; an address that cannot be written.
     """
     card.check_license(license)
+    if onnx:
+        export.check_onnx()
     options = {"t5x": {"timeout": timeout}, "aesthetic": {"clip": clip}}.get(source, {})
     names = [name for files in (*FILES.values(), COMMON) for name in files]
     with folders.writing(output, names) as folder:
@@ -72,6 +75,8 @@ def convert(
         paths.finish_exchange(folder)
         replaced = _replaced(converted.kind, [path, *([clip] if clip else [])], folder)
         tokenizer = _tokenizer(converted.kind, path, vocabulary)
+        if onnx and converted.kind != "rahf":
+            raise UserError(f"onnx: got a {converted.kind}, expected a whole RAHF")
         if converted.kind == "rahf":
             if source == "workdir":
                 vocabulary = workdirs.vocabulary(path)
@@ -90,6 +95,8 @@ def convert(
             for file in tokenizer:
                 paths.replace(partial / file.name, file.read_bytes())
             pretrained.write(converted, partial)
+            if onnx:
+                export.export_onnx(converted, partial)
             folders.write_sums(partial)
             if source == "workdir" and folders.CARD in replaced:
                 text = card.model_card(path, converted, os.fspath(output), license, os.listdir(partial))
@@ -133,7 +140,7 @@ def _replaced(kind: str, inputs: Sequence, output: pathlib.Path) -> tuple[str, .
 def main():
     """The command."""
     args = flags.FLAGS
-    options = {name: getattr(args, name) for name in ("vocabulary", "timeout", "clip", "license")}
+    options = {name: getattr(args, name) for name in ("vocabulary", "timeout", "clip", "license", "onnx")}
     converted = convert(args.source, args.input, args.output, **options)
     parameters = sum(int(np.prod(tensor.shape)) for tensor in converted.tensors.values())
     found = f": {converted.found}" if converted.found else ""
@@ -153,6 +160,7 @@ if __name__ == "__main__":
     )
     flags.DEFINE_string("clip", None, "aesthetic: the CLIP under the head, a folder that this command wrote.")
     flags.DEFINE_string("license", None, "workdir: the licence of the weights, for the model card, such as apache-2.0.")
+    flags.DEFINE_bool("onnx", False, "workdir, rahf-pytorch: write predict.onnx too. Needs jax2onnx.")
     ranges.flag("timeout", weights.TIMEOUT, "t5x: seconds that an address may take to answer.", ranges.Range(1, 1e6))
     flags.mark_flags_as_required(["source", "input", "output"])
     command.run(main)

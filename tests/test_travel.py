@@ -1,12 +1,14 @@
 """Folders at addresses: sent, fetched, checked; the hub's real client against tests/hub.py, gcsfs against tests/gcs.py."""
 
 import concurrent.futures
+import dataclasses
 import json
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
+import types
 
 import cv2
 import fsspec
@@ -19,9 +21,10 @@ import pytest
 import quick_xla
 import safetensors.numpy
 import tiny_clip
+import tiny_model
 
 import rahf
-from rahf import card, convert, folders, pretrained, readers, workdirs
+from rahf import card, convert, experiments, folders, pretrained, readers, workdirs
 from rahf.reward import embed, specs
 from richhf_data import images, json_files, metrics, schema
 
@@ -359,3 +362,43 @@ def test_a_folder_travels_over_a_bucket(tmp_path):
     assert out.splitlines() == ["['config.json', 'weights.safetensors']", "gs://bucket/run"]
     names = {name for _, name in server.objects}
     assert names == {"folder/SHA256SUMS", "folder/config.json", "folder/weights.safetensors"}
+
+
+# ---- ONNX -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("variant", tiny_model.VARIANTS)
+def test_an_onnx_runtime_predicts_the_same(variant, tmp_path):
+    pytest.importorskip("jax2onnx")
+    import onnxruntime
+
+    config = experiments.load("rahf_ci")
+    config.data.source = "stream"
+    with config.unlocked():
+        config.model = dataclasses.asdict(tiny_model.config(variant))
+        config.model.t5.vocab_size = 512
+    tiny_model.workdir(tmp_path / "run", config)
+    convert.convert("workdir", tmp_path / "run", tmp_path / "out", onnx=True)
+    assert (tmp_path / "out/predict.onnx").stat().st_size < 2**20
+    model = rahf.load(tmp_path / "out")
+    pictures = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8)
+    rows = [model.prepare(picture, f"a {word} cat") for picture, word in zip(pictures, "abcde", strict=True)]
+    session = onnxruntime.InferenceSession(tmp_path / "out/predict.onnx")
+    for count in (1, 5):
+        inputs = {name: np.stack([row[name] for row in rows[:count]]) for name in ("image", "text_ids")}
+        outputs = dict(zip(("scores", "heatmaps", "keyword_ids"), session.run(None, inputs), strict=True))
+        for i, expected in enumerate(model.predict_rows(rows[:count], count)):
+            np.testing.assert_allclose(outputs["scores"][i], expected["scores"], atol=1e-5)
+            np.testing.assert_allclose(outputs["heatmaps"][i], expected["heatmaps"], atol=1e-5)
+            np.testing.assert_array_equal(outputs["keyword_ids"][i], expected["keyword_ids"])
+    assert len({tuple(ids) for ids in outputs["keyword_ids"]}) > 1
+
+
+def test_onnx_of_what_is_no_rahf_or_without_its_package_is_refused(workdir, tmp_path, monkeypatch):
+    tiny_clip.write(tmp_path / "clip")
+    monkeypatch.setitem(readers.READERS, "clip-hf", lambda path: pretrained.read(path, "clip"))
+    monkeypatch.setitem(sys.modules, "jax2onnx", types.ModuleType("jax2onnx"))
+    with pytest.raises(ValueError, match="onnx: got a clip, expected a whole RAHF"):
+        convert.convert("clip-hf", tmp_path / "clip", tmp_path / "out", onnx=True)
+    monkeypatch.setitem(sys.modules, "jax2onnx", None)
+    with pytest.raises(ValueError, match=r"onnx: needs the package jax2onnx; pip install 'rahf\[onnx\]'"):
+        convert.convert("workdir", workdir, tmp_path / "out", onnx=True)
+    assert not (tmp_path / "out").exists()
