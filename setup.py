@@ -28,6 +28,7 @@ setup(
         "etils[epath]>=1.9",
         "flax>=0.10",
         "fsspec>=2024.2",
+        "huggingface_hub>=0.30",
         "jax>=0.5",
         "jinja2>=3.1",
         "matplotlib>=3.8",
@@ -72,6 +73,7 @@ setup(
             "tensorboard>=2.16",
         ],
         "parity": ["torch>=2.4", "diffusers>=0.35", "open_clip_torch>=2.24"],
+        "onnx": ["jax2onnx>=0.17", "onnxruntime>=1.24"],  # asks for an older Orbax: without constraints.txt
         "beam": [*DATA, "apache-beam>=2.60", "sentencepiece<0.2.3"],  # Beam asks for protobuf 6: without constraints.txt
     },
 )

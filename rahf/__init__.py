@@ -6,7 +6,7 @@
 
 
 def load(workdir):
-    """The trained model of a workdir; see `rahf.predictor.load`."""
+    """The trained model of a workdir or of hf://owner/name; see `rahf.predictor.load`."""
     from rahf import predictor
 
     return predictor.load(workdir)

@@ -16,6 +16,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from rahf import folders
 from richhf_data import command, ranges
 from richhf_data.errors import UserError, in_code_of_the_user
 
@@ -63,13 +64,16 @@ def reader(
     Args:
       kinds: of configs that the command takes (key `kind`; without it, "rahf"); all by default.
       default: the config that is used if --config is not given.
-      of_workdir: workdir -> its config, which is used if --config is not given.
+      of_workdir: workdir -> its config, which is used if --config is not given. An address of a folder that rahf.convert
+        wrote is replaced by a local folder (folders.py).
       required: whether there must be a config.
     """
 
     def read_arguments(argv):
         name, rest = _taken(argv, "config")
-        workdir, _ = _taken(argv, "workdir")
+        workdir, others = _taken(rest, "workdir")
+        if of_workdir and workdir and (local := folders.local_folder(workdir)) != workdir:
+            workdir, rest = local, [*others, f"--workdir={local}"]
         overrides = [match[1] for argument in rest if (match := re.match(r"--?(?:no)?config\.([^=]+)", argument))]
         if name or default:
             config = load(name or default)

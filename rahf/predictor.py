@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from rahf import ahead, checkpoints, partitioning, sources, weights, workdirs
+from rahf import ahead, checkpoints, folders, partitioning, sources, weights, workdirs
 from rahf.fingerprint import fingerprint
 from rahf.models import critics
 from rahf.models.baselines import CLIPCriticConfig
@@ -292,17 +292,22 @@ def load(workdir, config=None) -> Model:
     """The model of a workdir, with the parameters of its best evaluation so far; or of a folder that rahf.convert wrote.
 
     Args:
+      workdir: a path, or an address such as gs://bucket/run or hf://owner/name (folders.py).
       config: the workdir's by default.
 
     Raises:
-      UserError: the folder holds no run, or no checkpoint, or one of another architecture, or weights that are not finite.
+      UserError: the folder holds no run, or no checkpoint, or one of another architecture, or weights that are not finite;
+        an address as `folders.local_folder`.
     """
-    workdir = paths.absolute(workdir)
+    workdir = paths.absolute(folders.local_folder(workdir))
     config = workdirs.read_config(workdir) if config is None else config
     predictor = Predictor(config, workdirs.vocabulary(workdir))
     if (file := workdir / "weights.safetensors").is_file():
         if "://" in str(workdir):
-            raise UserError(f"workdir: {workdir} holds weights of rahf.convert, expected them on a disk; copy the folder")
+            raise UserError(
+                f"workdir: {workdir} holds weights of rahf.convert, expected {folders.SUMS} beside them and a package that "
+                "fetches them (gcsfs for gs://); convert again, or install it"
+            )
         return Model(predictor, _read_params(file, predictor.params))
     params = checkpoints.restore_params(workdir, predictor.params)
     for name, array in flax.traverse_util.flatten_dict(params, sep="/").items():

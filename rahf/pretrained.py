@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
-from rahf import names, partitioning, weights
+from rahf import folders, names, partitioning, weights
 from rahf.models import critics
 from rahf.models.blip import ImageRewardConfig
 from rahf.models.clip import CLIPConfig
@@ -134,7 +134,8 @@ def starting_tensors(init: Mapping[str, str], ours: Mapping, config: critics.Cri
     image size. A class token is dropped if the model has none.
 
     Args:
-      init: "rahf", "vit", "t5", "resnet", "clip" -> a folder, or "". ours: the model's parameters, with shapes.
+      init: "rahf", "vit", "t5", "resnet", "clip" -> a folder or its address (folders.py), or "".
+      ours: the model's parameters, with shapes.
 
     Raises:
       UserError: a folder of another kind or size, or of a model that computes something else (another GELU, for example).
@@ -142,7 +143,7 @@ def starting_tensors(init: Mapping[str, str], ours: Mapping, config: critics.Cri
     ours, out = flax.traverse_util.flatten_dict(ours, sep="/"), {}
     for kind in ("rahf", "vit", "t5", "resnet", "clip"):
         if init.get(kind):
-            pretrained, prefix = read(init[kind], kind), "" if kind == "rahf" else f"{kind}/"
+            pretrained, prefix = read(folders.local_folder(init[kind]), kind), "" if kind == "rahf" else f"{kind}/"
             what = f"init.{kind}: {init[kind]}"
             _check_same_function(pretrained, config, what)
             out |= _fitted({prefix + name: tensor for name, tensor in pretrained.tensors.items()}, ours, prefix, what)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from rahf import hosts, workdirs
+from rahf import folders, hosts, workdirs
 from rahf.fingerprint import fingerprint
 from rahf.models import critics
 from richhf_data import json_files, paths, ranges, schema, synthetic
@@ -38,9 +38,9 @@ def install_vocabulary(config, workdir) -> vocabularies.Vocabulary | vocabularie
     if jax.process_index() == 0 and not complete:
         model = critics.config_of(config.model.to_dict())
         if given := config.data.vocabulary or config.init.get("clip"):
-            vocabularies.of(given).copy(workdir)
+            vocabularies.of(folders.local_folder(given)).copy(workdir)
         elif model.architecture == "clip" and config.init.rahf:
-            workdirs.vocabulary(config.init.rahf).copy(workdir)
+            workdirs.vocabulary(folders.local_folder(config.init.rahf)).copy(workdir)
         elif config.data.source == "seqio":
             vocabularies.of(epath.Path(evaluation_dir(config)) / "vocabulary.model").copy(workdir)
         else:

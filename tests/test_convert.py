@@ -617,7 +617,7 @@ def test_a_folder_of_ours_is_written_anew(tmp_path):
     (out / "config.json").write_text('{"kind": "rahf"}')
     (out / ".partial").mkdir()  # of a conversion that was killed
     convert.convert("vit-hf", folder, out)
-    assert sorted(file.name for file in out.iterdir()) == ["config.json", "notes.txt", "weights.safetensors"]
+    assert sorted(file.name for file in out.iterdir()) == ["SHA256SUMS", "config.json", "notes.txt", "weights.safetensors"]
     with pytest.raises(ValueError, match=r"workdir: .* holds the weights of a vit, expected those of a whole RAHF"):
         predictor.load(out)
 

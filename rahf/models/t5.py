@@ -436,8 +436,8 @@ class T5(nn.Module):
 
         state = (
             jnp.int32(0),
-            jnp.full(batch, PAD_ID, jnp.int32),
-            jnp.full((batch, max_length), PAD_ID, jnp.int32),
+            jax.lax.full((batch,), PAD_ID, jnp.int32),
+            jax.lax.full((batch, max_length), PAD_ID, jnp.int32),
             jnp.zeros(batch, bool),
             [empty] * config.num_decoder_layers,
         )

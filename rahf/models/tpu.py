@@ -115,10 +115,13 @@ def convolve_to_one(x: Array, kernel: Array, strips: int) -> Array:
     Returns:
       float32[B, h, strips * w].
     """
-    products = jax.lax.conv_general_dilated(
-        x, kernel.reshape(1, 1, 9, -1), (1, 1), "VALID",
-        dimension_numbers=("NHWC", "HWOI", "CNHW"), preferred_element_type=jnp.float32,
-    )  # fmt: skip
+    if _is_exported(x):  # ONNX has no convolution of this layout
+        products = jnp.einsum("tc,nhwc->tnhw", kernel.reshape(9, -1), x, preferred_element_type=jnp.float32)
+    else:
+        products = jax.lax.conv_general_dilated(
+            x, kernel.reshape(1, 1, 9, -1), (1, 1), "VALID",
+            dimension_numbers=("NHWC", "HWOI", "CNHW"), preferred_element_type=jnp.float32,
+        )  # fmt: skip
     taps = from_strips(products, strips)  # [9, B, H, W]
     h, w = taps.shape[-2:]
     taps = jnp.pad(taps, ((0, 0), (0, 0), (1, 1), (1, 1))).reshape(3, 3, taps.shape[1], h + 2, w + 2)
@@ -177,12 +180,17 @@ deconv2x.defvjp(_deconv2x_forward, _deconv2x_backward)
 def _laid_out(x: Array, order: tuple[int, ...]) -> Array:
     """The same array. On a TPU its axes lie in memory in this order, the last one contiguous.
 
-    An exported function with a symbolic batch size goes without, because such layouts cannot be exported.
+    An exported function goes without, because such layouts cannot be exported.
     """
-    if not all(isinstance(size, int) for size in x.shape):
+    if _is_exported(x):
         return x
 
     def constrained(x):
         return with_layout_constraint(x, Layout(major_to_minor=order))
 
     return jax.lax.platform_dependent(x, tpu=constrained, default=lambda x: x)
+
+
+def _is_exported(x: Array) -> bool:
+    """Whether the function is traced for `rahf/export.py`: for a symbolic number of images."""
+    return not all(isinstance(size, int) for size in x.shape)

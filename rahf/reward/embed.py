@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
-from rahf import pretrained, weights
+from rahf import folders, pretrained, weights
 from rahf.models.clip import CLIP, CLIPConfig, unit
 from rahf.models.parameters import param_shapes
 from rahf.reward.framing import prepare
@@ -31,7 +31,7 @@ FILE = 8 * BATCH  # embeddings per file: as many are lost when a run is killed
 
 
 class Clip:
-    """A frozen CLIP, from a folder that `rahf.convert --source=clip-hf` or `--source=open-clip` wrote.
+    """A frozen CLIP, from a folder or an address (folders.py) that `rahf.convert` wrote, of kind "clip".
 
     Attributes:
       config: CLIPConfig. params: its parameters.
@@ -42,7 +42,7 @@ class Clip:
     """
 
     def __init__(self, folder):
-        folder = pathlib.Path(folder)
+        folder = pathlib.Path(folders.local_folder(folder))
         self.config = checked.conform(CLIPConfig, pretrained.read(folder, "clip").config["clip"])
         self.tokenizer = clip_tokenizer.Tokenizer(folder)
         self.digest = _digest([folder / name for name in ("config.json", "weights.safetensors", *clip_tokenizer.FILES)])

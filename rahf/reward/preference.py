@@ -6,7 +6,8 @@
     aesthetic      LAION's aesthetic predictor; it reads no prompt
     imagereward    ImageReward (arXiv 2304.05977)
 
-Each takes a folder that rahf.convert wrote. `specs` gives them by name, docs/rewards.md says where their weights are.
+Each takes a folder that rahf.convert wrote, or its address (folders.py). `specs` gives them by name, docs/rewards.md says
+where their weights are.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rahf import pretrained, weights
+from rahf import folders, pretrained, weights
 from rahf.fingerprint import fingerprint
 from rahf.models.blip import ImageReward, ImageRewardConfig
 from rahf.models.clip import CLIP, Aesthetic, CLIPConfig, unit
@@ -128,7 +129,8 @@ def _cosine(name: str, clip: embed.Clip, frame: Frame, scaled: bool = False, cut
 # ---- Networks of their own ------------------------------------------------------------------------------------------
 def aesthetic(folder) -> Preference:
     """LAION's aesthetic predictor of a folder of kind "aesthetic", about 1 to 10."""
-    settings, folder = pretrained.read(folder, "aesthetic").config, pathlib.Path(folder)
+    folder = pathlib.Path(folders.local_folder(folder))
+    settings = pretrained.read(folder, "aesthetic").config
     config = checked.conform(CLIPConfig, settings["clip"])
     size, module = config.vision.image_size, Aesthetic(config, tuple(settings["hidden"]))
     params = _params(folder, module, np.zeros((1, size, size, 3), np.float32))
@@ -141,7 +143,8 @@ def aesthetic(folder) -> Preference:
 
 def imagereward(folder) -> Preference:
     """ImageReward of a folder of kind "image_reward", normalised as the package does."""
-    settings, folder = pretrained.read(folder, "image_reward").config, pathlib.Path(folder)
+    folder = pathlib.Path(folders.local_folder(folder))
+    settings = pretrained.read(folder, "image_reward").config
     config = checked.conform(ImageRewardConfig, settings["image_reward"])
     size, module, length = config.image_size, ImageReward(config), config.text.length
     tokenizer = bert_tokenizer.Tokenizer(folder, config.text.vocab_size)

@@ -24,6 +24,8 @@ Several scores of one RAHF cost least as one member: rahf:DIR:alignment=0.7,over
 To guide sampling, a reward must be differentiable: any of these, where python: names a function or an object that
 differentiable.py describes.
 
+DIR may be an address, hf://owner/name for example: see rahf/folders.py.
+
 Features are clip:DIR, the image embeddings of a CLIP in a folder of rahf.convert, or python:package.module:name,
 (images) -> float[B, D]. Images are B arrays uint8[H, W, 3] of any sizes.
 
