@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-beam lint clean
+.PHONY: demo test test-beam test-trackers lint clean
 
 $(VENV)/installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,5 +29,11 @@ test-beam:
 	$(VENV)-beam/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,beam]'
 	$(VENV)-beam/bin/python -m pytest tests/test_scan.py -k beam
 
+# Weights & Biases and trackio, without a network: trackio wants another Pillow than constraints.txt.
+test-trackers:
+	$(PYTHON) -m venv $(VENV)-trackers
+	$(VENV)-trackers/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,trackers]'
+	$(VENV)-trackers/bin/python -m pytest tests/test_trackers.py
+
 clean:
-	rm -rf $(VENV) $(VENV)-beam demo
+	rm -rf $(VENV) $(VENV)-beam $(VENV)-trackers demo

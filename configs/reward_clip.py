@@ -12,6 +12,7 @@ def get_config():
     config = ml_collections.ConfigDict()
     config.kind = "reward"
     config.seed = 0
+    config.tracker = "tensorboard"  # or "wandb:PROJECT", "trackio:PROJECT", beside it
     config.prompts = dict(  # an open replication's counts, colours and backgrounds; the things are ours
         count=("one", "two", "three", "four", "five", "six"),
         colour=("red", "yellow", "green", "blue", "black", "pink", "purple", "white", "brown"),

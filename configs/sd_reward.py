@@ -16,6 +16,7 @@ def get_config():
     config.seed = 0
     config.log_every = 20  # steps
     config.checkpoint_every = 500
+    config.tracker = "tensorboard"  # or "wandb:PROJECT", "trackio:PROJECT", beside it
 
     config.model = dict(
         folder="",  # a diffusers folder, to start from

@@ -4,8 +4,8 @@
         --python=.venv/bin/python --config.data.source=stream --sweep=optimizer.learning_rate=1e-3,3e-4
 
 XManager needs protobuf below 7, which contradicts constraints.txt: install it in an environment of its own (`pip install
-'xmanager>=0.5' ml_collections`). Local jobs run with --python, Vertex AI's in an image of the checked-out commit. Vertex AI
-has only slices of 8 cores of TPU v2 and v3: for pods, use launch/tpu_vm.py.
+'xmanager>=0.5' ml_collections flax`). Local jobs run with --python, Vertex AI's in an image of the checked-out commit, by
+the Dockerfile. Vertex AI has only slices of 8 cores of TPU v2 and v3: for pods, use launch/tpu_vm.py.
 
 Each combination of the sweeps' values is one run, in a folder of --workdir that is named after the values. Local runs
 follow one another. The config and its overrides are checked before anything is packaged.
@@ -44,6 +44,11 @@ flags.DEFINE_string("bucket", None, "vertex: bucket for staging, without gs://."
 flags.DEFINE_string("image", None, "vertex: where to push the image, REGION-docker.pkg.dev/PROJECT/REPOSITORY/NAME:TAG.")
 flags.mark_flags_as_required(["config", "workdir", "executor"])
 FLAGS = flags.FLAGS
+TRAINING = """HEALTHCHECK NONE
+RUN python -m pip install --no-cache-dir -c constraints.txt '.[{extras}]'
+ENTRYPOINT ["python", "-m", "rahf.train"]
+CMD []
+"""
 
 
 def trials(sweeps: list[str], config) -> list[dict[str, str]]:
@@ -110,23 +115,17 @@ def local_packageable() -> xm.Packageable:
 
 
 def vertex_packageable(folder: pathlib.Path, needs: xm.JobRequirements) -> xm.Packageable:
-    """An image with rahf.train of the checked-out commit, which is unpacked into `folder`."""
+    """An image with rahf.train of the checked-out commit, which is unpacked into `folder`: the Dockerfile's first stage, and
+    the extras that training needs."""
     archive = folder / "rahf.tar.gz"
     subprocess.run(tpu_vm.archive_command(tpu_vm.commit(), archive), check=True)
     (folder / "rahf").mkdir()
     subprocess.run(["tar", "-xzf", archive, "-C", folder / "rahf"], check=True)
     extras = "data" if needs.accelerator is None else "data,tpu" if needs.accelerator in xm.TpuType else "data,cuda"
-    spec = xm.PythonContainer(
-        path=str(folder / "rahf"),
-        base_image="python:3.11",
-        docker_instructions=[
-            "COPY rahf/ /rahf",
-            "WORKDIR /rahf",
-            f"RUN python -m pip install --no-cache-dir -c constraints.txt '.[{extras}]'",
-        ],
-        entrypoint=xm.ModuleName("rahf.train"),
-    )
-    return xm.Packageable(spec, xm_local.Vertex.Spec(push_image_tag=FLAGS.image))
+    file = folder / "rahf" / "Dockerfile"
+    base, _, _ = file.read_text().partition("\nFROM base AS ")
+    file.write_text(f"{base}\n{TRAINING.format(extras=extras)}")
+    return xm.Packageable(xm.Dockerfile(path=str(file.parent)), xm_local.Vertex.Spec(push_image_tag=FLAGS.image))
 
 
 async def launch(runs: list[dict[str, str]], needs: xm.JobRequirements, folder: pathlib.Path) -> None:

@@ -12,19 +12,17 @@ import contextlib
 import dataclasses
 import io
 import os
-import secrets
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
-import tensorboardX
 from etils import epath
 from jax.experimental import multihost_utils
 from tqdm.auto import tqdm
 
-from rahf import ahead, checkpoints, event_files, partitioning
+from rahf import ahead, checkpoints, partitioning, trackers
 from rahf.program import Training
 from richhf_data import paths
 from richhf_data.errors import UserError
@@ -73,13 +71,7 @@ def start(
                 batches = stack.enter_context(contextlib.closing(batches_from(step)))
                 batches = ahead.taken(((rows, training.place(rows)) for rows in batches), READY)
                 batches = stack.enter_context(contextlib.closing(batches))
-            events = event_files.address(workdir / "tensorboard")
-            end = f".{secrets.token_hex(8)}"  # of the file's name, so that no link can lie in wait for it
-            with paths.naming("/dev/shm"):  # its queue has semaphores
-                summaries = tensorboardX.SummaryWriter(
-                    events, purge_step=step or None, write_to_disk=writes, filename_suffix=end
-                )
-            writer = stack.enter_context(summaries)
+            writer = stack.enter_context(trackers.opened(workdir, config, step))
             bar = stack.enter_context(
                 tqdm(desc="train", total=num_steps, initial=step, unit="step", dynamic_ncols=True, disable=not writes)
             )
@@ -116,7 +108,7 @@ class Run:
     """A run between its start and its end; see `start`.
 
     Attributes:
-      state: the training state after `step` steps. kept: of `Rollouts`. writer: TensorBoard's, for pictures.
+      state: the training state after `step` steps. kept: of `Rollouts`. writer: of `trackers`, for pictures.
       processor_seconds: of all steps so far but the first of each start, which compiles; without the caller's work.
       stopped: after a signal, what to print once the last checkpoint is on disk.
     """
@@ -169,10 +161,8 @@ class Run:
         return self.step % every == 0 or self.step == self.config.train.num_steps
 
     def log(self, section: str, values: Mapping[str, float]) -> None:
-        """Writes numbers of this step to TensorBoard; nan, which nothing was measured for, is left out."""
-        for name, value in values.items():
-            if value == value:
-                self.writer.add_scalar(f"{section}/{name}", value, self.step)
+        """Writes numbers of this step; nan, which nothing was measured for, is left out."""
+        self.writer.scalars(section, {name: value for name, value in values.items() if value == value}, self.step)
 
     def print(self, text: str) -> None:
         """Prints a line above the progress bar, on process 0."""
@@ -215,8 +205,7 @@ class Run:
         now, skipped = time.monotonic(), self._skips.total
         speed = (self.step - self._logged_step) * self.config.train.batch_size / (now - self._logged_at)
         self._logged_at, self._logged_step = now, self.step
-        for name, value in (metrics | {"examples_per_second": speed, "skipped_steps": skipped}).items():
-            self.writer.add_scalar(f"train/{name}", value, self.step)
+        self.writer.scalars("train", metrics | {"examples_per_second": speed, "skipped_steps": skipped}, self.step)
         shown = {"skipped": skipped} if skipped else {}
         self._bar.set_postfix(loss=f"{metrics['loss']:.4f}", examples_s=f"{speed:.0f}", **shown)
 

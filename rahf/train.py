@@ -26,6 +26,7 @@ from rahf import (
     predictor,
     pretrained,
     sources,
+    trackers,
     workdirs,
 )
 from rahf import program as programs
@@ -96,6 +97,7 @@ def train(config, workdir) -> dict[str, float]:
     """
     # ---- Model, mesh, training step ---------------------------------------------------------------------------------
     check(config)
+    trackers.check(config)
     checkpoints.check_path(workdir)
     model_config = critics.config_of(config.model.to_dict())
     training = programs.assemble(program(config), config)

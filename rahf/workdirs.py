@@ -6,6 +6,8 @@
     workdir/vocabulary.model     the SentencePiece model that maps its text to ids
     workdir/tokenizer.json, ...  in place of it, the tokenizer of a CLIP that is fine-tuned
     workdir/digests.json         SHA-256 of config.json and of the vocabulary's files
+    workdir/tensorboard/         the numbers and pictures of the run; see trackers.py
+    workdir/tracker.json         what the run is called at a tracker, if `config.tracker` names one
     workdir/checkpoints/, best/  see checkpoints.py
     workdir/damaged/             checkpoints whose contents changed after they were saved
     workdir/bad_batches/         batches whose loss or gradient was not finite
@@ -30,7 +32,7 @@ from richhf_data.errors import UserError
 from richhf_data.ranges import Range
 
 # How a run is divided, logged and saved: no result depends on it.
-CONDUCT = ("mesh", "log_every", "checkpoint_every", "train.max_bad_steps")
+CONDUCT = ("mesh", "log_every", "checkpoint_every", "train.max_bad_steps", "tracker")
 # Architecture -> the config that has every key.
 BASES = {"rahf": "rahf_base", "resnet": "baseline_resnet50", "clip": "baseline_clip"}
 
@@ -217,6 +219,8 @@ def _upgraded(config: Mapping) -> dict:
         config["model"] = dataclasses.asdict(critics.config_of(config["model"]))
     if isinstance(config.get("mesh"), dict):
         config["mesh"].setdefault("attention", "auto")
+    if "train" in config:  # a folder that rahf.convert wrote has none
+        config.setdefault("tracker", "tensorboard")
     return config
 
 

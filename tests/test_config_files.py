@@ -9,8 +9,9 @@ import random
 import zipfile
 
 import pytest
+from etils import epath
 
-from rahf import experiments, pretrained, readers, sources, weights, workdirs
+from rahf import experiments, pretrained, readers, sources, trackers, weights, workdirs
 from rahf.diffusion import folder as diffusers
 from rahf.reward import predict as reward
 from richhf_data import builder, json_files, schema
@@ -90,11 +91,12 @@ CONFIGS = {  # name -> the file's values, what reads the file
     "reward": (REWARD, loaded_reward),
     "dataset_info": (INFO, lambda file: json_files.read_as(sources.DatasetInfo, file, extra=True)),
     "report": (REPORT, lambda file: builder.read_report(file.parent)),
+    "tracker": ({"run": "run-00000000"}, lambda file: trackers.name_of(epath.Path(file.parent))),
     "prompts": ({"train": [["a", "b", "c"]]}, lambda file: builder.read_prompts(file.parent)),
     "references": ({"train": {"row": {"metric": 1.5}}}, builder.read_references),
 }
 FILES = {"report": "report.json", "prompts": "prompts.json", "release, pixels": "preprocessor_config.json"}
-FILES["release, arguments"] = "args_config.json"
+FILES |= {"release, arguments": "args_config.json", "tracker": "tracker.json"}
 
 
 def hugging_face(file, kind):

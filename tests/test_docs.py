@@ -154,7 +154,7 @@ def test_documented_make_targets_and_extras_exist():
 
 
 def test_documented_programs_are_known():
-    known = {"python", "python3", "make", "pip", ".venv-xmanager/bin/pip", ".venv-xmanager/bin/xmanager"}
+    known = {"python", "python3", "make", "pip", "docker", ".venv-xmanager/bin/pip", ".venv-xmanager/bin/xmanager"}
     assert {words[0] for words in documented()} == known
 
 

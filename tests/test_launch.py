@@ -500,9 +500,8 @@ def record(packageables):
     [packageable] = packageables
     spec = packageable.executable_spec
     files = sorted(path.name for path in pathlib.Path(spec.path).iterdir())
-    tag = packageable.executor_spec.push_image_tag
-    print(json.dumps({"tag": tag, "files": files, "module": spec.entrypoint.module_name}))
-    print(json.dumps(spec.docker_instructions))
+    print(json.dumps({"tag": packageable.executor_spec.push_image_tag, "files": files}))
+    print(json.dumps(pathlib.Path(spec.dockerfile).read_text().splitlines()))
     return package(packageables)
 
 experiment.package = record
@@ -528,6 +527,7 @@ def xmanager(cloud):
     if not found:
         pytest.skip("xmanager is not on PATH")
     shutil.copy(ROOT / "launch" / "xm_launch.py", cloud.checkout / "launch")
+    shutil.copy(ROOT / "Dockerfile", cloud.checkout)
     for name in ("configs", "rahf", "richhf_data"):
         shutil.copytree(ROOT / name, cloud.checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
     cloud.git("add", ".")
@@ -572,9 +572,11 @@ def test_xmanager_vertex_packages_the_commit_and_asks_for_resources(cloud, xmana
     assert done.returncode == 0, done.stdout + done.stderr
     client, image, instructions, first, second = [json.loads(line) for line in done.stdout.splitlines() if line[0] in "[{"]
     assert client == ["p", "europe-west4", "b"]
-    files = ["configs", "constraints.txt", "launch", "rahf", "richhf_data", "setup.py"]
-    assert image == {"tag": "i:1", "files": files, "module": "rahf.train"}
-    assert instructions[-1].endswith("-c constraints.txt '.[data,tpu]'")
+    files = ["Dockerfile", "configs", "constraints.txt", "launch", "rahf", "richhf_data", "setup.py"]
+    assert image == {"tag": "i:1", "files": files}
+    assert [line for line in instructions if line.startswith("FROM")] == ["FROM python:3.11-slim AS base"]
+    assert instructions[-3].endswith("-c constraints.txt '.[data,tpu]'")
+    assert instructions[-2:] == ['ENTRYPOINT ["python", "-m", "rahf.train"]', "CMD []"]
     for seed, job in enumerate((first, second)):
         flags = ["--config=configs/rahf_ci.py", f"--workdir=gs://b/run/seed={seed}", f"--config.seed={seed}"]
         assert job["job"] == flags

@@ -18,6 +18,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import tiny_clip
+from tensorboard.backend.event_processing import event_accumulator
 
 from rahf import experiments, reward
 from rahf.models.clip import CLIP
@@ -669,6 +670,13 @@ def test_train_writes_a_folder_that_load_reads_and_resumes(standard_promotion, c
     assert {"accuracy", "f1", "auc"} == results[0]["reward"].keys() == results[1]["clip_score"].keys()
     assert PIL.Image.open(workdir / "data_size.png").width > 1000
     assert "CLIP score auc" in train.table(results)
+    events = event_accumulator.EventAccumulator(str(workdir / "tensorboard"))
+    events.Reload()
+    (best,) = [event for event in events.Scalars("share_1/validation_mse") if event.step == results[1]["step"]]
+    np.testing.assert_allclose(best.value, results[1]["validation_mse"], rtol=1e-6)
+    accuracy = {event.step: event.value for event in events.Scalars("data_size/clip_score/accuracy")}
+    expected = {entry["train"]: entry["clip_score"]["accuracy"] for entry in results}
+    assert accuracy == pytest.approx(expected) and len(events.Images("data_size")) == 1
 
     images = [decode(png(i), "") for i in range(30)]
     texts = LabelledImages(file).prompts

@@ -23,7 +23,7 @@ import numpy as np
 from absl import flags
 from flax import linen as nn
 
-from rahf import checkpoints, experiments, hosts, loop, partitioning, workdirs
+from rahf import checkpoints, experiments, hosts, loop, partitioning, trackers, workdirs
 from rahf import program as programs
 from rahf.diffusion import finetuning, folder, inputs, sample
 from rahf.diffusion import schedule as sampler
@@ -63,6 +63,7 @@ def train(config, workdir, reward: Callable | None = None, cache=None, critic=No
     # ---- Model, mesh, training step ---------------------------------------------------------------------------------
     checkpoints.check_path(workdir)
     finetuning.check(config)
+    trackers.check(config)
     mesh = partitioning.mesh_of(config.mesh)
     if not config.model.folder:
         raise UserError("model.folder: got '', expected a diffusers folder to start from: --config.model.folder=DIR")
@@ -102,7 +103,7 @@ def train(config, workdir, reward: Callable | None = None, cache=None, critic=No
         model = on_devices(base, merged(run.params), mesh)
         drawn = sample.generate(model, prompts, truncate=True, mesh=mesh, **settings)
         grid = grid_of(sample.to_uint8(drawn))
-        run.writer.add_image("samples", grid, step, dataformats="HWC")
+        run.writer.image("samples", grid, step)
         if jax.process_index() == 0:
             paths.replace(workdir / "samples" / f"step_{step:08d}.png", images.png(grid))
             if step == config.train.num_steps and not (workdir / "model" / folder.INDEX).exists():

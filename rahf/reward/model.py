@@ -168,6 +168,7 @@ def fit(
     validation: np.ndarray,
     config,
     on_best: Callable[[dict, dict], None] = lambda params, metrics: None,
+    log: Callable[[dict, int], None] = lambda values, step: None,
 ) -> tuple[dict, dict]:
     """Trains a reward model. The result depends only on `config` and the arrays.
 
@@ -175,6 +176,7 @@ def fit(
       train, validation: int[...], rows of `features`.
       config: with `seed`, `model.hidden`, `loss` (temperature, classification_weight, num_prompts) and `train`.
       on_best: called with the parameters and `{"step", "validation_mse"}` after each validation that is the best so far.
+      log: called with {"loss", "mse", "classification", "validation_mse"} and the step after each validation.
 
     Returns:
       The parameters with the lowest validation error, and their `{"step", "validation_mse"}`.
@@ -222,6 +224,7 @@ def fit(
                 raise UserError(f"train: the loss is {value} at step {i + 1}; lower --config.train.learning_rate")
             mse = float(np.mean(np.square(predict(model, params, *held_out) - features.label[validation])))
             bar.set_postfix(loss=f"{value:.4f}", validation_mse=f"{mse:.4f}")
+            log({name: float(x) for name, x in metrics.items()} | {"validation_mse": mse}, i + 1)
             since += 1
             if best is None or mse < best["validation_mse"]:
                 best, best_params, since = {"step": i + 1, "validation_mse": mse}, jax.device_get(params), 0

@@ -4,6 +4,7 @@
 
     workdir/config.json, weights.safetensors    the weights of the best validation, for `rahf.reward.load`
     workdir/results.json, data_size.png         accuracy, F1 and AUC on the validation part, by number of training images
+    workdir/tensorboard/                        the losses of each training, and the results; see rahf.trackers
     workdir/embeddings/                         CLIP's embeddings; with --cache in another folder, which runs can share
 
 Give the same command again to continue a killed run. Cached embeddings and finished trainings are kept; an unfinished
@@ -11,6 +12,7 @@ training starts again and has the same result.
 """
 
 import dataclasses
+import functools
 import io
 import os
 from typing import Any
@@ -20,10 +22,10 @@ import sklearn.metrics
 from absl import flags
 from tabulate import tabulate
 
-from rahf import experiments, workdirs
+from rahf import experiments, trackers, workdirs
 from rahf.reward import embed, model, predict, prompts
 from rahf.reward.image_table import LabelledImages
-from richhf_data import command, json_files, paths, ranges
+from richhf_data import command, images, json_files, paths, ranges
 from richhf_data.errors import UserError
 
 # Of a config, for `experiments.check_ranges`.
@@ -31,7 +33,8 @@ RANGES = model.RANGES | {
     "eval.validation": ranges.Range(0, 1, without=(0, 1)),
     "eval.data_sizes": ranges.Each(ranges.SOME_SHARE),
 }
-RESUME_MAY_DIFFER = ("clip.folder",)  # of the workdir's config and a resumed run's; the digest of CLIP's files must be equal
+# Of the workdir's config and a resumed run's; the digest of CLIP's files must be equal.
+RESUME_MAY_DIFFER = ("clip.folder", "tracker")
 METRICS = ("accuracy", "f1", "auc")
 
 
@@ -147,6 +150,7 @@ def train(config, feedback_file, clip_folder, workdir, cache=None) -> list[dict]
     """
     # ---- Feedback, prompts, CLIP ------------------------------------------------------------------------------------
     experiments.check_ranges(config, RANGES)
+    trackers.check(config)
     words, change = prompts.words_of(config.prompts), tuple(config.loss.change)
     if unknown := sorted(set(change) - set(prompts.CATEGORIES)):
         raise UserError(f"loss.change: got {unknown}, expected some of {list(prompts.CATEGORIES)}")
@@ -182,19 +186,27 @@ def train(config, feedback_file, clip_folder, workdir, cache=None) -> list[dict]
 
     # ---- A training for each size; the whole part's weights are written ---------------------------------------------
     results, mlp = stored.results, model.RewardMLP(tuple(config.model.hidden))
-    for share in sizes[len(results) :]:
-        part, whole = rows[: max(1, round(share * len(rows)))], share == 1
+    with trackers.opened(workdir, config) as writer:
+        for share in sizes[len(results) :]:
+            part, whole = rows[: max(1, round(share * len(rows)))], share == 1
 
-        def keep(params, _):
-            if whole:
-                workdirs.check_config(workdir, config, RESUME_MAY_DIFFER)  # a folder that was removed is not made anew
-                predict.write_params(params, workdir / "weights.safetensors")
+            def keep(params, _):
+                if whole:
+                    workdirs.check_config(workdir, config, RESUME_MAY_DIFFER)  # a folder that was removed is not made anew
+                    predict.write_params(params, workdir / "weights.safetensors")
 
-        params, best = model.fit(features, part, validation, config, keep)
-        results.append({"share": share, "train": len(part), **best, **evaluate(features, part, validation, mlp, params)})
-        workdirs.check_config(workdir, config, RESUME_MAY_DIFFER)
-        json_files.write(file, {"feedback": identity, "results": results})
-    paths.replace(workdir / "data_size.png", plot(results))
+            log = functools.partial(writer.scalars, f"share_{share:g}")
+            params, best = model.fit(features, part, validation, config, keep, log)
+            found = evaluate(features, part, validation, mlp, params)
+            results.append({"share": share, "train": len(part), **best, **found})
+            workdirs.check_config(workdir, config, RESUME_MAY_DIFFER)
+            json_files.write(file, {"feedback": identity, "results": results})
+            for predictor, values in found.items():
+                known = {name: value for name, value in values.items() if value == value}
+                writer.scalars(f"data_size/{predictor}", known, len(part))
+        drawn = plot(results)
+        paths.replace(workdir / "data_size.png", drawn)
+        writer.image("data_size", images.decode(drawn, "data_size.png"), len(rows))
     return results
 
 

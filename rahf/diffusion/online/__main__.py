@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from rahf import checkpoints, experiments, hosts, loop, partitioning, workdirs
+from rahf import checkpoints, experiments, hosts, loop, partitioning, trackers, workdirs
 from rahf import program as programs
 from rahf.diffusion import evaluate, finetuning, folder, inputs, sample
 from rahf.diffusion import schedule as sampler
@@ -193,6 +193,7 @@ def train(config, workdir, reward=None, held_out=None, critic=None, cache=None, 
     # ---- Model, rewards, prompts ------------------------------------------------------------------------------------
     checkpoints.check_path(workdir)
     check(config, has_critic=critic is not None)
+    trackers.check(config)
     mesh = partitioning.mesh_of(config.mesh)
     if not config.model.folder:
         raise UserError("model.folder: got '', expected a diffusers folder to start from: --config.model.folder=DIR")
@@ -374,7 +375,7 @@ def draw_held_out(config, model: folder.StableDiffusion, texts: list[str], mesh)
 def show(run: loop.Run, workdir, drawn: np.ndarray, most: int = 8) -> None:
     """Writes a grid of pictures for this step, also to TensorBoard."""
     grid = diffusion_train.grid_of(drawn[:most])
-    run.writer.add_image("samples", grid, run.step, dataformats="HWC")
+    run.writer.image("samples", grid, run.step)
     if jax.process_index() == 0:
         paths.replace(workdir / "samples" / f"step_{run.step:08d}.png", images.png(grid))
 
