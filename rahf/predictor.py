@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Sequence
 import flax.traverse_util
 import jax
 import numpy as np
-import PIL.Image
 from flax import linen as nn
 
 from rahf import ahead, checkpoints, partitioning, sources, weights, workdirs
@@ -24,6 +23,7 @@ from rahf.models.baselines import CLIPCriticConfig
 from richhf_data import jsonl, keywords, paths, schema
 from richhf_data import vocabulary as vocabularies
 from richhf_data.errors import UserError
+from richhf_data.images import resize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,10 +278,9 @@ def _feedback(rows: Sequence[dict], prompts: Sequence[str], model: "Model") -> F
         heatmaps = {name: values[..., i] for i, name in enumerate(schema.HEATMAPS)}
     if "keywords" not in parts:
         return Feedback(scores, heatmaps, None, None)
-    labelled, words = [row["labelled_prompt"] for row in rows], []
-    for text, prompt in zip(labelled, prompts, strict=True):
-        tokens = keywords.tokenize(prompt)
-        words.append(keywords.misaligned_words(tokens, keywords.read_labels(text, tokens, model.vocabulary.written)))
+    labelled = [row["labelled_prompt"] for row in rows]
+    written = model.vocabulary.written
+    words = [keywords.misaligned_in(text, prompt, written) for text, prompt in zip(labelled, prompts, strict=True)]
     return Feedback(scores, heatmaps, labelled, words)
 
 
@@ -342,10 +341,3 @@ def check_vocabulary(model_config: critics.CriticConfig, vocabulary: vocabularie
             f"data.text_length: got {text_length}, the CLIP reads at most {most}; where prompts are longer, set "
             "--config.data.truncate_long_prompts=True"
         )
-
-
-def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """uint8[H, W, 3] -> uint8[size, size, 3], antialiased bilinear: within one level of `preprocessors.resize`."""
-    if image.shape[:2] == (size, size):
-        return image
-    return np.asarray(PIL.Image.fromarray(image).resize((size, size), PIL.Image.Resampling.BILINEAR))

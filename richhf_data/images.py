@@ -33,7 +33,8 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff",
 EXTENSIONS += (".jpe", ".jfif", ".apng", ".dib", ".avifs", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c")  # rarer names of these
 MAX_PIXELS = 20_000_000
 _REFUSED = 5  # an image of more than this times the allowed pixels is not decoded
-_MAX_SIDE, _MAX_BYTES = 1_000_000, 1 << 30
+MAX_BYTES = 1 << 30  # of a file
+_MAX_SIDE = 1_000_000
 # Not those that run another program, such as EPS. Pillow may be built without the last two.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "AVIF", "JPEG2000")
 _EXPECTED = "expected a JPEG, PNG or WebP, or another of the formats GIF, BMP, TIFF, AVIF and JPEG 2000"
@@ -132,6 +133,13 @@ def plain(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[bytes, str, bytes]
     return encoded.getvalue(), ", ".join(changes), thumbnail
 
 
+def resize(image: np.ndarray, size: int) -> np.ndarray:
+    """uint8[H, W, 3] -> uint8[size, size, 3], antialiased bilinear: within one level of `preprocessors.resize`."""
+    if image.shape[:2] == (size, size):
+        return image
+    return np.asarray(PIL.Image.fromarray(image).resize((size, size), PIL.Image.Resampling.BILINEAR))
+
+
 def png(image: np.ndarray) -> bytes:
     """A picture, uint8[H, W, 3] in RGB or uint8[H, W] in grey, encoded."""
     done, data = cv2.imencode(".png", image[..., ::-1] if image.ndim == 3 else image)
@@ -187,7 +195,7 @@ def _opened(source: bytes | pathlib.Path, max_pixels: float) -> Iterator[PIL.Ima
 def _check_file(path: pathlib.Path) -> None:
     if reason := input_files.not_a_file(path):
         raise UserError(reason)
-    if path.stat().st_size > _MAX_BYTES:
+    if path.stat().st_size > MAX_BYTES:
         raise UserError("more than a GiB")
 
 
