@@ -255,7 +255,7 @@ def shards(
             paths.check_file("images", url, _EXPECTED_FILES)
     kinds = {kind: [url for url in found if _kind(url) == kind] for kind in ("jsonl", "parquet", "tar", "picture")}
     if prompt is not None and (other := next((kind for kind in ("jsonl", "parquet", "tar") if kinds[kind]), None)):
-        raise UserError(f"prompt: got it with {kinds[other][0]}, which has prompts, expected it with picture files; leave it out")
+        raise UserError(f"prompt: got it with {kinds[other][0]}, which has its own, expected it with pictures; leave it out")
     if columns and not kinds["parquet"] and not kinds["tar"]:
         raise UserError(f"columns: got them with {next(iter(found))}, expected them with *.parquet or *.tar; leave them out")
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
@@ -400,10 +400,12 @@ def _content(url: str) -> tuple[bytes | None, str | None]:
             path = url.removeprefix("file://")
             fault = input_files.not_a_file(path) or (_LARGE if os.path.getsize(path) > images.MAX_BYTES else None)
             return (None, fault) if fault else (pathlib.Path(path).read_bytes(), None)
-        filesystem, path = parquet.open_url("images", url)
+        filesystem, path = input_files.open_url(url)
         return filesystem.cat_file(path), None
     except FileNotFoundError:
         return None, "no such file"
+    except ValueError as error:  # of the URL, such as a protocol that fsspec does not know
+        return None, str(error)
     except Exception as error:
         if isinstance(error, OSError) and is_local and error.errno not in paths.PROCESS_LIMITS:
             return None, str(error.strerror)

@@ -1,5 +1,6 @@
 """A scoring job as an Apache Beam pipeline, which writes the same parts. The extra `beam` installs it."""
 
+import functools
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -33,16 +34,14 @@ def run(options: str, job: parts.Job, shards: Sequence, workdir: str, config, re
         """(header, number, batch) of a shard -> (header, (number, its rows as an Arrow stream))."""
 
         def load_model(self):
-            return predictor.load(workdir, config), jobs.load_rewards(rewards)
+            return functools.partial(jobs.predict, predictor.load(workdir, config), jobs.load_rewards(rewards), job)
 
         def batch_elements_kwargs(self):
             return {"min_batch_size": 1, "max_batch_size": 1}  # an element is a batch, formed within its shard
 
         def run_inference(self, batch, model, inference_args=None):
-            critic, loaded = model
-            written = critic.vocabulary.written
-            elements = ((element, element[2]) for element in batch)
-            for (head, number, of), predictions in jobs.predict(critic, loaded, job, elements):
+            written = model.args[0].vocabulary.written
+            for (head, number, of), predictions in model((element, element[2]) for element in batch):
                 yield head, (number, _to_bytes(parts.rows(job, of, predictions, written)))
 
     def read(numbered):

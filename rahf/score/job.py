@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from tqdm.auto import tqdm
 from rahf import partitioning, predictor
 from rahf.reward import specs
 from rahf.score import parts, workers
-from richhf_data import input_files, json_files, parquet, paths
+from richhf_data import input_files, parquet, paths
 from richhf_data.errors import UserError
 
 WEEK = 7 * 24 * 3600  # the longest that a host waits for the others
@@ -67,7 +68,7 @@ def job_of(
     if heatmaps:
         model.require("heatmaps", "heatmaps")
     return parts.Job(
-        output=str(paths.absolute(output)),
+        output=str(output) if "://" in str(output) else os.path.abspath(output),
         model=model.identity,
         vocabulary=model.vocabulary.path,
         image_size=model.model_config.image_size,
@@ -268,10 +269,11 @@ def check_output(job: parts.Job, shards: Sequence) -> None:
 
 def begin(job: parts.Job, count: int) -> None:
     """Removes what earlier runs left, which is not of this job. The index goes first: there is one when all parts are."""
-    for name in _RESULTS:
-        (paths.absolute(job.output) / name).unlink(missing_ok=True)
     filesystem, folder = parquet.open_url("output", job.output)
     filesystem.makedirs(folder, exist_ok=True)
+    for name in _RESULTS:
+        if filesystem.exists(f"{folder}/{name}"):
+            filesystem.rm_file(f"{folder}/{name}")
     parts.remove_others(job, count)
 
 
@@ -281,15 +283,15 @@ def finish(job: parts.Job, count: int) -> int:
     Raises:
       UserError: a part is missing; no picture was scored.
     """
-    output, found = paths.absolute(job.output), parts.read_all_metadata(job, count)
+    output, found = job.output.rstrip("/"), parts.read_all_metadata(job, count)
     rows, failed = (sum(metadata[name] for metadata in found) for name in ("rows", "failed"))
     first = None
     if failed:
-        with paths.writing(output / "failed.jsonl") as partial, partial.open("w", encoding="utf-8") as file:
+        with paths.writing_url(f"{output}/failed.jsonl") as file:
             for index, metadata in enumerate(found):
                 for row in parts.failures(job, index) if metadata["failed"] else ():
                     first = first or row
-                    file.write(json.dumps(row) + "\n")
+                    file.write(f"{json.dumps(row)}\n".encode())
     columns = [field.name for field in job.schema()]
     listed = [
         {"part": job.path(index).rpartition("/")[2]} | {name: metadata[name] for name in ("input", "rows", "failed")}
@@ -297,11 +299,12 @@ def finish(job: parts.Job, count: int) -> int:
     ]
     rewards = {name: {"spec": spec, "identity": identity} for name, spec, identity in job.rewards}
     index = {"model": job.model, "rewards": rewards, "columns": columns, "rows": rows, "failed": failed, "shards": listed}
-    json_files.write(output / "index.json", index)
+    with paths.writing_url(f"{output}/index.json") as file:
+        file.write(f"{json.dumps(index, indent=1, sort_keys=True)}\n".encode())
     if failed == rows:
         reason = f"; the first: {first['image']}: {first['reason']}" if first else ""
         raise UserError(f"images: none of {rows} was scored{reason}")
     print(f"images: {rows - failed:,} scored: {job.path(0)} to {job.path(count - 1).rpartition('/')[2]}, index.json")
     if failed:
-        print(f"images: {failed:,} failed, see {output / 'failed.jsonl'}")
+        print(f"images: {failed:,} failed, see {output}/failed.jsonl")
     return failed

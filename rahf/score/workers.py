@@ -5,6 +5,7 @@ import concurrent.futures
 import contextlib
 import multiprocessing
 from collections.abc import Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 
 from rahf.score import parts
 from richhf_data import paths, vocabulary
@@ -91,7 +92,7 @@ def started(job: parts.Job, count: int) -> Iterator[list[Worker]]:
     workers = [Worker(job, own_process=count > 0) for _ in range(max(count, 1))]
     try:
         yield workers
-    except concurrent.futures.process.BrokenProcessPool as error:
+    except BrokenProcessPool as error:
         raise UserError(
             "images: a worker process died, most likely for want of memory; run the command again with fewer --workers "
             f"(now {count}), and it resumes"
