@@ -4,9 +4,10 @@
 
 The pictures are RichHF-Synth's, in parquet files; the model is that of `rahf_ci`, with random weights. `rahf.score` writes
 them once without interruption. Then it is killed (SIGKILL) at random moments, each time given again, and the output compared
-byte by byte. At the end the throughput: of `rahf.score`, and of the loop of `rahf.predict` on the same pictures as files.
+byte by byte. At the end the throughput: of `rahf.score`, and of `rahf.predict` on the same pictures as files.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ from absl import flags
 from richhf_data import command, ranges
 
 SIDE = 32  # pixels
+SPEED = re.compile(r"speed: ([\d,.]+) images/s; the devices had a batch for ([\d.]+%)")
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -72,9 +74,9 @@ def start(folder: pathlib.Path, output: pathlib.Path, images: str, module: str =
     )
 
 
-def score(folder: pathlib.Path, output: pathlib.Path, workers: int, files: str = "*.parquet") -> subprocess.Popen:
+def score(folder: pathlib.Path, output: pathlib.Path, workers: int, files: str = "*.parquet", *more) -> subprocess.Popen:
     """`rahf.score` of the parquet files."""
-    return start(folder, output, f"{folder}/in/{files}", "rahf.score", f"--workers={workers}")
+    return start(folder, output, f"{folder}/in/{files}", "rahf.score", f"--workers={workers}", *more)
 
 
 def contents(output: pathlib.Path) -> dict[str, str]:
@@ -82,25 +84,33 @@ def contents(output: pathlib.Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(output.iterdir())}
 
 
-def kill_again_and_again(folder: pathlib.Path, seconds: float, kills: int, workers: int) -> list[tuple[float, int]]:
-    """(seconds that the process lived, parts that were there) of each kill, at most `seconds` after its start.
+def first_part(process: subprocess.Popen, output: pathlib.Path) -> float:
+    """Seconds until a part is there, or the process has ended."""
+    begun = time.monotonic()
+    while process.poll() is None and not list(output.glob("part-*.parquet")):
+        time.sleep(0.01)
+    return time.monotonic() - begun
 
-    The last run is left to its end.
+
+def kill_again_and_again(
+    folder: pathlib.Path, least: float, most: float, kills: int, workers: int
+) -> list[tuple[float, int]]:
+    """(seconds that the process lived, parts that were there) of each kill, `least` to `most` seconds after its start.
+
+    The last run is left to its end; there are fewer kills if one ends before.
     """
     rng, output, found = random.Random(0), folder / "killed", []
-    for _ in range(kills):
+    while True:
         begun, process = time.monotonic(), score(folder, output, workers)
-        time.sleep(rng.uniform(0, seconds))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(None if len(found) == kills else rng.uniform(least, most))
         if process.poll() is not None:
-            raise RuntimeError(f"the run ended before its kill: {process.returncode}")
+            process.communicate()
+            check(process, folder, 3)
+            return found
         process.kill()
         process.communicate()
         found.append((time.monotonic() - begun, len(list(output.glob("part-*.parquet")))))
-    process = score(folder, output, workers)
-    said = process.communicate()[0]
-    check(process, folder, 3)
-    found.append((0.0, int(re.search(r"output: (\d+) of", said)[1]) if "output: " in said else 0))
-    return found
 
 
 def check(process: subprocess.Popen, folder: pathlib.Path, *codes: int) -> None:
@@ -138,19 +148,26 @@ def main() -> None:
         generate(folder, args.pictures, args.shards, args.broken)
         score(folder, folder / "warm", args.workers, "000.parquet").communicate()  # compiles
         begun, process = time.monotonic(), score(folder, folder / "whole", args.workers)
+        starting = first_part(process, folder / "whole")
         said = process.communicate()[0]
         check(process, folder, 3)
         seconds = time.monotonic() - begun
-        rate, share = re.search(r"speed: ([\d,.]+) images/s; the devices had a batch for ([\d.]+%)", said).groups()
+        rate, share = SPEED.search(said).groups()
         index = json.loads((folder / "whole" / "index.json").read_text())
         work = args.pictures / float(rate.replace(",", ""))
-        found = kill_again_and_again(folder, seconds - work + 2 * work / max(args.kills, 1), args.kills, args.workers)
+        most = starting + 2 * work / max(args.kills, 1)
+        found = kill_again_and_again(folder, starting / 2, most, args.kills, args.workers)
         same = contents(folder / "killed") == contents(folder / "whole")
+        said = score(folder, folder / "maps", args.workers, "00?.parquet", "--heatmaps").communicate()[0]
+        maps = SPEED.search(said)[1]
         predicted = predict_rate(folder, min(args.pictures, args.predicted))
+        size = sum(path.stat().st_size for path in (folder / "whole").glob("*.parquet")) / index["rows"]
     print(tabulate.tabulate([[f"{lived:.1f}", parts] for lived, parts in found], ["s until the kill", "parts there"]))
     print(f"{index['rows']} rows, {index['failed']} failed, {len(index['shards'])} parts, {seconds:.1f} s uninterrupted")
-    print(f"after {args.kills} kills the output is {'the same' if same else 'ANOTHER'}, byte for byte")
-    print(f"rahf.score: {rate} images/s, the device had a batch for {share}; rahf.predict: {predicted:.1f} images/s")
+    print(f"{size:.0f} bytes a row without heatmaps")
+    print(f"after {len(found)} kills the output is {'the same' if same else 'ANOTHER'}, byte for byte")
+    print(f"rahf.score: {rate} images/s, the device had a batch for {share} of the time; with heatmaps {maps} images/s")
+    print(f"rahf.predict, which writes heatmaps and a report: {predicted:.1f} images/s")
     if not same:
         raise SystemExit(1)
 

@@ -67,7 +67,7 @@ def score(model):
         loaded = jobs.load_rewards(reward_specs)
         job = jobs.job_of(model, output, loaded, reward_specs, BATCH, **options)
         jobs.check_output(job, found)
-        jobs.begin(job, len(found))
+        parts.begin(job, len(found))
         jobs.score(model, loaded, job, found, num_workers)
         jobs.finish(job, len(found))
         return job
@@ -288,14 +288,15 @@ def test_long_prompts_are_cut_where_training_cut_them(model, score, tmp_path, mo
         ("pictures", {"rewards": ["nothing:x"]}, r"reward: got 'nothing:x', expected"),
         ("pictures", {"rewards": ["a=clip:x", "a=clip:y"]}, r"reward: got 'a=clip:y' for the column 'a', which is taken"),
         ("pictures", {"rewards": ["error=clip:x"]}, r"reward: got .* for the column 'error', which is taken"),
-        ("out/*.parquet", {}, r"images: .*part-00000.parquet is in .*out, where this command writes"),
+        ("out/*.parquet", {}, r"images: .*part-00007.parquet is in .*out, where this command writes"),
+        ("*.parquet", {}, r"output: .*out holds part-00007.parquet, which this command did not write; take another"),
         ("pipe.tar", {}, r"images: .*pipe.tar is a named pipe; expected picture files"),
         ("foo://bucket/*.tar", {}, r"images: cannot reach foo://bucket"),
     ],
 )
 def test_what_cannot_be_scored_is_refused(score, tmp_path, spec, options, message):
     write_table(tmp_path / "0.parquet", range(3))
-    write_table(tmp_path / "out" / "part-00000.parquet", range(3))
+    write_table(tmp_path / "out" / "part-00007.parquet", range(3))
     write_files(tmp_path / "pictures", range(1))
     os.mkfifo(tmp_path / "pipe.tar")
     before = contents(tmp_path / "out")
@@ -419,7 +420,7 @@ def test_a_worker_that_dies_is_an_error(model, tmp_path, monkeypatch):
     write_files(tmp_path / "in", range(4))
     found = picture_shards.shards(str(tmp_path / "in"), 2)
     job = jobs.job_of(model, tmp_path / "out", {}, {}, BATCH)
-    jobs.begin(job, len(found))
+    parts.begin(job, len(found))
     original = workers.read
 
     def read(started, shards):
@@ -447,7 +448,8 @@ def test_the_output_may_be_a_url(score, tmp_path):
     write_files(tmp_path / "in", range(3))
     (tmp_path / "in" / "001.png").write_bytes(b"no picture")
     memory, folder = fsspec.filesystem("memory"), f"/{tmp_path.name}/out"
-    memory.pipe(f"{folder}/part-00007.parquet", b"of an earlier run")
+    memory.pipe(f"{folder}/part-00007.parquet", b"damaged")
+    memory.pipe(f"{folder}/index.json.{'a' * 16}.partial", b"left by a kill")
     for output in (tmp_path / "out", f"memory:/{folder}", f"memory:/{folder}"):
         score(tmp_path / "in", output)
     assert {path.rpartition("/")[2]: memory.cat_file(path) for path in memory.ls(folder, detail=False)} == contents(
@@ -478,7 +480,7 @@ def by_two_hosts(workdir, tmp_path_factory):
         one.bind(("localhost", 0))
         several = [f"--coordinator=localhost:{one.getsockname()[1]}", "--num_processes=2"]
     spec, output = f"{folder}/in/*.parquet", folder / "out"
-    hosts = [start(workdir, spec, output, "--workers=1", *several, f"--process_id={i}") for i in range(2)]
+    hosts = [start(workdir, spec, output, "--workers=0", *several, f"--process_id={i}") for i in range(2)]
     for number, host in enumerate(hosts):
         said, errors = host.communicate()
         assert host.returncode == predict.FAILED, errors
@@ -489,7 +491,7 @@ def by_two_hosts(workdir, tmp_path_factory):
 
 def test_a_killed_command_goes_on_to_the_same_bytes_and_two_do_not_share_a_folder(workdir, by_two_hosts, tmp_path):
     (spec, expected), output, deadline = by_two_hosts, tmp_path / "out", time.monotonic() + 100
-    process = start(workdir, spec, output, "--workers=2")
+    process = start(workdir, spec, output, "--workers=1")
 
     def wait_until(holds):
         while not holds():
@@ -526,7 +528,7 @@ def test_beam_writes_the_same_parts(workdir, model, score, tmp_path):
         output = tmp_path / runner[9:15]
         one = jobs.job_of(model, output, jobs.load_rewards(reward), reward, BATCH, heatmaps=True)
         assert one.fingerprint() == job.fingerprint()
-        jobs.begin(one, len(found))
+        parts.begin(one, len(found))
         beam.run(runner, one, found, workdir, model.config, reward)
         jobs.finish(one, len(found))
         assert contents(output) == contents(tmp_path / "here")

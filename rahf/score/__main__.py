@@ -24,7 +24,7 @@ import numpy as np
 from absl import flags
 
 from rahf import evaluate, experiments, hosts, predict, predictor, workdirs
-from rahf.score import beam
+from rahf.score import beam, parts
 from rahf.score import job as jobs
 from richhf_data import command, parquet, picture_shards, ranges
 from richhf_data.errors import UserError
@@ -46,7 +46,7 @@ def main():
         job = jobs.job_of(model, args.output, rewards, reward_specs, args.batch_size, **options)
         jobs.check_output(job, shards)
         if jax.process_index() == 0:
-            jobs.begin(job, len(shards))
+            parts.begin(job, len(shards))
         hosts.wait("score begins", jobs.WEEK)
         if args.beam is None:
             jobs.score(model, rewards, job, shards, args.workers)

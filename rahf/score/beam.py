@@ -41,7 +41,7 @@ def run(options: str, job: parts.Job, shards: Sequence, workdir: str, config, re
 
         def run_inference(self, batch, model, inference_args=None):
             written = model.args[0].vocabulary.written
-            for (head, number, of), predictions in model((element, element[2]) for element in batch):
+            for (head, number, of), _, predictions in model((element, element[2]) for element in batch):
                 yield head, (number, _to_bytes(parts.rows(job, of, predictions, written)))
 
     def read(numbered):

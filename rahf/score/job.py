@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -20,7 +22,6 @@ from richhf_data import input_files, parquet, paths
 from richhf_data.errors import UserError
 
 WEEK = 7 * 24 * 3600  # the longest that a host waits for the others
-_RESULTS = ("index.json", "failed.jsonl")
 
 
 def reward_specs(given: Sequence[str]) -> dict[str, str]:
@@ -102,16 +103,17 @@ def rewards_on_own_devices(rewards: Mapping[str, Callable]) -> None:
 def predict(
     model: predictor.Model, rewards: Mapping[str, Callable], job: parts.Job, batches: Iterable[tuple]
 ) -> Iterator[tuple]:
-    """Yields (key, predictions) of each (key, batch). A batch None has the predictions None.
+    """Yields (key, time, predictions) of each (key, batch). A batch None has the predictions None.
 
-    Every batch is filled up to `job.batch_size` rows: one program computes all, so that a row's last bit depends on nothing
-    but its batch. Batches are read and handed to the devices ahead of the results.
+    The time, of `time.perf_counter`, is when the batch was handed to the devices. Every batch is filled up to
+    `job.batch_size` rows: one program computes all, so that a row's last bit depends on nothing but its batch. Batches are
+    read and handed to the devices ahead of the results.
     """
 
     def prepared():
         for key, batch in batches:
             if batch is None:
-                yield (key, None, None), []
+                yield (key, time.perf_counter(), None, None), []
                 continue
             faults, rows = dict(batch.faults), {}
             for row, picture in batch.pictures.items():
@@ -124,11 +126,11 @@ def predict(
                 row = min(faults)
                 raise UserError(f"{batch.names[row]}: {faults[row]}")
             good = list(rows.values())
-            yield (key, faults, values), good + good[-1:] * (job.batch_size - len(good))
+            yield (key, time.perf_counter(), faults, values), good + good[-1:] * (job.batch_size - len(good))
 
     with contextlib.closing(model.predict_batches(prepared(), job.batch_size)) as results:
-        for (key, faults, values), rows in results:
-            yield key, None if faults is None else _predictions(job, faults, values, rows)
+        for (key, handed, faults, values), rows in results:
+            yield key, handed, None if faults is None else _predictions(job, faults, values, rows)
 
 
 def _rewarded(rewards: Mapping[str, Callable], size: int, batch: parts.Batch, rows: dict, faults: dict) -> np.ndarray:
@@ -144,7 +146,7 @@ def _rewarded(rewards: Mapping[str, Callable], size: int, batch: parts.Batch, ro
 
         try:
             found = rewarded(list(rows), size)
-        except UserError:  # of one picture, or of all
+        except UserError as of_some:
             found = []
             for row in list(rows):
                 try:
@@ -152,9 +154,17 @@ def _rewarded(rewards: Mapping[str, Callable], size: int, batch: parts.Batch, ro
                 except UserError as error:
                     faults[row] = f"reward {name}: {error}"
                     del rows[row], values[row]
+            if not rows:
+                _warn(name, str(of_some))
         for row, value in zip(rows, found, strict=True):
             values[row].append(value)
     return np.array(list(values.values()), np.float32).reshape(len(rows), len(rewards))
+
+
+@functools.cache
+def _warn(reward: str, reason: str) -> None:
+    """Says once that a reward may be what is wrong, and not the pictures."""
+    print(f"WARNING: reward {reward} refused all pictures of a batch: {reason}", file=sys.stderr)
 
 
 def _predictions(job: parts.Job, faults: dict[int, str], rewards: np.ndarray, rows: Sequence[dict]) -> parts.Predictions:
@@ -178,7 +188,7 @@ class _Clock:
     """When batches are handed to the devices and come back. Starts with the first result: the program is compiled then.
 
     Attributes:
-      images: that came back. busy: seconds with a batch at the devices.
+      images: that came back. busy: seconds with a batch of the critic at the devices.
     """
 
     images: int = 0
@@ -227,11 +237,11 @@ def score(
             for worker, index, batch in workers.read(started, own):
                 if batch is not None:
                     begun.add(index)
-                yield (worker, index, time.perf_counter(), len(batch.names) if batch else 0), batch
+                yield (worker, index, len(batch.names) if batch else 0), batch
 
         num_done = 0
         with contextlib.closing(predict(model, rewards, job, batches())) as results:
-            for (worker, index, handed, count), predictions in results:
+            for (worker, index, count), handed, predictions in results:
                 if predictions is not None:
                     clock.back(handed, count)
                     calls.append(worker.call("predicted", index, predictions))
@@ -265,16 +275,6 @@ def check_output(job: parts.Job, shards: Sequence) -> None:
     for url in dict.fromkeys(shard.url for shard in shards):
         if input_files.is_local(url) and "://" not in job.output and paths.contains(job.output, parquet.local(url)):
             raise UserError(f"images: {url} is in {job.output}, where this command writes; choose another --output")
-
-
-def begin(job: parts.Job, count: int) -> None:
-    """Removes what earlier runs left, which is not of this job. The index goes first: there is one when all parts are."""
-    filesystem, folder = parquet.open_url("output", job.output)
-    filesystem.makedirs(folder, exist_ok=True)
-    for name in _RESULTS:
-        if filesystem.exists(f"{folder}/{name}"):
-            filesystem.rm_file(f"{folder}/{name}")
-    parts.remove_others(job, count)
 
 
 def finish(job: parts.Job, count: int) -> int:

@@ -23,7 +23,8 @@ METADATA = b"rahf.score"
 _FORMAT = 1  # another number whenever the same input gives another part
 _ROW_GROUP = 1 << 14
 _THREADS = 32  # that read the parts' metadata: most of it is waiting
-_PARTIAL = re.compile(r"part-\d{5,}\.parquet\.[0-9a-f]{16}\.partial")  # what a killed process leaves
+RESULTS = ("index.json", "failed.jsonl")  # beside the parts
+_PARTIAL = re.compile(r"(part-\d{5,}\.parquet|index\.json|failed\.jsonl)\.[0-9a-f]{16}\.partial")  # left by a kill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,13 +205,32 @@ def failures(job: Job, index: int) -> Iterator[dict]:
                 yield {"part": name, "image": row["image"], "prompt": row["prompt"], "reason": row["error"]}
 
 
-def remove_others(job: Job, count: int) -> None:
-    """Removes the parts of shards that are not there any more, and what a killed process left half-written."""
+def begin(job: Job, count: int) -> None:
+    """Makes the output of `count` shards, and removes what earlier runs left there of other shards, or half-written.
+
+    The index goes first: it is there when all parts are.
+
+    Raises:
+      UserError: a parquet file of someone else has the name of a part.
+    """
     filesystem, folder = parquet.open_url("output", job.output)
-    if not filesystem.isdir(folder):
-        return
-    for path in filesystem.ls(folder, detail=False):
-        name = path.rpartition("/")[2]
-        is_part = re.fullmatch(r"part-(\d{5,})\.parquet", name)
-        if _PARTIAL.fullmatch(name) or (is_part and int(is_part[1]) >= count):
-            filesystem.rm_file(path)
+    filesystem.makedirs(folder, exist_ok=True)
+    names = [path.rpartition("/")[2] for path in filesystem.ls(folder, detail=False, refresh=True)]
+    found = {name: int(match[1]) for name in names if (match := re.fullmatch(r"part-(\d{5,})\.parquet", name))}
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
+        ours = dict(zip(found, threads.map(lambda name: _is_ours(f"{job.output.rstrip('/')}/{name}"), found), strict=True))
+    if foreign := [name for name, is_ours in ours.items() if not is_ours]:
+        raise UserError(f"output: {job.output} holds {foreign[0]}, which this command did not write; take another --output")
+    left = [name for name in names if name in RESULTS or _PARTIAL.fullmatch(name)]
+    for name in left + [name for name, index in found.items() if index >= count]:
+        filesystem.rm_file(f"{folder}/{name}")
+
+
+def _is_ours(path: str) -> bool:
+    """Whether a parquet file has our metadata, or is damaged."""
+    try:
+        filesystem, place = input_files.open_url(path)
+        with filesystem.open(place) as file, pyarrow.parquet.ParquetFile(file) as part:
+            return METADATA in (part.schema_arrow.metadata or ())
+    except (OSError, pyarrow.ArrowException):
+        return True
