@@ -154,22 +154,27 @@ def main() -> None:
         seconds = time.monotonic() - begun
         rate, share = SPEED.search(said).groups()
         index = json.loads((folder / "whole" / "index.json").read_text())
+        index = json.loads((folder / "whole" / "index.json").read_text())
+        size = sum(path.stat().st_size for path in (folder / "whole").glob("*.parquet")) / index["rows"]
+        say(f"{index['rows']} rows of {size:.0f} bytes, {index['failed']} failed, {len(index['shards'])} parts")
+        say(f"uninterrupted: {seconds:.1f} s, {rate} images/s, the device had a batch for {share} of the time")
         work = args.pictures / float(rate.replace(",", ""))
         most = starting + 2 * work / max(args.kills, 1)
         found = kill_again_and_again(folder, starting / 2, most, args.kills, args.workers)
+        say(tabulate.tabulate([[f"{lived:.1f}", parts] for lived, parts in found], ["s until the kill", "parts there"]))
         same = contents(folder / "killed") == contents(folder / "whole")
+        say(f"after {len(found)} kills the output is {'the same' if same else 'ANOTHER'}, byte for byte")
         said = score(folder, folder / "maps", args.workers, "00?.parquet", "--heatmaps").communicate()[0]
-        maps = SPEED.search(said)[1]
-        predicted = predict_rate(folder, min(args.pictures, args.predicted))
-        size = sum(path.stat().st_size for path in (folder / "whole").glob("*.parquet")) / index["rows"]
-    print(tabulate.tabulate([[f"{lived:.1f}", parts] for lived, parts in found], ["s until the kill", "parts there"]))
-    print(f"{index['rows']} rows, {index['failed']} failed, {len(index['shards'])} parts, {seconds:.1f} s uninterrupted")
-    print(f"{size:.0f} bytes a row without heatmaps")
-    print(f"after {len(found)} kills the output is {'the same' if same else 'ANOTHER'}, byte for byte")
-    print(f"rahf.score: {rate} images/s, the device had a batch for {share} of the time; with heatmaps {maps} images/s")
-    print(f"rahf.predict, which writes heatmaps and a report: {predicted:.1f} images/s")
+        say(f"with heatmaps: {SPEED.search(said)[1]} images/s")
+        rate = predict_rate(folder, min(args.pictures, args.predicted))
+        say(f"rahf.predict, which writes heatmaps and a report: {rate:.1f} images/s")
     if not same:
         raise SystemExit(1)
+
+
+def say(text: str) -> None:
+    """Prints at once."""
+    print(text, flush=True)
 
 
 if __name__ == "__main__":
@@ -178,5 +183,5 @@ if __name__ == "__main__":
     ranges.flag("broken", 200, "Pictures that are cut.", ranges.NUMBER)
     ranges.flag("kills", 20, "SIGKILLs.", ranges.NUMBER)
     ranges.flag("workers", 1, "Of rahf.score.", ranges.NUMBER_OF_PROCESSES)
-    ranges.flag("predicted", 6_000, "Pictures for rahf.predict.", ranges.COUNT)
+    ranges.flag("predicted", 2_000, "Pictures for rahf.predict.", ranges.COUNT)
     command.run(main)
