@@ -2,7 +2,8 @@
 
     python -m benchmarks.score [--pictures=20000 --shards=40 --broken=200 --kills=20 --workers=1]
 
-The pictures are RichHF-Synth's, in parquet files; the model is that of `rahf_ci`, with random weights. `rahf.score` writes
+The pictures are RichHF-Synth's, 2,000 of them again and again, in parquet files; the model is that of `rahf_ci`, with random
+weights. `rahf.score` writes
 them once without interruption. Then it is killed (SIGKILL) at random moments, each time given again, and the output compared
 byte by byte. At the end the throughput: of `rahf.score`, and of `rahf.predict` on the same pictures as files.
 """
@@ -22,9 +23,10 @@ import time
 import tabulate
 from absl import flags
 
-from richhf_data import command, ranges
+from richhf_data import command, jsonl, ranges
 
 SIDE = 32  # pixels
+DISTINCT = 2_000  # pictures that are drawn; then they repeat
 SPEED = re.compile(r"speed: ([\d,.]+) images/s; the devices had a batch for ([\d.]+%)")
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -42,8 +44,10 @@ def generate(folder: pathlib.Path, pictures: int, shards: int, broken: int) -> N
     from richhf_data.synthetic import example
 
     rng, drawn = np.random.default_rng(0), []
-    for number, one in enumerate(example.examples("train", pictures, 0, SIDE, SIDE)):
-        drawn.append({"image": images.png(one.image), "prompt": one.prompt, "name": f"{number:06d}"})
+    of = [(images.png(one.image), one.prompt) for one in example.examples("train", min(DISTINCT, pictures), 0, SIDE, SIDE)]
+    for number in range(pictures):
+        image, prompt = of[number % len(of)]
+        drawn.append({"image": image, "prompt": prompt, "name": f"{number:06d}"})
     for number in rng.choice(pictures, broken, replace=False):
         drawn[number]["image"] = drawn[number]["image"][: rng.integers(0, 60)]
     (folder / "in").mkdir()
@@ -69,8 +73,9 @@ def start(folder: pathlib.Path, output: pathlib.Path, images: str, module: str =
         [sys.executable, "-m", module, f"--workdir={folder / 'run'}", f"--output={output}", f"--images={images}", *more],
         env=environment,
         stdout=subprocess.PIPE,
-        stderr=(folder / "stderr").open("w"),
+        stderr=(folder / "stderr").open("wb"),
         text=True,
+        encoding="utf-8",
     )
 
 
@@ -116,7 +121,7 @@ def kill_again_and_again(
 def check(process: subprocess.Popen, folder: pathlib.Path, *codes: int) -> None:
     """Raises RuntimeError if a command ended with another exit code; 3 counts pictures that failed."""
     if process.returncode not in codes:
-        raise RuntimeError(f"exit code {process.returncode}: {(folder / 'stderr').read_text()[-2000:]}")
+        raise RuntimeError(f"exit code {process.returncode}: {(folder / 'stderr').read_text(encoding='utf-8')[-2000:]}")
 
 
 def predict_rate(folder: pathlib.Path, count: int) -> float:
@@ -131,7 +136,7 @@ def predict_rate(folder: pathlib.Path, count: int) -> float:
         lines.append({"image": f"files/{row['name']}.png", "prompt": row["prompt"]})
     seconds = {}
     for part in (64, 128, len(lines)):  # the first compiles
-        (folder / "list.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:part]))
+        jsonl.write(folder / "list.jsonl", lines[:part])
         begun = time.monotonic()
         process = start(folder, folder / f"predicted_{part}", folder / "list.jsonl", "rahf.predict")
         process.communicate()
@@ -153,8 +158,7 @@ def main() -> None:
         check(process, folder, 3)
         seconds = time.monotonic() - begun
         rate, share = SPEED.search(said).groups()
-        index = json.loads((folder / "whole" / "index.json").read_text())
-        index = json.loads((folder / "whole" / "index.json").read_text())
+        index = json.loads((folder / "whole" / "index.json").read_bytes())
         size = sum(path.stat().st_size for path in (folder / "whole").glob("*.parquet")) / index["rows"]
         say(f"{index['rows']} rows of {size:.0f} bytes, {index['failed']} failed, {len(index['shards'])} parts")
         say(f"uninterrupted: {seconds:.1f} s, {rate} images/s, the device had a batch for {share} of the time")

@@ -20,10 +20,9 @@ from rahf import ahead, checkpoints, partitioning, sources, weights, workdirs
 from rahf.fingerprint import fingerprint
 from rahf.models import critics
 from rahf.models.baselines import CLIPCriticConfig
-from richhf_data import jsonl, keywords, paths, schema
+from richhf_data import images, jsonl, keywords, paths, schema
 from richhf_data import vocabulary as vocabularies
 from richhf_data.errors import UserError
-from richhf_data.images import resize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +206,7 @@ class Model:
         image = np.asarray(image)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
             raise UserError(f"image: got {image.dtype}{list(image.shape)}, expected uint8[H, W, 3], RGB")
-        return {"image": resize(image, self.model_config.image_size), "text_ids": self.text_ids(prompt)}
+        return {"image": images.resize(image, self.model_config.image_size), "text_ids": self.text_ids(prompt)}
 
     def text_ids(self, prompt: str) -> np.ndarray:
         """The texts that the model reads of a prompt, int32[R, L]. Raises UserError as `prepare`."""

@@ -12,8 +12,7 @@ import skimage.color
 import skimage.data
 from tiny_data import built, png
 
-from rahf import predictor
-from richhf_data import preprocessors, schema, vocabulary
+from richhf_data import images, preprocessors, schema, vocabulary
 from richhf_data.tensorflow_cpu import tf
 
 QUARTILES = np.tile([[0], [0.25], [0.5], [0.75], [1]], 5)
@@ -292,5 +291,5 @@ def test_resize_is_that_of_prediction(shape):
     example = {"image": image, "heatmaps": np.zeros((512, 512, 2), np.uint8)}
     dataset = tf.data.Dataset.from_tensors(example)
     resized = next(preprocessors.resize(dataset, image_size=48, heatmap_size=16).as_numpy_iterator())["image"]
-    difference = np.abs(resized.astype(int) - predictor.resize(image, 48))
+    difference = np.abs(resized.astype(int) - images.resize(image, 48))
     assert difference.max() <= 1

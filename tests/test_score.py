@@ -23,7 +23,7 @@ import quick_xla
 import tiny_model
 
 import rahf
-from rahf import experiments, predict
+from rahf import experiments, hosts, predict
 from rahf.score import beam, parts, workers
 from rahf.score import job as jobs
 from richhf_data import images as image_files
@@ -480,8 +480,8 @@ def by_two_hosts(workdir, tmp_path_factory):
         one.bind(("localhost", 0))
         several = [f"--coordinator=localhost:{one.getsockname()[1]}", "--num_processes=2"]
     spec, output = f"{folder}/in/*.parquet", folder / "out"
-    hosts = [start(workdir, spec, output, "--workers=0", *several, f"--process_id={i}") for i in range(2)]
-    for number, host in enumerate(hosts):
+    processes = [start(workdir, spec, output, "--workers=0", *several, f"--process_id={i}") for i in range(2)]
+    for number, host in enumerate(processes):
         said, errors = host.communicate()
         assert host.returncode == predict.FAILED, errors
         assert re.search(rf"process {number}: .* images/s; the devices had a batch for", said)
@@ -498,12 +498,11 @@ def test_a_killed_command_goes_on_to_the_same_bytes_and_two_do_not_share_a_folde
             assert time.monotonic() < deadline and process.poll() is None, process.stderr.read()
             time.sleep(0.005)
 
-    wait_until((output / ".score.lock").exists)
-    second = start(workdir, spec, output)
+    wait_until(lambda: (output / ".score.lock").exists() and (output / ".score.lock").read_bytes())
+    held = pytest.raises(UserError, match=rf"out: process {process.pid} of .* writes there")
+    with held, hosts.locked(output, ".score.lock"):  # as every command does, see test_command.py
+        pass
     wait_until(lambda: len(list(output.glob("part-*.parquet"))) >= 5)
-    process.send_signal(signal.SIGSTOP)  # until the second is refused
-    assert re.search(r"out: process \d+ of .* writes there, expected one process", second.communicate()[1])
-    assert second.returncode == 2
     process.send_signal(signal.SIGKILL)
     process.communicate()
     done = len(list(output.glob("part-*.parquet")))
