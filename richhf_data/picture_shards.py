@@ -14,6 +14,7 @@ most `shard_rows` rows; a larger row group is a shard.
 import concurrent.futures
 import dataclasses
 import hashlib
+import io
 import itertools
 import os
 import pathlib
@@ -113,7 +114,7 @@ class Lines:
     def _entries(self, data: bytes) -> Iterator[tuple[str, str, str | None, str | None]]:
         """Yields (name, path or URL, prompt, fault) of each line."""
         folder = posixpath.dirname(self.url)
-        for number, line in jsonl.lines(data.splitlines(keepends=True)):
+        for number, line in jsonl.lines(io.BytesIO(data)):
             where = f"line {self.line + number - 1}"
             try:
                 row = jsonl.parse(line, _LINE, where)

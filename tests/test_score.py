@@ -327,14 +327,16 @@ no_identity.identity = None
 
 def test_rewards_are_columns_and_what_they_refuse_is_listed(workdir, model, score, tmp_path):
     write_files(tmp_path / "in", range(10))
+    (tmp_path / "in" / "008.png").write_bytes(b"no picture")  # of the last two, the other is odd
     (tmp_path / "in" / "004.png").write_bytes(b"no picture")
     given = [f"rahf:{workdir}:alignment=2", "light=python:test_score:brightness"]
-    job = score(tmp_path / "in", tmp_path / "out", rewards=given)
+    with pytest.warns(UserWarning, match="reward light refused all pictures of a batch"):
+        job = score(tmp_path / "in", tmp_path / "out", rewards=given)
     found = rows(tmp_path / "out")
     for i, row in enumerate(found):
-        if i % 2 or i == 4:
+        if i % 2 or i in (4, 8):
             assert row["rahf"] is row["light"] is row["overall"] is None
-            reason = "no known image" if i == 4 else "reward light: reward: python:test_score:brightness: this code"
+            reason = "no known image" if i in (4, 8) else "reward light: reward: python:test_score:brightness: this code"
             assert reason in row["error"]
         else:
             image = image_files.decode(picture(i), "")
@@ -342,7 +344,7 @@ def test_rewards_are_columns_and_what_they_refuse_is_listed(workdir, model, scor
             assert row["rahf"] == pytest.approx(2 * row["alignment"], abs=1e-5)
     metadata = parts.read_metadata(str(tmp_path / "out" / "part-00000.parquet"))
     assert metadata["rewards"]["light"] == {"spec": "python:test_score:brightness", "identity": "brightness"}
-    assert metadata["model"] == model.identity and (metadata["rows"], metadata["failed"]) == (10, 6)
+    assert metadata["model"] == model.identity and (metadata["rows"], metadata["failed"]) == (10, 7)
     assert job.rewards[0][:2] == ("rahf", given[0])
     with pytest.raises(UserError, match=r"reward: python:test_score:no_identity has no identity"):
         score(tmp_path / "in", tmp_path / "out", rewards=["python:test_score:no_identity"])

@@ -2,13 +2,12 @@
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import json
 import os
 import re
-import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
@@ -146,7 +145,7 @@ def _rewarded(rewards: Mapping[str, Callable], size: int, batch: parts.Batch, ro
 
         try:
             found = rewarded(list(rows), size)
-        except UserError as of_some:
+        except UserError:
             found = []
             for row in list(rows):
                 try:
@@ -155,16 +154,10 @@ def _rewarded(rewards: Mapping[str, Callable], size: int, batch: parts.Batch, ro
                     faults[row] = f"reward {name}: {error}"
                     del rows[row], values[row]
             if not rows:
-                _warn(name, str(of_some))
+                warnings.warn(f"reward {name} refused all pictures of a batch; see the column error", stacklevel=1)
         for row, value in zip(rows, found, strict=True):
             values[row].append(value)
     return np.array(list(values.values()), np.float32).reshape(len(rows), len(rewards))
-
-
-@functools.cache
-def _warn(reward: str, reason: str) -> None:
-    """Says once that a reward may be what is wrong, and not the pictures."""
-    print(f"WARNING: reward {reward} refused all pictures of a batch: {reason}", file=sys.stderr)
 
 
 def _predictions(job: parts.Job, faults: dict[int, str], rewards: np.ndarray, rows: Sequence[dict]) -> parts.Predictions:
