@@ -3,9 +3,9 @@
     python -m benchmarks.score [--pictures=20000 --shards=40 --broken=200 --kills=20 --workers=1]
 
 The pictures are RichHF-Synth's, 2,000 of them again and again, in parquet files; the model is that of `rahf_ci`, with random
-weights. `rahf.score` writes
-them once without interruption. Then it is killed (SIGKILL) at random moments, each time given again, and the output compared
-byte by byte. At the end the throughput: of `rahf.score`, and of `rahf.predict` on the same pictures as files.
+weights. `rahf.score` writes them once without interruption. Then it is killed (SIGKILL) at random moments, each time given
+again, and the output compared byte by byte. At the end the throughput: of `rahf.score`, and of `rahf.predict` on the same
+pictures as files.
 """
 
 import contextlib
@@ -163,7 +163,7 @@ def main() -> None:
         say(f"{index['rows']} rows of {size:.0f} bytes, {index['failed']} failed, {len(index['shards'])} parts")
         say(f"uninterrupted: {seconds:.1f} s, {rate} images/s, the device had a batch for {share} of the time")
         work = args.pictures / float(rate.replace(",", ""))
-        most = starting + 2 * work / max(args.kills, 1)
+        most = starting + 1.2 * work / max(args.kills, 1)
         found = kill_again_and_again(folder, starting / 2, most, args.kills, args.workers)
         say(tabulate.tabulate([[f"{lived:.1f}", parts] for lived, parts in found], ["s until the kill", "parts there"]))
         same = contents(folder / "killed") == contents(folder / "whole")
