@@ -23,11 +23,11 @@ lint: $(VENV)/installed
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder
 
-# The image scan as an Apache Beam pipeline, on the direct runner: Beam wants other versions than constraints.txt.
+# The image scan and rahf.score as Apache Beam pipelines, on local runners: Beam wants other versions than constraints.txt.
 test-beam:
 	$(PYTHON) -m venv $(VENV)-beam
 	$(VENV)-beam/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,beam]'
-	$(VENV)-beam/bin/python -m pytest tests/test_scan.py -k beam
+	$(VENV)-beam/bin/python -m pytest tests/test_scan.py tests/test_score.py -k beam
 
 # Weights & Biases and trackio, without a network: trackio wants another Pillow than constraints.txt.
 test-trackers:

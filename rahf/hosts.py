@@ -172,6 +172,10 @@ def agreed(values):
     return multihost_utils.broadcast_one_to_all(values) if jax.process_count() > 1 else values
 
 
-def wait(what: str) -> None:
-    """Waits until every process has come here. Each `what` can be waited for once in a run."""
-    multihost.sync_global_processes(what, processes=set(range(jax.process_count())))
+def wait(what: str, seconds: int | None = None) -> None:
+    """Waits until every process has come here. Each `what` can be waited for once in a run.
+
+    Args:
+      seconds: the longest wait for the last one; 5 minutes by default.
+    """
+    multihost.sync_global_processes(what, timeout=seconds, processes=set(range(jax.process_count())))

@@ -281,10 +281,9 @@ def feedback_of(rows: Sequence[dict], prompts: Sequence[str], model: "Model") ->
         heatmaps = {name: values[..., i] for i, name in enumerate(schema.HEATMAPS)}
     if "keywords" not in parts:
         return Feedback(scores, heatmaps, None, None)
-    labelled, words = [row["labelled_prompt"] for row in rows], []
-    for text, prompt in zip(labelled, prompts, strict=True):
-        tokens = keywords.tokenize(prompt)
-        words.append(keywords.misaligned_words(tokens, keywords.read_labels(text, tokens, model.vocabulary.written)))
+    labelled = [row["labelled_prompt"] for row in rows]
+    written = model.vocabulary.written
+    words = [keywords.misaligned_in(text, prompt, written) for text, prompt in zip(labelled, prompts, strict=True)]
     return Feedback(scores, heatmaps, labelled, words)
 
 

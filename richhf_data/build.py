@@ -20,7 +20,7 @@ from collections.abc import Iterator
 
 from absl import flags
 
-from richhf_data import command, keywords, paths, ranges, scan, schema, tables, vocabulary
+from richhf_data import command, keywords, parquet, paths, ranges, scan, schema, tables, vocabulary
 from richhf_data.errors import UserError
 from richhf_data.images import MAX_PIXELS
 from richhf_data.workers import start_worker
@@ -234,12 +234,6 @@ def _refuse_unused(records: str) -> None:
             raise UserError(f"{name}: got it with --records={records}, expected it with {expected} alone; leave it out")
 
 
-def _columns(items: list[str]) -> dict[str, str]:
-    if bad := [item for item in items if not all(item.partition("="))]:
-        raise UserError(f"columns: got {bad[0]!r}, expected uid=NAME, prompt=NAME or image=NAME, separated by commas")
-    return dict(item.split("=", 1) for item in items)
-
-
 def main() -> None:
     """The command."""
     _refuse_unused(_RECORDS.value)
@@ -254,7 +248,7 @@ def main() -> None:
             max_missing_share=_MAX_MISSING_SHARE.value,
             max_pixels=_MAX_PIXELS.value,
             allow_absent=_ALLOW_ABSENT.value,
-            columns=_columns(_COLUMNS.value),
+            columns=parquet.columns_of(_COLUMNS.value),
             workers=_WORKERS.value,
             beam=_BEAM.value,
             parts=_PARTS.value,

@@ -33,7 +33,8 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff",
 EXTENSIONS += (".jpe", ".jfif", ".apng", ".dib", ".avifs", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c")  # rarer names of these
 MAX_PIXELS = 20_000_000
 _REFUSED = 5  # an image of more than this times the allowed pixels is not decoded
-_MAX_SIDE, _MAX_BYTES = 1_000_000, 1 << 30
+MAX_BYTES = 1 << 30  # of a file
+_MAX_SIDE = 1_000_000
 # Not those that run another program, such as EPS. Pillow may be built without the last two.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "AVIF", "JPEG2000")
 _EXPECTED = "expected a JPEG, PNG or WebP, or another of the formats GIF, BMP, TIFF, AVIF and JPEG 2000"
@@ -194,7 +195,7 @@ def _opened(source: bytes | pathlib.Path, max_pixels: float) -> Iterator[PIL.Ima
 def _check_file(path: pathlib.Path) -> None:
     if reason := input_files.not_a_file(path):
         raise UserError(reason)
-    if path.stat().st_size > _MAX_BYTES:
+    if path.stat().st_size > MAX_BYTES:
         raise UserError("more than a GiB")
 
 

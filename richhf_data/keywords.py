@@ -134,6 +134,16 @@ def misaligned_words(tokens: Sequence[str], labels: Sequence[int | None]) -> lis
     return [" ".join(token.split()) for token, label in zip(tokens, labels, strict=True) if label == MISALIGNED]
 
 
+def misaligned_in(sequence: str, prompt: str, written: Callable[[str], str] = str) -> list[str]:
+    """The words of a prompt that a keyword sequence marks as misaligned; `written` as in `written_words`.
+
+    >>> misaligned_in('a yellow_0 cat', 'a yellow cat')
+    ['yellow']
+    """
+    tokens = tokenize(prompt)
+    return misaligned_words(tokens, read_labels(sequence, tokens, written))
+
+
 def _suffixes(word: str) -> int:
     """How many times a word ends with the suffix.
 

@@ -90,6 +90,13 @@ def unreadable(what: str, url: str, error: Exception) -> UserError:
     )
 
 
+def columns_of(items: Sequence[str]) -> dict[str, str]:
+    """{role: column} of a flag's ROLE=COLUMN. Raises UserError for an item of another form."""
+    if bad := [item for item in items if not all(item.partition("="))]:
+        raise UserError(f"columns: got {bad[0]!r}, expected uid=NAME, prompt=NAME or image=NAME, separated by commas")
+    return dict(item.split("=", 1) for item in items)
+
+
 def check_columns(given: Collection[str], roles: Collection[str] = tuple(GUESSES)) -> None:
     """Raises UserError if a column is given for anything but the roles."""
     if unknown := set(given) - set(roles):

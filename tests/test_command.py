@@ -148,6 +148,7 @@ HOLDERS = {
     "rahf.diffusion.sample": ".lock",
     "rahf.diffusion.evaluate": ".lock",
     "rahf.predict": ".predict.lock",
+    "rahf.score.__main__": ".score.lock",
     "richhf_data.synthetic.__main__": ".lock",
     "richhf_data.build": ".lock",
 }

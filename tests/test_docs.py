@@ -84,7 +84,7 @@ def programs(words: list[str], workdir) -> list[list[str]]:
         arguments, job = arguments[:cut], arguments[cut + 1 :]
         job = job if arguments[0] == "run" else ["python", "-m", "rahf.train", "--workdir=DIR", *job]
         checked = programs(job, workdir)
-    if target in ("rahf.evaluate", "rahf.predict", "rahf.serve"):
+    if target in ("rahf.evaluate", "rahf.predict", "rahf.score", "rahf.serve"):
         arguments = [re.sub("^--workdir=.*", f"--workdir={workdir}", argument) for argument in arguments]
     arguments = [argument.replace("--config=CONFIG", "--config=rahf_ci") for argument in arguments]
     return [[target, *arguments], *checked]
