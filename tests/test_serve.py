@@ -550,9 +550,9 @@ def test_names_of_rewards_and_the_answer(workdir):
     assert list(scoring.named_rewards([f"a=sum:0.5*{spec}|{spec}:alignment=2", "python:math:fsum"])) == ["a", "python"]
     assert list(scoring.named_rewards([f"x={spec}:alignment=0.7,overall=2"])) == ["x"]
     for given, reason in (
-        ([spec], "got the name 'rahf' twice"),
-        ([f"overall={spec}"], "got the name 'overall'"),
-        (["a=python:math:fsum"] * 2, "got the name 'a'"),
+        ([spec], "for the name 'rahf', which is taken"),
+        ([f"overall={spec}"], "for the name 'overall', which is taken"),
+        (["a=python:math:fsum"] * 2, "for the name 'a', which is taken"),
         (["a=beauty:x"], "got 'beauty:x', expected"),
     ):
         with pytest.raises(UserError, match=re.escape(reason)):

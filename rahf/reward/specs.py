@@ -71,6 +71,22 @@ def reward_of(spec: str) -> Callable:
     return _reward_of(spec, "reward")
 
 
+def named(given: Sequence[str], taken: Iterable[str] = ()) -> dict[str, str]:
+    """name -> spec, of SPEC or NAME=SPEC each; without a name, that of the spec's kind, as clip of clip:DIR.
+
+    Raises:
+      UserError: a name twice, or one of `taken`.
+    """
+    found, taken = {}, {*taken}
+    for text in given:
+        match = re.fullmatch(r"(\w+)=(.*)", text, re.DOTALL)
+        name, spec = match.groups() if match else (text.partition(":")[0], text)
+        if name in taken or name in found:
+            raise UserError(f"reward: got {text!r} for the name {name!r}, which is taken, expected another NAME=SPEC")
+        found[name] = spec
+    return found
+
+
 def differentiable_of(spec: str) -> Differentiable:
     """The reward that a spec names, differentiable with respect to the pixels. Raises as `reward_of`."""
     return _reward_of(spec, "guide").differentiable

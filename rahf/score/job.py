@@ -5,7 +5,6 @@ import dataclasses
 import itertools
 import json
 import os
-import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,19 +23,8 @@ WEEK = 7 * 24 * 3600  # the longest that a host waits for the others
 
 
 def reward_specs(given: Sequence[str]) -> dict[str, str]:
-    """name of a column -> spec, of SPEC or NAME=SPEC; without a name, that of the spec's kind.
-
-    Raises:
-      UserError: two of one name, or one of another column.
-    """
-    found, taken = {}, {field.name for field in parts.Job("", "", "", 1, 1, False, heatmaps=True).schema()}
-    for text in given:
-        named = re.fullmatch(r"(\w+)=(.*)", text, re.DOTALL)
-        name, spec = named.groups() if named else (text.partition(":")[0], text)
-        if name in taken or name in found:
-            raise UserError(f"reward: got {text!r} for the column {name!r}, which is taken, expected NAME=SPEC")
-        found[name] = spec
-    return found
+    """name of a column -> spec, see `specs.named`. Raises UserError for two of one name, or one of another column."""
+    return specs.named(given, (field.name for field in parts.Job("", "", "", 1, 1, False, heatmaps=True).schema()))
 
 
 def load_rewards(of: Mapping[str, str]) -> dict[str, Callable]:

@@ -169,9 +169,7 @@ def write(job: Job, index: int, head: Mapping[str, str], found: Sequence[pyarrow
     metadata = of_all | dict(head) | {"rows": len(table), "failed": failed}
     table = table.replace_schema_metadata({METADATA: json.dumps(metadata, sort_keys=True)})
     with paths.writing_url(job.path(index)) as file:
-        pyarrow.parquet.write_table(
-            table, file, row_group_size=_ROW_GROUP, compression="zstd", write_page_checksum=True
-        )
+        pyarrow.parquet.write_table(table, file, row_group_size=_ROW_GROUP, compression="zstd", write_page_checksum=True)
 
 
 def read_metadata(path: str) -> dict | None:

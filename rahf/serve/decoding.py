@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from richhf_data import drawing, images
+from richhf_data import drawing, images, paths
 from richhf_data.errors import UserError
 from richhf_data.workers import start_worker
 
@@ -65,8 +65,9 @@ class Decoders:
         self._pool = self._new()
 
     def _new(self) -> concurrent.futures.ProcessPoolExecutor:
-        context = multiprocessing.get_context("spawn")
-        return concurrent.futures.ProcessPoolExecutor(self._count, context, initializer=start_worker)
+        with paths.naming("/dev/shm"):  # its semaphores
+            context = multiprocessing.get_context("spawn")
+            return concurrent.futures.ProcessPoolExecutor(self._count, context, initializer=start_worker)
 
     async def decode(self, pictures: Sequence[bytes], keep: int | None) -> list[Picture | str]:
         """As the function `decode`. Pictures whose process died are decoded again, each alone."""

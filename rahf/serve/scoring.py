@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 
@@ -15,7 +14,6 @@ from richhf_data import schema
 from richhf_data.errors import UserError
 
 CRITIC = "rahf"  # the name of the critic among the rewards
-_NAME = re.compile(r"[A-Za-z][\w-]*")
 _FILLED = 0.75  # of a batch: the rest is computed for nothing
 
 
@@ -125,20 +123,8 @@ class Scorer:
 
 
 def named_rewards(given: Sequence[str]) -> dict[str, Callable]:
-    """name -> reward of SPEC or NAME=SPEC each; without a name the spec's kind, as clip of clip:DIR.
-
-    Raises:
-      UserError: a name twice, or one that the critic's scores have; a spec that names no reward.
-    """
-    rewards, taken = {}, {CRITIC, *schema.SCORES}
-    for one in given:
-        name, equals, spec = one.partition("=")
-        if not equals or not _NAME.fullmatch(name):
-            name, spec = one.partition(":")[0], one
-        if name in taken or name in rewards:
-            raise UserError(f"reward: got the name {name!r} twice, or as of the critic; name it: --reward=NAME={spec}")
-        rewards[name] = specs.reward_of(spec)
-    return rewards
+    """name -> reward, see `specs.named`. Raises UserError also for a name that the critic's scores have."""
+    return {name: specs.reward_of(spec) for name, spec in specs.named(given, (CRITIC, *schema.SCORES)).items()}
 
 
 def answer_weights(text: str, names: Sequence[str]) -> dict[str, float]:

@@ -224,11 +224,12 @@ class _Service:
         """An outcome for JSON."""
         if isinstance(outcome, str):
             return {"error": outcome}
-        labelled, tokens = outcome["labelled_prompt"], keywords.tokenize(outcome["prompt"])
+        labelled = outcome["labelled_prompt"]
+        words = keywords.misaligned_words(keywords.tokenize(outcome["prompt"]), outcome["labels"])
         result = {
             "scores": outcome["scores"],
             "rewards": outcome["rewards"],
-            "keywords": None if labelled is None else keywords.misaligned_words(tokens, outcome["labels"]),
+            "keywords": None if labelled is None else words,
             "labelled_prompt": labelled,
         }
         if outcome["errors"]:
