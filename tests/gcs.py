@@ -12,19 +12,9 @@ import threading
 import urllib.parse
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Attributes: objects, {(bucket, name): (generation, bytes)}; url."""
+class Answers(http.server.BaseHTTPRequestHandler):
+    """What the servers of the tests share."""
 
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("localhost", 0), Handler)
-        self.objects, self.uploads, self.generation, self.lock = {}, {}, 0, threading.Lock()
-        self.url = f"http://localhost:{self.server_address[1]}"
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_):
@@ -41,6 +31,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
+
+class Server(http.server.ThreadingHTTPServer):
+    """Attributes: objects, {(bucket, name): (generation, bytes)}; url."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("localhost", 0), Handler)
+        self.objects, self.uploads, self.generation, self.lock = {}, {}, 0, threading.Lock()
+        self.url = f"http://localhost:{self.server_address[1]}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class Handler(Answers):
     def meta(self, key):
         generation, data = self.server.objects[key]
         return {

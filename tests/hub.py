@@ -11,6 +11,8 @@ import re
 import threading
 import urllib.parse
 
+from gcs import Answers
+
 
 class Server(http.server.ThreadingHTTPServer):
     """Attributes: repositories, {"owner/name": {revision: {path: bytes}}}; commits, [(repository, revision)]; url."""
@@ -24,23 +26,7 @@ class Server(http.server.ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_):
-        pass
-
-    def answer(self, code, body=b"", **headers):
-        if not isinstance(body, bytes):
-            body, headers = json.dumps(body).encode(), headers | {"Content-Type": "application/json"}
-        self.send_response(code)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), str(value))
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
+class Handler(Answers):
     def missing(self, what):
         self.answer(404, {"error": f"{what} not found"}, X_Error_Code=f"{what}NotFound")
 
