@@ -88,7 +88,9 @@ def serving(workdir: str, batch_size: int):
     """The service, started on any port: (address, process)."""
     sizes = ",".join(str(1 << power) for power in range(batch_size.bit_length()))
     given = [f"--workdir={workdir}", "--port=0", f"--batch_sizes={sizes}"]
-    process = subprocess.Popen([sys.executable, "-m", "rahf.serve", *given], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rahf.serve", *given], stdout=subprocess.PIPE, text=True, encoding="utf-8"
+    )
     try:
         yield process.stdout.readline().split()[0], process.pid
     finally:

@@ -123,8 +123,8 @@ def vertex_packageable(folder: pathlib.Path, needs: xm.JobRequirements) -> xm.Pa
     subprocess.run(["tar", "-xzf", archive, "-C", folder / "rahf"], check=True)
     extras = "data" if needs.accelerator is None else "data,tpu" if needs.accelerator in xm.TpuType else "data,cuda"
     file = folder / "rahf" / "Dockerfile"
-    base, _, _ = file.read_text().partition("\nFROM base AS ")
-    file.write_text(f"{base}\n{TRAINING.format(extras=extras)}")
+    base, _, _ = file.read_text(encoding="utf-8").partition("\nFROM base AS ")
+    file.write_text(f"{base}\n{TRAINING.format(extras=extras)}", encoding="utf-8")
     return xm.Packageable(xm.Dockerfile(path=str(file.parent)), xm_local.Vertex.Spec(push_image_tag=FLAGS.image))
 
 
