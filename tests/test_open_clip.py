@@ -134,7 +134,7 @@ def test_the_command_says_what_it_found(source, tmp_path):
     converted = convert.convert("open-clip", source, tmp_path / "out")
     assert converted.found == ("image tower of 2 layers, 2 heads, 24 px; text tower of 1 layers, 3 heads; activation gelu")
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
-        "config.json", "merges.txt", "vocab.json", "weights.safetensors"
+        "SHA256SUMS", "config.json", "merges.txt", "vocab.json", "weights.safetensors"
     ]  # fmt: skip
 
 
