@@ -46,7 +46,7 @@ def brightness(images, prompts):
     if any("refuse" in prompt for prompt in prompts):
         raise ValueError("this prompt is refused")
     if prompts[0].startswith("slow"):
-        time.sleep(0.5)
+        time.sleep(0.1 * len(prompts))
     return [float(np.mean(image)) for image in images]
 """
 
@@ -335,7 +335,7 @@ def test_a_client_that_leaves_takes_its_pictures_along(service, pictures):
             requests.post(f"{service.url}/v1/feedback", json=body, timeout=0.3)
     start = time.monotonic()
     while requests.get(f"{service.url}/health").json()["waiting"]:
-        assert time.monotonic() - start < 5  # each picture would take half a second
+        assert time.monotonic() - start < 4  # all 64 pictures would take more than 6
     assert len(client.Client(service.url, tries=1).feedback(data[:3], prompts[:3])) == 3
     assert 'status="499"' in requests.get(f"{service.url}/metrics").text
 
