@@ -112,6 +112,8 @@ def _loads(data: bytes):
             unbuilt.keys, unbuilt.build = [], _built_before
         elif name == "STOP":
             (value,) = stack
+            if isinstance(value, _Unbuilt) or callable(value):
+                raise ValueError("a part of an array alone")
             return value
         else:
             raise UserError(f"pickle: got the opcode {name}, expected data: dictionaries, lists, texts, bytes, numbers")

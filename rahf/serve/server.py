@@ -88,10 +88,10 @@ def app(
     Args:
       answer: name -> weight, the sum that a pickled request gets. accept_pickle: whether such requests are read.
     """
-    service = _Service(scorer, decoders, answer, limits)
+    service = _Service(scorer, decoders, answer, accept_pickle, limits)
     routes = [
         Route("/", service.page, methods=["GET"]),
-        Route("/", service.page_of_picture, methods=["POST"], name="page"),
+        Route("/", service.page_of_picture, methods=["POST"]),
         Route("/v1/feedback", service.feedback, methods=["POST"]),
         Route("/score", service.score, methods=["POST"]),
         Route("/rewards", service.rewards, methods=["GET"]),
@@ -99,7 +99,6 @@ def app(
         Route("/metrics", service.metrics, methods=["GET"]),
         Route("/pickle", service.pickled, methods=["POST"]),
     ]
-    service.accept_pickle = accept_pickle
     handlers = {Refused: _refused, UserError: _wrong, HTTPException: _http, ClientDisconnect: _gone, Exception: _fault}
     application = Starlette(routes=routes, exception_handlers=handlers, lifespan=service.running)
     application.add_middleware(_Bounds, service=service)
@@ -107,8 +106,9 @@ def app(
 
 
 class _Service:
-    def __init__(self, scorer: Scorer, decoders: Decoders, answer: Mapping[str, float], limits: Limits):
-        self.scorer, self.decoders, self.answer, self.limits = scorer, decoders, answer, limits
+    def __init__(self, scorer: Scorer, decoders: Decoders, answer: Mapping[str, float], accept_pickle: bool, limits: Limits):
+        self.scorer, self.decoders, self.limits = scorer, decoders, limits
+        self.answer, self.accept_pickle = answer, accept_pickle
         self.waiting = self.bytes = 0  # of the requests that are here
         self.counts = _Counts(self)
         self.rate = 0.0  # pictures a second of the last batches
