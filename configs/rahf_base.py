@@ -79,6 +79,7 @@ def get_config():
         vocabulary="",  # a SentencePiece model; data_dir/vocabulary.model when empty
         text_length=64,  # ids, the end included
         keyword_length=64,  # the paper's decoder length
+        decoding="free",  # the paper's; "copy": the decoder may only write the prompt's words, with or without the suffix
         truncate_long_prompts=False,
         augment=True,  # the paper's crops and colours
         num_workers=2,  # processes that draw for "stream"

@@ -25,6 +25,7 @@ RANGES = {
     "data.source": sources.SOURCES,
     "data.text_length": ranges.LENGTH,
     "data.keyword_length": ranges.LENGTH,
+    "data.decoding": ranges.OneOf(workdirs.DECODINGS),
     "eval.batch_size": ranges.ROWS,
     "eval.num_examples": ranges.COUNT,
 }
@@ -32,6 +33,7 @@ RANGES = {
 EVALUATE_MAY_DIFFER = (
     *workdirs.CONDUCT,  # not read: a batch is divided over all devices
     "data.data_dir",
+    "data.decoding",
     "data.mixture",
     "data.num_workers",
     "data.source",
@@ -62,7 +64,7 @@ class Evaluation:
         config, vocabulary = predict.config, predict.vocabulary
         self._predictor, self._batch_size = predict, config.eval.batch_size
         if config.data.source == "seqio" or config.data.data_dir:
-            self._split = _DatasetSplit(config, vocabulary, split, num_examples)
+            self._split = _DatasetSplit(config, vocabulary, split, num_examples, predict.copies)
         else:
             self._split = _StreamSplit(config, vocabulary, split, num_examples or config.eval.num_examples)
 
@@ -89,17 +91,20 @@ class Evaluation:
 class _DatasetSplit:
     """A split of a built dataset, through seqio's Evaluator."""
 
-    def __init__(self, config, vocabulary, split, num_examples):
+    def __init__(self, config, vocabulary, split, num_examples, copies):
         from rahf import features
 
         self._data_dir, self._name = sources.evaluation_dir(config), split
         self._task = sources.register_task(config, vocabulary, augment=False)
         self._evaluator = features.evaluator(self._task, split, num_examples)
+        self._prompts = [target["prompt"] for target in features.targets(self._evaluator, self._task)] if copies else None
 
     def evaluate(self, predict) -> dict[str, float]:
         def predict_with_aux(dataset, model_feature_shapes=None):
             del model_feature_shapes
             examples = list(dataset.as_numpy_iterator())
+            if self._prompts:
+                examples = [(index, features | {"prompt": self._prompts[int(index)]}) for index, features in examples]
             rows = predict((features for _, features in examples), len(examples))
             ids = [(int(index), ()) for index, _ in examples]  # for seqio to decode; the text comes with the others
             return ids, {name: [row[name] for row in rows] for name in ("scores", "heatmaps", "labelled_prompt")}
@@ -135,7 +140,10 @@ class _StreamSplit:
 
     def evaluate(self, predict) -> dict[str, float]:
         count = len(self._examples)
-        inputs = ({name: self._batch[name][i] for name in ("image", "text_ids")} for i in range(count))
+        inputs = (
+            {name: self._batch[name][i] for name in ("image", "text_ids")} | {"prompt": self._targets[i]["prompt"]}
+            for i in range(count)
+        )
         return metrics.evaluate(self._targets, predict(inputs, count), self._written)
 
     def references(self) -> dict[str, dict[str, float]]:

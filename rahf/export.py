@@ -22,7 +22,7 @@ def export_stablehlo(converted: Pretrained, path: pathlib.Path) -> None:
 
     `jax.export.deserialize(bytes).call(weights, image, text_ids)` returns scores, heatmaps and keyword_ids, None for what
     the model does not predict. `weights` is the dictionary that safetensors reads, image uint8[B, H, W, 3], text_ids
-    int32[B, R, L] with R = 1, or 7 in the augmented-prompt variants.
+    int32[B, R, L] with R = 1, or 7 in the augmented-prompt variants. It decodes freely, whatever `data.decoding` is.
     """
     predict, params, inputs = _predict_function(converted.config)
     exported = jax.export.export(jax.jit(predict), platforms=("cpu", "cuda", "tpu"))(params, *inputs)

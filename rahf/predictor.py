@@ -20,7 +20,7 @@ from rahf import ahead, checkpoints, folders, partitioning, sources, weights, wo
 from rahf.fingerprint import fingerprint
 from rahf.models import critics
 from rahf.models.baselines import CLIPCriticConfig
-from richhf_data import images, jsonl, keywords, paths, schema
+from richhf_data import copying, images, jsonl, keywords, paths, schema
 from richhf_data import vocabulary as vocabularies
 from richhf_data.errors import UserError
 
@@ -47,6 +47,7 @@ class Predictor:
 
     Attributes:
       config: of the run. model_config: of critics.config_of. vocabulary: None is enough to compile.
+      copies: whether the decoder may write nothing but the prompt's words, with or without the suffix (copying.py).
       params: the parameters that it expects, as shapes with shardings: sharded over the mesh axis `model`, replicated over
         `data`.
     """
@@ -63,9 +64,13 @@ class Predictor:
         self.params = partitioning.placed_shapes(nn.unbox(boxed), shardings)
         self._gather = jax.jit(lambda params: params, out_shardings=shardings)
 
-        def forward(params, image, text_ids):
+        self.copies = config.data.get("decoding", "free") == "copy" and "keywords" in self.model_config.parts
+        self._inputs = ("image", "text_ids", *(("copy",) if self.copies else ()))
+        self._automata = copying.Copies(vocabulary, config.data.keyword_length) if self.copies and vocabulary else None
+
+        def forward(params, image, text_ids, copy=None):
             length = config.data.keyword_length
-            return module.apply({"params": params}, image, text_ids, length, method=module.predict)
+            return module.apply({"params": params}, image, text_ids, length, copy, method=module.predict)
 
         everywhere = partitioning.replicated(self._mesh)  # every process has every row
         attention = config.get("mesh", {}).get("attention", "auto")  # a converted folder has no section mesh
@@ -81,8 +86,10 @@ class Predictor:
 
     def lower(self, rows: int) -> jax.stages.Lowered:
         """The forward pass of `rows` images, lowered from shapes alone."""
-        shapes = sources.batch_shapes(self.config, self.batch_size(rows))
-        inputs = (jax.ShapeDtypeStruct(*shapes[name], sharding=self._rows) for name in ("image", "text_ids"))
+        rows = self.batch_size(rows)
+        copy = (rows, *copying.table_shape(self.config.data.keyword_length)), "int32"
+        shapes = sources.batch_shapes(self.config, rows) | {"copy": copy}
+        inputs = (jax.ShapeDtypeStruct(*shapes[name], sharding=self._rows) for name in self._inputs)
         return self._forward.lower(self.params, *inputs)
 
     def bucket(self, rows: int, most: int) -> int:
@@ -93,8 +100,8 @@ class Predictor:
         """Predictions of any number of rows, in batches of at most `batch_size`; see `predict_batches`.
 
         Args:
-          examples: each a dictionary of `image` uint8[H, W, 3] at the model's size and `text_ids` int32[R, L]. On several
-            hosts each is given the same rows.
+          examples: each a dictionary of `image` uint8[H, W, 3] at the model's size and `text_ids` int32[R, L]; and of the
+            `prompt`, which a model with data.decoding=copy reads. On several hosts each is given the same rows.
 
             `name`, where there is one, names a row in errors.
 
@@ -149,7 +156,9 @@ class Predictor:
     def begin(self, params, rows: Sequence[dict], size: int) -> tuple[jax.Array, ...]:
         """The forward pass of some rows as a batch of `size`; does not wait for the devices."""
         local = partitioning.local_rows(self._rows, size)
-        stacked = {name: np.stack([row[name] for row in rows]) for name in ("image", "text_ids")}
+        if self.copies:
+            rows = [row | {"copy": self._automata.table(row["prompt"])} for row in rows]
+        stacked = {name: np.stack([row[name] for row in rows]) for name in self._inputs}
         own = {name: schema.pad_rows(array, size)[local] for name, array in stacked.items()}
         return self._forward(params, **partitioning.shard_batch(own, self._rows))
 
@@ -189,16 +198,18 @@ class Model:
 
     @functools.cached_property
     def identity(self) -> str:
-        """Depends on all that the predictions depend on: the parameters, the model, its text lengths and the vocabulary."""
+        """Depends on all that predictions depend on: parameters, model, text lengths, way of decoding and vocabulary."""
         return fingerprint(*self.identity_parts())
 
     def identity_parts(self) -> list:
         """What `identity` is made of."""
-        lengths = {name: self.config.data[name] for name in ("text_length", "keyword_length")}
+        data = {name: self.config.data[name] for name in ("text_length", "keyword_length")}
+        if self.predictor.copies:
+            data["decoding"] = "copy"  # identities are older than this option
         model = dataclasses.asdict(self.model_config)
         if model["architecture"] == "rahf":
             del model["architecture"]  # identities are older than the name
-        return [sorted(checkpoints.digests(self.params).items()), model, lengths, self.vocabulary.digest]
+        return [sorted(checkpoints.digests(self.params).items()), model, data, self.vocabulary.digest]
 
     def prepare(self, image: np.ndarray, prompt: str) -> dict:
         """One row of a batch from an RGB image uint8[H, W, 3] of any size and its prompt.
@@ -210,7 +221,11 @@ class Model:
         image = np.asarray(image)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
             raise UserError(f"image: got {image.dtype}{list(image.shape)}, expected uint8[H, W, 3], RGB")
-        return {"image": images.resize(image, self.model_config.image_size), "text_ids": self.text_ids(prompt)}
+        return {"image": images.resize(image, self.model_config.image_size), **self.text(prompt)}
+
+    def text(self, prompt: str) -> dict:
+        """What a row of a batch has of its prompt. Raises UserError as `prepare`."""
+        return {"text_ids": self.text_ids(prompt), "prompt": prompt}
 
     def text_ids(self, prompt: str) -> np.ndarray:
         """The texts that the model reads of a prompt, int32[R, L]. Raises UserError as `prepare`."""

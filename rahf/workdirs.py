@@ -17,7 +17,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import flax.traverse_util
 import jax
@@ -33,6 +33,7 @@ from richhf_data.ranges import Range
 
 # How a run is divided, logged and saved: no result depends on it.
 CONDUCT = ("mesh", "log_every", "checkpoint_every", "train.max_bad_steps", "tracker")
+DECODINGS = ("free", "copy")  # of `data.decoding`
 # Architecture -> the config that has every key.
 BASES = {"rahf": "rahf_base", "resnet": "baseline_resnet50", "clip": "baseline_clip"}
 
@@ -171,11 +172,12 @@ def read_config(workdir) -> ml_collections.ConfigDict:
 
 
 @dataclasses.dataclass(frozen=True)
-class Lengths:
-    """The most ids of a prompt and of a keyword sequence."""
+class Texts:
+    """The most ids of a prompt and of a keyword sequence, and what the decoder may write."""
 
     text_length: Annotated[int, Range(1, 2**14)]
     keyword_length: Annotated[int, Range(1, 2**14)]
+    decoding: Literal[DECODINGS] = "free"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +185,7 @@ class PredictorConfig:
     """What every config of a critic holds. A folder that rahf.convert wrote holds no more."""
 
     model: dict[str, Any]
-    data: Lengths
+    data: Texts
 
 
 def _check_types(config: Mapping, example: Mapping, whole: bool, name: str = "") -> None:
@@ -217,6 +219,8 @@ def _upgraded(config: Mapping) -> dict:
     config = _renamed(config)
     if config.get("kind", "rahf") == "rahf" and "model" in config:
         config["model"] = dataclasses.asdict(critics.config_of(config["model"]))
+        if isinstance(config.get("data"), dict):
+            config["data"].setdefault("decoding", "free")
     if isinstance(config.get("mesh"), dict):
         config["mesh"].setdefault("attention", "auto")
     if "train" in config:  # a folder that rahf.convert wrote has none

@@ -79,7 +79,16 @@ def label_prompt(tokens: Sequence[str], labels: Sequence[int]) -> str:
     if len(tokens) != len(labels):
         raise UserError(f"labels: got {len(labels)} for {len(tokens)} prompt tokens, expected one each")
     marked = ((word, label) for token, label in zip(tokens, labels, strict=True) for word in words(token))
-    return " ".join(word + SUFFIX * (_suffixes(word) + (label == MISALIGNED)) for word, label in marked)
+    return " ".join(_spelling(word, label == MISALIGNED) for word, label in marked)
+
+
+def spellings(token: str) -> list[tuple[str, str]]:
+    """How `label_prompt` writes each word of a token: as aligned, as misaligned.
+
+    >>> spellings('cat'), spellings('gpt_0')
+    ([('cat', 'cat_0')], [('gpt_0_0', 'gpt_0_0_0')])
+    """
+    return [(_spelling(word, False), _spelling(word, True)) for word in words(token)]
 
 
 def read_words(sequence: str) -> list[tuple[str, int]]:
@@ -142,6 +151,10 @@ def misaligned_in(sequence: str, prompt: str, written: Callable[[str], str] = st
     """
     tokens = tokenize(prompt)
     return misaligned_words(tokens, read_labels(sequence, tokens, written))
+
+
+def _spelling(word: str, marked: bool) -> str:
+    return word + SUFFIX * (_suffixes(word) + marked)
 
 
 def _suffixes(word: str) -> int:

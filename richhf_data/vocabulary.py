@@ -70,6 +70,15 @@ class Vocabulary:
         ids[: len(pieces)] = pieces
         return ids
 
+    def pieces(self, text: str) -> list[int]:
+        """The ids of `text`, without the end id."""
+        return self._processor.encode(text)
+
+    def begins_words(self, word: str) -> bool:
+        """Whether white space begins the first piece of a word, and no other one."""
+        first, *rest = self._processor.encode(word, out_type=str)
+        return first.startswith("▁") and not any("▁" in piece for piece in rest)
+
     def num_ids(self, text: str) -> int:
         """The number of ids of `text`, with the end id."""
         return len(self._processor.encode(text)) + 1

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from richhf_data import build, keywords, metrics, vocabulary
+from richhf_data import build, copying, keywords, metrics, vocabulary
 from richhf_data.keywords import label_prompt, read_labels, tokenize
 
 WHITE = ["\n", "\t", "\r\n", "\u00a0", "\u200b", "\u2028", "\x85", "\x0c", "\u3000", "\ufeff", "\ufffd", "\x1c"]
@@ -68,6 +68,28 @@ def test_a_perfect_decoder_has_precision_and_recall_1(name, pieces):
         predictions.append(_prediction(text))
     found = metrics.evaluate(targets, predictions, vocab.written)
     assert found["keywords/micro/precision"] == found["keywords/micro/recall"] == found["keywords/micro/f1"] == 1
+
+
+@pytest.mark.parametrize("name", ["ours", "packed", "folding", "identity", "unigram", "bytes"])
+def test_a_decoder_that_may_only_copy_loses_no_word(name, pieces):
+    rng, vocab, length = np.random.default_rng(2), pieces[name], 400
+    table_of = copying.Copies(vocab, length).table
+    for prompt in prompts(200, seed=3):
+        table, tokens, found, state = table_of(prompt), tokenize(prompt), [], 0
+        while found[-1:] != [1]:
+            allowed = [option for option in table[state] if len(found) <= option[2]]
+            piece, state, _ = allowed[rng.integers(len(allowed))].tolist()
+            found.append(piece)
+        text, copied = vocab.decode(found), vocab.written(label_prompt(tokens, [1] * len(tokens)))
+        assert [word for word, _ in keywords.read_words(text)] == [word for word, _ in keywords.read_words(copied)]
+        lost = [label is None for label in read_labels(text, tokens, vocab.written)]
+        assert lost == [not keywords.written_words(token, vocab.written) for token in tokens]
+
+        target, state = vocab.encode(label_prompt(tokens, rng.integers(0, 2, len(tokens)).tolist()), length).tolist(), 0
+        if name == "unigram" and "…" in prompt:
+            continue  # two ways to write "..." are equally probable: which it takes depends on the words before
+        for position, piece in enumerate(target[: target.index(1) + 1]):
+            (state,) = (then for one, then, last in table[state] if one == piece and position <= last)
 
 
 def _target(prompt, labels, **more):

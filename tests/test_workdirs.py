@@ -47,6 +47,20 @@ def test_an_older_run_resumes_and_its_data_are_recorded(older, capsys):
     assert set(json_files.read(older / "run/data.json")) == {"datasets", "vocabulary"}
 
 
+def test_the_way_of_decoding_is_kept_and_checked(older):
+    run = older / "run"
+    assert workdirs.read_config(run).data.decoding == workdirs.read_config(older / "converted").data.decoding == "free"
+    values = json_files.read(run / "config.json")
+    for decoding in ("copy", "beam"):
+        values["data"]["decoding"] = decoding
+        json_files.write(run / "config.json", values)
+        if decoding == "copy":
+            assert readers.rahf_workdir(run).config["data"]["decoding"] == workdirs.read_config(run).data.decoding == "copy"
+        else:
+            with pytest.raises(ValueError, match=r"run/config.json: data.decoding: got 'beam', expected one of"):
+                workdirs.read_config(run)
+
+
 @pytest.mark.parametrize("name", ["config.json", "vocabulary.model"])
 def test_a_changed_file_of_a_workdir_is_refused_on_load_and_on_resume(name, older):
     run, config = older / "run", workdirs.read_config(older / "run")

@@ -116,9 +116,11 @@ class ResNetCritic(nn.Module):
         del keyword_ids
         return Outputs(*self.perceive(image, text_ids, train), None)
 
-    def predict(self, image: Array, text_ids: Array, max_length: int) -> tuple[Array | None, Array | None, None]:
+    def predict(
+        self, image: Array, text_ids: Array, max_length: int, copy: None = None
+    ) -> tuple[Array | None, Array | None, None]:
         """Scores and heatmaps, as `RAHF`, and no keywords."""
-        del max_length
+        del max_length, copy
         return *self.perceive(image, text_ids), None
 
 
@@ -180,7 +182,7 @@ class CLIPCritic(nn.Module):
         del keyword_ids
         return Outputs(*self.perceive(image, text_ids, train), None)
 
-    def predict(self, image: Array, text_ids: Array, max_length: int) -> tuple[Array, None, None]:
+    def predict(self, image: Array, text_ids: Array, max_length: int, copy: None = None) -> tuple[Array, None, None]:
         """Scores, as `RAHF`, no heatmaps and no keywords."""
-        del max_length
+        del max_length, copy
         return *self.perceive(image, text_ids), None

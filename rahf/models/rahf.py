@@ -207,17 +207,20 @@ class RAHF(nn.Module):
         heatmaps = self._predict_tasks(self.heatmap_heads, grid, HEATMAP_TASKS)  # [B, h, w, 2]
         return scores, heatmaps, fused[:, -1], mask[:, -1]
 
-    def predict(self, image: Array, text_ids: Array, max_length: int) -> tuple[Array, Array, Array]:
+    def predict(
+        self, image: Array, text_ids: Array, max_length: int, copy: Array | None = None
+    ) -> tuple[Array, Array, Array]:
         """All seven predictions, the keywords decoded greedily.
 
         Args:
           image, text_ids: as for a forward pass. max_length: T, the longest keyword sequence.
+          copy: as for `T5.greedy_decode`.
 
         Returns:
           scores float32[B, 4], heatmaps float32[B, h, w, 2], keyword_ids int32[B, T]: ids, the end id 1, zeros.
         """
         scores, heatmaps, fused, mask = self.perceive(image, text_ids)
-        return scores, heatmaps, self.t5.greedy_decode(*self._for_decoder(fused, mask), max_length)
+        return scores, heatmaps, self.t5.greedy_decode(*self._for_decoder(fused, mask), max_length, copy)
 
     def _feature_map(self, fused: Array) -> Array:
         """[B, R, N, D] -> [B, R, h, w, D]: the fused image tokens without the class token."""

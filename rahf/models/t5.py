@@ -404,12 +404,13 @@ class T5(nn.Module):
         x, cache = self.decoder.step(self.embed(ids[:, None]), position, cache, encoder, encoder_mask)
         return self._logits(x)[:, 0], cache
 
-    def greedy_decode(self, encoded: Array, encoder_mask: Array, max_length: int) -> Array:
+    def greedy_decode(self, encoded: Array, encoder_mask: Array, max_length: int, copy: Array | None = None) -> Array:
         """The most probable id at each step, in one loop on the device with cached keys and values.
 
         Args:
           encoded: dtype[B, N, D]; encoder_mask: bool[B, N].
           max_length: T. The loop ends earlier when every row has ended.
+          copy: int32[B, S, K, 3], the only ids that each row may write (`richhf_data.copying.Copies.table`); by default all.
 
         Returns:
           int32[B, T]: ids up to and with the end id 1, then zeros.
@@ -422,26 +423,43 @@ class T5(nn.Module):
         module, variables = self.unbind()
 
         def unfinished(state):
-            position, _, _, ended, _ = state
+            position, _, _, ended, _, _ = state
             return (position < max_length) & ~jnp.all(ended)
 
         def step(state):
-            position, previous, ids, ended, cache = state
+            position, previous, ids, ended, place, cache = state
             logits, cache = module.apply(
                 variables, previous, position, cache, encoder, encoder_mask, method="decode_step"
             )
-            following = jnp.where(ended, PAD_ID, jnp.argmax(logits, axis=-1).astype(jnp.int32))
+            if copy is None:
+                best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            else:
+                best, place = _best_allowed(logits, copy, place, position)
+            following = jnp.where(ended, PAD_ID, best)
             ids = jax.lax.dynamic_update_slice(ids, following[:, None], (0, position))
-            return position + 1, following, ids, ended | (following == EOS_ID), cache
+            return position + 1, following, ids, ended | (following == EOS_ID), place, cache
 
         state = (
             jnp.int32(0),
             jax.lax.full((batch,), PAD_ID, jnp.int32),
             jax.lax.full((batch, max_length), PAD_ID, jnp.int32),
             jnp.zeros(batch, bool),
+            None if copy is None else jnp.zeros(batch, jnp.int32),  # the state in `copy`
             [empty] * config.num_decoder_layers,
         )
         return jax.lax.while_loop(unfinished, step, state)[2]
+
+
+def _best_allowed(logits: Array, copy: Array, place: Array, position: Array) -> tuple[Array, Array]:
+    """The allowed id of the largest logit, int32[B], and the state after it, int32[B].
+
+    logits float32[B, V]; copy int32[B, S, K, 3]; place int32[B], the state before it; position int32[].
+    """
+    options = jnp.take_along_axis(copy, place[:, None, None, None], axis=1)[:, 0]  # [B, K, 3]
+    ids, following, last = options[..., 0], options[..., 1], options[..., 2]  # [B, K]
+    values = jnp.maximum(jnp.take_along_axis(logits, ids, axis=1), jnp.finfo(jnp.float32).min)
+    best = jnp.argmax(jnp.where(position <= last, values, -jnp.inf), axis=1)[:, None]  # [B, 1]
+    return tuple(jnp.take_along_axis(x, best, axis=1)[:, 0] for x in (ids, following))
 
 
 def shift_right(ids: Array) -> Array:

@@ -36,7 +36,8 @@ def rahf_workdir(path) -> Pretrained:
 
     checked = {name: Tensor(tensor.shape, functools.partial(read, name)) for name, tensor in theirs.items()}
     tensors = matched(checked, names.same_names(ours), ours, "", f"workdir {path}")
-    data = {name: config.data[name] for name in (*release.LENGTHS, "truncate_long_prompts") if name in config.data}
+    kept = (*release.LENGTHS, "truncate_long_prompts", "decoding")
+    data = {name: config.data[name] for name in kept if name in config.data}
     return Pretrained("rahf", {"model": dataclasses.asdict(model_config), "data": data}, tensors)
 
 

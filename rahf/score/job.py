@@ -105,7 +105,7 @@ def predict(
             faults, rows = dict(batch.faults), {}
             for row, picture in batch.pictures.items():
                 try:
-                    rows[row] = {"image": picture, "text_ids": model.text_ids(batch.prompts[row]), "name": batch.names[row]}
+                    rows[row] = {"image": picture, **model.text(batch.prompts[row]), "name": batch.names[row]}
                 except UserError as error:
                     faults[row] = str(error)
             values = _rewarded(rewards, job.batch_size, batch, rows, faults)

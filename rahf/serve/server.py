@@ -172,12 +172,11 @@ class _Service:
                         if not isinstance(prompt, str) or len(prompt) > _PROMPT:
                             got = f"{len(prompt):,} characters" if isinstance(prompt, str) else f"a {type(prompt).__name__}"
                             raise UserError(f"prompt: got {got}, expected a text of at most {_PROMPT:,} characters")
-                        text_ids = self.scorer.model.text_ids(prompt)
+                        text = self.scorer.model.text(prompt)
                     except UserError as error:
                         found[i] = str(error)
                         continue
-                    inputs = {"image": picture.image, "text_ids": text_ids}
-                    rows[i] = Row(inputs, prompt, picture.kept, names, None)
+                    rows[i] = Row({"image": picture.image, **text}, prompt, picture.kept, names, None)
             for (i, row), outcome in zip(rows.items(), await self.batches.predict([*rows.values()]), strict=True):
                 if isinstance(outcome, UserError):
                     outcome = str(outcome)
