@@ -196,8 +196,11 @@ class Model:
         """What `identity` is made of."""
         lengths = {name: self.config.data[name] for name in ("text_length", "keyword_length")}
         model = dataclasses.asdict(self.model_config)
-        if model["architecture"] == "rahf":
-            del model["architecture"]  # identities are older than the name
+        if model["architecture"] == "rahf":  # identities are older than these options
+            del model["architecture"]
+            for option, default in (("pool", "flatten"), ("reads_text", False)):
+                if model["score_head"][option] == default:
+                    del model["score_head"][option]
         return [sorted(checkpoints.digests(self.params).items()), model, lengths, self.vocabulary.digest]
 
     def prepare(self, image: np.ndarray, prompt: str) -> dict:
