@@ -62,6 +62,8 @@ def get_config():
             padding="VALID",
             dense=(2048, 1024),
             style="paper",  # "pytorch": the first author's release
+            pool="flatten",  # "mean": over positions; not in the paper
+            reads_text=False,  # with "mean": the prompt's positions too
         ),
         heatmap_head=dict(
             filters=(768, 384),

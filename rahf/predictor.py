@@ -207,8 +207,11 @@ class Model:
         if self.predictor.copies:
             data["decoding"] = "copy"  # identities are older than this option
         model = dataclasses.asdict(self.model_config)
-        if model["architecture"] == "rahf":
-            del model["architecture"]  # identities are older than the name
+        if model["architecture"] == "rahf":  # identities are older than these options
+            del model["architecture"]
+            for option, default in (("pool", "flatten"), ("reads_text", False)):
+                if model["score_head"][option] == default:
+                    del model["score_head"][option]
         return [sorted(checkpoints.digests(self.params).items()), model, data, self.vocabulary.digest]
 
     def prepare(self, image: np.ndarray, prompt: str) -> dict:

@@ -169,3 +169,36 @@ def test_score_head_names_a_grid_that_is_too_small():
     assert output.shape == (1,)
     with pytest.raises(ValueError, match=r"score_head.padding: got 'same'"):
         heads.ScoreHeadConfig(padding="same")
+
+
+def pooled_score(**options):
+    config = heads.ScoreHeadConfig(filters=(), dense=(8, 4), pool="mean", **options)
+    rng = np.random.default_rng(0)
+    x, text = rng.normal(size=(2, 4, 4, 6)).astype(np.float32), rng.normal(size=(2, 5, 6)).astype(np.float32)
+    mask = np.array([[True] * 3 + [False] * 2, [True] * 5])
+    inputs = (x, text, mask) if config.reads_text else (x,)
+    module = heads.ScoreHead(config)
+    return module, tiny_model.random_params(module, *inputs), inputs
+
+
+@pytest.mark.parametrize("reads_text", [False, True])
+def test_a_pooled_score_head_equals_numpy(reads_text):
+    module, params, inputs = pooled_score(reads_text=reads_text)
+
+    def dense(name, x):
+        return np.maximum(x @ params[name]["kernel"] + params[name]["bias"], 0)
+
+    hidden = dense("dense_0", inputs[0].reshape(2, 16, 6)).mean(1)
+    if reads_text:
+        words = [dense("dense_text", text[mask]).sum(0) / heads.WORDS for text, mask in zip(*inputs[1:], strict=True)]
+        hidden = np.concatenate([hidden, words], -1)
+    logits = dense("dense_1", hidden) @ params["output"]["kernel"] + params["output"]["bias"]
+    found = jax.jit(module.apply)({"params": params}, *inputs)
+    np.testing.assert_allclose(found, 1 / (1 + np.exp(-logits[:, 0])), atol=1e-6)
+
+
+def test_a_pooled_score_head_needs_a_dense_layer_and_only_it_reads_text():
+    with pytest.raises(ValueError, match=r"score_head.dense: got \(\), expected one layer or more"):
+        heads.ScoreHeadConfig(pool="mean", dense=())
+    with pytest.raises(ValueError, match=r"score_head.reads_text: got True, expected False .*pool='flatten'"):
+        heads.ScoreHeadConfig(reads_text=True)

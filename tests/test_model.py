@@ -256,6 +256,23 @@ def test_augmented_prediction_equals_each_task_alone(augmented):
     assert len(np.unique(ids)) > 3
 
 
+@pytest.mark.parametrize("variant", ["multi_head", "augmented_prompt"])
+def test_pooled_scores_depend_on_the_words_and_not_on_the_padding(variant):
+    head = {"filters": (), "dense": (16, 16), "pool": "mean", "reads_text": True}
+    model, params = tiny_model.model_and_params(tiny_model.config(variant, score_head=head))
+    batch = tiny_model.batch(model.config, 4)
+    image, text_ids = batch["image"], batch["text_ids"]
+    scores, heatmaps, _ = predict(model, params, image, text_ids)
+    longer = np.pad(text_ids, ((0, 0), (0, 0), (0, 3)))
+    close((scores, heatmaps), predict(model, params, image, longer)[:2])
+    without = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: 0 * leaf if any(key.key == "dense_text" for key in path) else leaf, params
+    )
+    silent = predict(model, without, image, text_ids)
+    assert np.abs(silent[0] - scores).max(0).min() > 1e-4  # of every score
+    close(silent[1], heatmaps)
+
+
 def test_augmented_training_predicts_what_prediction_does(augmented):
     model, params, batch = augmented
     scores, heatmaps, ids = predict(model, params, batch["image"], batch["text_ids"])

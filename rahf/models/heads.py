@@ -1,6 +1,6 @@
 """The score head and the heatmap head (arXiv 2312.10240, sections 4.1 and 9). Both read the fused feature map.
 
-    score     convolutions, dense layers, sigmoid -> one number
+    score     convolutions, dense layers, sigmoid -> one number; or dense layers around a mean over positions (`pool`)
     heatmap   convolutions, deconvolutions with read-out convolutions, sigmoid -> one map
 
 A norm and a ReLU follow every convolution and deconvolution but the last one. N is the batch size B times `strips`, the
@@ -33,6 +33,10 @@ class ScoreHeadConfig:
     """The dense sizes are the paper's. Filters and kernel are those on which reimplementations agree.
 
     Style "pytorch" is the first author's release (github.com/youweiliang/RichHF): RMS norms instead of layer norms.
+
+    Pool "mean" is not in the paper: the first dense layer reads each position of the map, and the others the mean of its
+    outputs. Flaws then count alike wherever they are, as in deep sets (arXiv 1703.06114). With `reads_text` another dense
+    layer reads each position of the prompt, and its outputs are added up.
     """
 
     filters: Annotated[tuple[Size, ...], Range(0, 64)] = (768, 384, 128, 64)
@@ -40,9 +44,15 @@ class ScoreHeadConfig:
     padding: Literal["VALID", "SAME"] = "VALID"  # "SAME" where the grid is too small for VALID
     dense: Annotated[tuple[Size, ...], Range(0, 64)] = (2048, 1024)
     style: Literal[STYLES] = "paper"
+    pool: Literal["flatten", "mean"] = "flatten"
+    reads_text: bool = False
 
     def __post_init__(self):
         checked.fields(self, "score_head")
+        if self.pool == "mean" and not self.dense:
+            raise UserError("score_head.dense: got (), expected one layer or more for score_head.pool='mean'")
+        if self.reads_text and self.pool != "mean":
+            raise UserError(f"score_head.reads_text: got True, expected False for score_head.pool={self.pool!r}; or 'mean'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,15 +77,22 @@ class HeatmapHeadConfig:
         checked.fields(self, "heatmap_head")
 
 
+WORDS = 16  # the sum over a prompt's positions is divided by this, so that it is about as large as the mean over the image's
+
+
 class ScoreHead(nn.Module):
-    """Feature map -> one score."""
+    """Feature map, and the prompt's positions if `config.reads_text` -> one score."""
 
     config: ScoreHeadConfig
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """dtype[B, h, w, D] -> float32[B] in [0, 1]. UserError when the grid is too small for the convolutions."""
+    def __call__(self, x: Array, text: Array | None = None, mask: Array | None = None) -> Array:
+        """x dtype[B, h, w, D], text dtype[B, L, D], mask bool[B, L] (True = keep) -> float32[B] in [0, 1].
+
+        Raises:
+          UserError: the grid is too small for the convolutions.
+        """
         config = self.config
         shrink = len(config.filters) * (config.kernel_size - 1) if config.padding == "VALID" else 0
         if min(x.shape[1:3]) <= shrink:
@@ -88,9 +105,23 @@ class ScoreHead(nn.Module):
         )
         for i, features in enumerate(config.filters):
             x = nn.relu(conv(features, name=f"conv_{i}")(x))
-        x = x.reshape(x.shape[0], -1)  # [B, h' * w' * F]
-        for i, features in enumerate(config.dense):
-            x = nn.relu(ScoreDense(features, "score_out", self.dtype, name=f"dense_{i}")(x))
+
+        def dense(features, name, x):
+            return nn.relu(ScoreDense(features, "score_out", self.dtype, name=name)(x))
+
+        names = [f"dense_{i}" for i in range(len(config.dense))]
+        layers = list(zip(config.dense, names, strict=True))
+        if config.pool == "mean":
+            first, *layers = layers
+            pooled = [jnp.mean(dense(*first, x), axis=(1, 2))]
+            if config.reads_text:
+                words = dense(first[0], "dense_text", text)  # [B, L, F]
+                pooled.append(jnp.sum(jnp.where(mask[..., None], words, 0), axis=1) / WORDS)
+            x = jnp.concatenate(pooled, axis=-1)
+        else:
+            x = x.reshape(x.shape[0], -1)  # [B, h' * w' * F]
+        for features, name in layers:
+            x = dense(features, name, x)
         x = ScoreDense(1, None, jnp.float32, name="output")(x)  # [B, 1]
         return nn.sigmoid(x[:, 0])
 
@@ -229,7 +260,7 @@ class ConvToOne(nn.Module):
 
 
 class ScoreDense(nn.Module):
-    """x @ kernel + bias, [B, I] -> [B, O]. The kernel may be much larger than the rows (`partitioning.product`)."""
+    """x @ kernel + bias, [..., I] -> [..., O]. The kernel may be much larger than the rows (`partitioning.product`)."""
 
     features: int
     axis: str | None  # logical, of the outputs
@@ -240,4 +271,6 @@ class ScoreDense(nn.Module):
         axes, shape = ("score_in", self.axis), (x.shape[-1], self.features)
         kernel = self.param("kernel", partitioned(nn.initializers.he_normal(), axes), shape, jnp.float32)
         bias = self.param("bias", partitioned(nn.initializers.zeros, axes[1:]), shape[1:], jnp.float32)
-        return product(x.astype(self.dtype), kernel, axes) + bias.astype(self.dtype).reshape(1, -1)
+        rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
+        y = product(rows, kernel, axes) + bias.astype(self.dtype).reshape(1, -1)
+        return y.reshape(*x.shape[:-1], self.features)

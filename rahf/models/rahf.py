@@ -203,8 +203,9 @@ class RAHF(nn.Module):
         tokens = self.encode_image(image, train)
         fused, mask = self.encode(tokens, text_ids, train)  # [B, R, N, D], [B, R, N]
         grid = self._feature_map(fused)  # [B, R, h, w, D]
-        scores = self._predict_tasks(self.score_heads, grid, SCORE_TASKS)  # [B, 4]
-        heatmaps = self._predict_tasks(self.heatmap_heads, grid, HEATMAP_TASKS)  # [B, h, w, 2]
+        text, keep = self._text(fused), self._text(mask)  # [B, R, L, D], [B, R, L]
+        scores = self._predict_tasks(self.score_heads, SCORE_TASKS, grid, text, keep)  # [B, 4]
+        heatmaps = self._predict_tasks(self.heatmap_heads, HEATMAP_TASKS, grid)  # [B, h, w, 2]
         return scores, heatmaps, fused[:, -1], mask[:, -1]
 
     def predict(
@@ -228,21 +229,24 @@ class RAHF(nn.Module):
         x = fused[:, :, first : first + grid * grid]
         return x.reshape(*x.shape[:2], grid, grid, x.shape[-1])
 
+    def _text(self, x: Array) -> Array:
+        """[B, R, N, ...] -> [B, R, L, ...]: the positions of the texts."""
+        return x[:, :, self.config.grid**2 + int(self.config.vit.class_token) :]
+
     def _for_decoder(self, fused: Array, mask: Array) -> tuple[Array, Array]:
         """fused [B, N, D] and mask [B, N], or only the text's positions, as the config says."""
         if self.config.decoder_attends == "fused":
             return fused, mask
-        first = self.config.grid**2 + int(self.config.vit.class_token)
-        return fused[:, first:], mask[:, first:]  # [B, L, D]
+        return self._text(fused[:, None])[:, 0], self._text(mask[:, None])[:, 0]  # [B, L, D]
 
-    def _predict_tasks(self, heads: list[ScoreHead] | list[HeatmapHead], grid: Array, tasks: range) -> Array:
-        """grid [B, R, h, w, D] -> the heads' outputs, stacked on the last axis in the order of `tasks`.
+    def _predict_tasks(self, heads: list[ScoreHead] | list[HeatmapHead], tasks: range, *inputs: Array) -> Array:
+        """The heads' inputs, [B, R, ...] -> their outputs, stacked on the last axis in the order of `tasks`.
 
         multi_head: each task has a head, which reads the image's one text. Otherwise one head reads the texts of these
         tasks as one batch.
         """
         if self.config.variant == "multi_head":
-            return jnp.stack([head(grid[:, 0]) for head in heads], axis=-1)
-        grid, (head,) = grid[:, tasks.start : tasks.stop], heads
-        y = head(grid.reshape(-1, *grid.shape[2:]))
-        return jnp.moveaxis(y.reshape(*grid.shape[:2], *y.shape[1:]), 1, -1)
+            return jnp.stack([head(*(x[:, 0] for x in inputs)) for head in heads], axis=-1)
+        inputs, (head,) = [x[:, tasks.start : tasks.stop] for x in inputs], heads
+        y = head(*(x.reshape(-1, *x.shape[2:]) for x in inputs))  # [B * tasks, ...]
+        return jnp.moveaxis(y.reshape(-1, len(tasks), *y.shape[1:]), 1, -1)
