@@ -107,6 +107,7 @@ def get_config():
         accumulation_steps=1,  # microbatches that one step adds up
         max_bad_steps=10,  # in a row whose loss or gradient is not finite: they are skipped, then the run ends
         loss_weights=dict(score=1.0, heatmap=1.0, keyword=1.0),  # not in the paper
+        marked_weight=1.0,  # of a misaligned word's suffix in the keywords' loss; not in the paper: more finds more words
         count_padding=False,  # True: the keywords' padding is a target too, as in the first author's PyTorch release
     )
     config.eval = dict(every=1000, batch_size=64, num_examples=995)

@@ -65,12 +65,15 @@ def _keyword_mask(targets: Array, count_padding: bool) -> Array:
     return jnp.broadcast_to(jnp.any(mask, axis=-1, keepdims=True), mask.shape) if count_padding else mask
 
 
-def keyword_loss_sum(logits: Array, targets: Array, count_padding: bool = False) -> tuple[Array, Array]:
+def keyword_loss_sum(
+    logits: Array, targets: Array, count_padding: bool = False, weights: Array | None = None
+) -> tuple[Array, Array]:
     """Sum of the cross-entropy over targets that are not padding, and how many of these have the largest logit.
 
     Args:
       logits: float32[B, T, V]. targets: int32[B, T], 0 = padding.
       count_padding: padding after a target counts as a target too, as in the first author's PyTorch release.
+      weights: float32[B, T], of each target's cross-entropy; 1 by default.
 
     Returns:
       float32 scalars: the sum and the number.
@@ -80,6 +83,8 @@ def keyword_loss_sum(logits: Array, targets: Array, count_padding: bool = False)
     is_target = jnp.arange(logits.shape[-1])[None, None, :] == targets[..., None]
     target_logits = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)  # [B, T]
     loss = jax.nn.logsumexp(logits, axis=-1) - target_logits
+    if weights is not None:
+        loss = loss * weights
     correct = jnp.argmax(logits, axis=-1) == targets
     return jnp.sum(jnp.where(mask, loss, 0.0)), jnp.sum(mask & correct, dtype=jnp.float32)
 
@@ -95,7 +100,8 @@ def rahf_loss(
 
     Args:
       outputs: the model's forward pass on `batch`. What it does not predict has no loss and no metric.
-      batch: `scores`, `score_mask`, `heatmaps`, `heatmap_mask` and `keyword_ids` of richhf_data/schema.py.
+      batch: `scores`, `score_mask`, `heatmaps`, `heatmap_mask` and `keyword_ids` of richhf_data/schema.py; and, if they are
+        not all 1, `keyword_weights`.
       normalisers: `loss_normalisers` of the optimiser's batch, of which `batch` is a part or the whole.
       weights: `score`, `heatmap`, `keyword`.
       count_padding: see `keyword_loss_sum`; `normalisers` must be made with the same.
@@ -119,7 +125,8 @@ def rahf_loss(
         total = heatmap_loss_sum(outputs.heatmaps, batch["heatmaps"], batch["heatmap_mask"])
         losses["heatmap"] = total / divide["heatmap"]
     if outputs.keyword_logits is not None:
-        total, correct = keyword_loss_sum(outputs.keyword_logits, batch["keyword_ids"], count_padding)
+        targets, of_targets = batch["keyword_ids"], batch.get("keyword_weights")
+        total, correct = keyword_loss_sum(outputs.keyword_logits, targets, count_padding, of_targets)
         losses["keyword"], metrics["keyword_accuracy"] = total / divide["keyword"], correct / divide["keyword"]
     loss = sum(weights[name] * value for name, value in losses.items())
     return loss, {"loss": loss, **{f"loss_{name}": value for name, value in losses.items()}, **metrics}

@@ -4,6 +4,7 @@
 `data.mixture` at their rates. "stream" needs no files and no TensorFlow.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 
@@ -59,10 +60,43 @@ def training_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Endless batches (schema.py) from step `start` on; the batch of a step depends on the seed and the step alone.
 
+    With a `train.marked_weight` other than 1, a batch has `keyword_weights` float32[B, T] too: that weight for the ids of a
+    suffix, which marks a misaligned word, and 1 for all others.
+
     Args:
       config: its `data.source` is one of `SOURCES`.
       rows: which rows of each global batch this process reads; all by default.
     """
+    batches = _unweighted_batches(config, vocabulary, start, rows)
+    if not _weighs_keywords(config):
+        return batches
+    weight, suffix = config.train.marked_weight, vocabulary.pieces_of_suffix()
+
+    def weighted():
+        with contextlib.closing(batches):
+            for batch in batches:
+                yield batch | {"keyword_weights": marked_weights(batch["keyword_ids"], suffix, weight)}
+
+    return weighted()
+
+
+def _weighs_keywords(config) -> bool:
+    """Whether the ids of the keywords count differently. A converted folder has no section train."""
+    weight = config.get("train", {}).get("marked_weight", 1.0)
+    return weight != 1 and "keywords" in critics.config_of(config.model.to_dict()).parts
+
+
+def marked_weights(keyword_ids: np.ndarray, suffix: Sequence[int], weight: float) -> np.ndarray:
+    """float32[B, T]: `weight` where int32[B, T] has the ids of `suffix`, one after another, and 1 elsewhere."""
+    windows = np.lib.stride_tricks.sliding_window_view(keyword_ids, len(suffix), axis=1)  # [B, T - len + 1, len]
+    found = np.all(windows == suffix, axis=-1)
+    weights = np.ones(keyword_ids.shape, np.float32)
+    for place in range(len(suffix)):
+        weights[:, place : place + found.shape[1]][found] = weight
+    return weights
+
+
+def _unweighted_batches(config, vocabulary, start, rows) -> Iterator[dict[str, np.ndarray]]:
     if config.data.source == "seqio":
         from rahf import features
 
@@ -100,7 +134,8 @@ def batch_shapes(config, batch_size: int) -> dict[str, tuple[tuple[int, ...], st
     """{name: (shape, dtype)} of a training batch (schema.py)."""
     sizes, texts = image_arguments(config), schema.num_texts(text_arguments(config)["variant"])
     image, maps, rows = sizes["image_size"], sizes["heatmap_size"], batch_size
-    return {
+    weights = {"keyword_weights": ((rows, config.data.keyword_length), "float32")} if _weighs_keywords(config) else {}
+    return weights | {
         "image": ((rows, image, image, 3), "uint8"),
         "text_ids": ((rows, texts, config.data.text_length), "int32"),
         "keyword_ids": ((rows, config.data.keyword_length), "int32"),

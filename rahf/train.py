@@ -39,6 +39,7 @@ RANGES = programs.RANGES | evaluate.RANGES | {
     "data.num_workers": ranges.NUMBER_OF_PROCESSES,
     "eval.every": ranges.COUNT,
     "train.loss_weights.*": ranges.WEIGHT,
+    "train.marked_weight": ranges.WEIGHT,
 }
 # What may differ when a run is resumed: nothing of this changes its result.
 RESUME_MAY_DIFFER = (

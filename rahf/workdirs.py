@@ -221,6 +221,8 @@ def _upgraded(config: Mapping) -> dict:
         config["model"] = dataclasses.asdict(critics.config_of(config["model"]))
         if isinstance(config.get("data"), dict):
             config["data"].setdefault("decoding", "free")
+        if isinstance(config.get("train"), dict):
+            config["train"].setdefault("marked_weight", 1.0)
     if isinstance(config.get("mesh"), dict):
         config["mesh"].setdefault("attention", "auto")
     if "train" in config:  # a folder that rahf.convert wrote has none

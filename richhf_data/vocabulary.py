@@ -74,6 +74,20 @@ class Vocabulary:
         """The ids of `text`, without the end id."""
         return self._processor.encode(text)
 
+    def pieces_of_suffix(self) -> list[int]:
+        """The ids that the suffix of a misaligned word adds to a word.
+
+        Raises:
+          UserError: the vocabulary writes a word otherwise when it has the suffix.
+        """
+        word, marked = self.pieces("cat"), self.pieces("cat" + keywords.SUFFIX)
+        if marked[: len(word)] != word or schema.UNK_ID in marked:
+            raise UserError(
+                f"vocabulary: {self.path} writes 'cat{keywords.SUFFIX}' with other ids than those of 'cat' and a suffix; "
+                "expected one that does, such as T5's"
+            )
+        return marked[len(word) :]
+
     def begins_words(self, word: str) -> bool:
         """Whether white space begins the first piece of a word, and no other one."""
         first, *rest = self._processor.encode(word, out_type=str)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny_model
 
-from rahf import losses
+from rahf import losses, sources
 from rahf.models import rahf
 from richhf_data import schema
 
@@ -111,6 +111,20 @@ def test_a_row_without_keywords_has_no_padding_to_count():
     assert losses.loss_normalisers({"keyword_ids": targets} | masks, count_padding=True)["keyword"] == 4
     both = losses.keyword_loss_sum(logits, targets, count_padding=True)
     np.testing.assert_allclose(both, losses.keyword_loss_sum(logits[:1], targets[:1], count_padding=True), rtol=1e-6)
+
+
+def test_a_weight_of_marks_weighs_their_cross_entropy_alone():
+    logits = np.random.default_rng(0).normal(size=(2, 5, 9)).astype(np.float32)
+    targets = np.array([[5, 7, 8, 6, 1], [7, 6, 7, 8, 1]], np.int32)  # the suffix is 7, 8
+    weights = sources.marked_weights(targets, [7, 8], 3.0)
+    assert weights.tolist() == [[1, 3, 3, 1, 1], [1, 1, 3, 3, 1]]
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    each = -np.take_along_axis(log_probs, targets[..., None], -1)[..., 0]
+    found = losses.keyword_loss_sum(logits, targets, weights=weights)
+    np.testing.assert_allclose(found[0], (each * weights).sum(), rtol=1e-6)
+    plain = losses.keyword_loss_sum(logits, targets)
+    np.testing.assert_allclose(plain[0], each.sum(), rtol=1e-6)
+    assert found[1] == plain[1]
 
 
 def test_loss_names_wrong_weights_and_sizes():

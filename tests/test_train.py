@@ -1,6 +1,7 @@
 """The trainer: the same mathematics on any number of devices, resumed exactly, clear errors."""
 
 import collections
+import contextlib
 import itertools
 import os
 import pathlib
@@ -87,6 +88,19 @@ def test_accumulation_over_4_microbatches_equals_the_full_batch(whole):
     config = ci_config(batch_size=16)
     config.train.accumulation_steps = 4
     assert_same_step(expected, gradient_step(config, batch, jax.devices()[:1]))
+
+
+def test_the_weight_of_marks_is_in_loss_and_batch_alike_on_8_devices(whole, tmp_path):
+    config = ci_config(batch_size=16, marked_weight=3.0)
+    vocabulary = sources.install_vocabulary(config, tmp_path)
+    with contextlib.closing(sources.training_batches(config, vocabulary, start=0)) as batches:
+        batch = next(batches)
+    marked = batch["keyword_weights"] == 3
+    assert marked.any() and {vocabulary.decode([piece]) for piece in batch["keyword_ids"][marked]} == {"_0"}
+    batch |= whole[0]
+    expected = gradient_step(config, batch, jax.devices()[:1])
+    assert_same_step(expected, gradient_step(config, batch, jax.devices()))
+    assert expected[0]["loss_keyword"] > 1.01 * whole[1][0]["loss_keyword"]
 
 
 def test_rows_that_only_pad_change_neither_loss_nor_gradient(whole):
