@@ -38,6 +38,7 @@ def get_config():
             epsilon=1e-6,  # 1e-12 in Hugging Face's
             stem_patch=0,  # pixels of the smaller patches that are embedded first; 0: none
             stem_width=64,
+            stem_blocks=0,  # 3x3 convolutions over the stem's patches
         ),
         t5=dict(
             vocab_size=32128,
@@ -107,6 +108,7 @@ def get_config():
         accumulation_steps=1,  # microbatches that one step adds up
         max_bad_steps=10,  # in a row whose loss or gradient is not finite: they are skipped, then the run ends
         loss_weights=dict(score=1.0, heatmap=1.0, keyword=1.0),  # not in the paper
+        heatmap_loss="mse",  # the paper's; "cross_entropy": rahf/losses.py
         marked_weight=1.0,  # of a misaligned word's suffix in the keywords' loss; not in the paper: more finds more words
         count_padding=False,  # True: the keywords' padding is a target too, as in the first author's PyTorch release
     )

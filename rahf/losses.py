@@ -15,6 +15,8 @@ from richhf_data import schema
 from richhf_data.errors import UserError
 
 Array = jax.Array
+HEATMAP_LOSSES = ("mse", "cross_entropy")
+LEAST = 1e-6  # the cross-entropy takes predictions nearer to 0 or 1 for this near
 # The paper (arXiv 2312.10240, section 4.1) has a weighted sum of three losses and does not give the weights.
 DEFAULT_WEIGHTS = {"score": 1.0, "heatmap": 1.0, "keyword": 1.0}
 
@@ -41,11 +43,15 @@ def score_loss_sum(predicted: Array, target: Array, mask: Array) -> Array:
     return jnp.sum(jnp.square(jnp.where(mask, predicted - target, 0.0)))  # masked first, so that a nan gets gradient 0
 
 
-def heatmap_loss_sum(predicted: Array, target: Array, mask: Array) -> Array:
-    """Sum over (row, map) where the mask is True of the mean squared error over pixels.
+def heatmap_loss_sum(predicted: Array, target: Array, mask: Array, kind: str = "mse") -> Array:
+    """Sum over (row, map) where the mask is True of the mean over pixels of the squared error or the cross-entropy.
+
+    Both are least where the prediction is the target's expectation. Through a sigmoid the gradient of the squared error
+    vanishes where the prediction is near 0, as it is in most of a heatmap; that of the cross-entropy does not.
 
     Args:
       predicted: float32[B, h, w, 2] in [0, 1]. target: uint8[B, h, w, 2], 255 = 1. mask: bool[B, 2].
+      kind: one of `HEATMAP_LOSSES`.
 
     Raises:
       UserError: the target has another resolution than the model predicts.
@@ -55,7 +61,13 @@ def heatmap_loss_sum(predicted: Array, target: Array, mask: Array) -> Array:
             f"heatmaps: got targets of shape {target.shape}, expected the model's {predicted.shape}; set the data's "
             "heatmap size to that of the model (RAHFConfig.heatmap_size)"
         )
-    error = jnp.mean(jnp.square(predicted - target.astype(jnp.float32) / 255.0), axis=(1, 2))  # [B, 2]
+    target = target.astype(jnp.float32) / 255.0
+    if kind == "mse":
+        errors = jnp.square(predicted - target)
+    else:
+        predicted = jnp.clip(predicted, LEAST, 1.0 - LEAST)
+        errors = -target * jnp.log(predicted) - (1.0 - target) * jnp.log1p(-predicted)
+    error = jnp.mean(errors, axis=(1, 2))  # [B, 2]
     return jnp.sum(jnp.where(mask, error, 0.0))
 
 
@@ -95,6 +107,7 @@ def rahf_loss(
     normalisers: Mapping[str, Array],
     weights: Mapping[str, float],
     count_padding: bool = False,
+    heatmap_loss: str = "mse",
 ) -> tuple[Array, dict[str, Array]]:
     """The weighted sum of score MSE, heatmap MSE and keyword cross-entropy.
 
@@ -105,6 +118,7 @@ def rahf_loss(
       normalisers: `loss_normalisers` of the optimiser's batch, of which `batch` is a part or the whole.
       weights: `score`, `heatmap`, `keyword`.
       count_padding: see `keyword_loss_sum`; `normalisers` must be made with the same.
+      heatmap_loss: see `heatmap_loss_sum`.
 
     Returns:
       float32 scalar loss; metrics `loss`, `loss_score`, `loss_heatmap`, `loss_keyword` (before weighting) and
@@ -122,7 +136,7 @@ def rahf_loss(
     if outputs.scores is not None:
         losses["score"] = score_loss_sum(outputs.scores, batch["scores"], batch["score_mask"]) / divide["score"]
     if outputs.heatmaps is not None:
-        total = heatmap_loss_sum(outputs.heatmaps, batch["heatmaps"], batch["heatmap_mask"])
+        total = heatmap_loss_sum(outputs.heatmaps, batch["heatmaps"], batch["heatmap_mask"], heatmap_loss)
         losses["heatmap"] = total / divide["heatmap"]
     if outputs.keyword_logits is not None:
         targets, of_targets = batch["keyword_ids"], batch.get("keyword_weights")

@@ -177,6 +177,14 @@ class Predictor:
         return {"scores": scores, "heatmaps": heatmaps, "keyword_ids": ids, "labelled_prompt": spelt}
 
 
+# (part of the model, option, its default): of identities only where the default is not taken.
+_LATER_OPTIONS = (
+    ("vit", "stem_blocks", 0),
+    ("score_head", "pool", "flatten"),
+    ("score_head", "reads_text", False),
+)
+
+
 class Model:
     """A critic with its parameters and vocabulary, ready to predict.
 
@@ -209,9 +217,9 @@ class Model:
         model = dataclasses.asdict(self.model_config)
         if model["architecture"] == "rahf":  # identities are older than these options
             del model["architecture"]
-            for option, default in (("pool", "flatten"), ("reads_text", False)):
-                if model["score_head"][option] == default:
-                    del model["score_head"][option]
+            for part, option, default in _LATER_OPTIONS:
+                if model[part][option] == default:
+                    del model[part][option]
         return [sorted(checkpoints.digests(self.params).items()), model, data, self.vocabulary.digest]
 
     def prepare(self, image: np.ndarray, prompt: str) -> dict:

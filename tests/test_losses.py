@@ -113,6 +113,27 @@ def test_a_row_without_keywords_has_no_padding_to_count():
     np.testing.assert_allclose(both, losses.keyword_loss_sum(logits[:1], targets[:1], count_padding=True), rtol=1e-6)
 
 
+def test_the_cross_entropy_of_heatmaps_has_the_gradient_of_a_sigmoid_and_a_finite_value_at_0_and_1():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(scale=3, size=(2, 4, 4, 2)).astype(np.float32)
+    target = rng.integers(0, 256, logits.shape).astype(np.uint8)
+    mask = np.array([[True, False], [True, True]])
+
+    def loss(logits):
+        return losses.heatmap_loss_sum(jax.nn.sigmoid(logits), target, mask, "cross_entropy")
+
+    predicted, wanted = 1 / (1 + np.exp(-logits.astype(np.float64))), target / 255
+    each = -wanted * np.log(predicted) - (1 - wanted) * np.log(1 - predicted)
+    value, gradient = jax.value_and_grad(loss)(logits)
+    np.testing.assert_allclose(value, each.mean((1, 2))[mask].sum(), rtol=1e-5)
+    np.testing.assert_allclose(gradient, (predicted - wanted) / 16 * mask[:, None, None], atol=1e-6)
+    assert np.isfinite(
+        losses.heatmap_loss_sum(
+            np.eye(2, dtype=np.float32).reshape(1, 2, 2, 1), np.full((1, 2, 2, 1), 128, np.uint8), True, "cross_entropy"
+        )
+    )
+
+
 def test_a_weight_of_marks_weighs_their_cross_entropy_alone():
     logits = np.random.default_rng(0).normal(size=(2, 5, 9)).astype(np.float32)
     targets = np.array([[5, 7, 8, 6, 1], [7, 6, 7, 8, 1]], np.int32)  # the suffix is 7, 8

@@ -70,21 +70,26 @@ def test_vit_dropout_acts_in_training_alone(unpacked):
     assert np.abs(dropped - encoded).max() > 0.1
 
 
-def test_the_stem_embeds_patches_of_patches():
-    module = ViT(ViTConfig(**TINY, stem_patch=4, stem_width=6))
+@pytest.mark.parametrize("blocks", [0, 2])
+def test_the_stem_embeds_patches_of_patches(blocks):
+    module = ViT(ViTConfig(**TINY, stem_patch=4, stem_width=6, stem_blocks=blocks))
     image = np.random.default_rng(0).uniform(-1, 1, (2, 16, 24, 3)).astype(np.float32)
     params = nn.unbox(jax.jit(module.init)(jax.random.key(0), image))["params"]
     assert params["stem"]["kernel"].shape == (4, 4, 3, 6)
     assert params["embedding"]["kernel"].shape == (2, 2, 6, 24)
 
-    def conv(x, name, size):
+    def conv(x, name, size, padding="VALID"):
         kernel, bias = params[name]["kernel"], params[name]["bias"]
-        x = jax.lax.conv_general_dilated(x, kernel, size, "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        x = jax.lax.conv_general_dilated(x, kernel, size, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
         return np.asarray(x) + np.asarray(bias)
 
-    features = conv(image, "stem", (4, 4))
-    features = (features - features.mean(-1, keepdims=True)) / np.sqrt(features.var(-1, keepdims=True) + 1e-6)
-    tokens = conv(jax.nn.gelu(features), "embedding", (2, 2)).reshape(2, 6, 24)
+    def activated(x):
+        return jax.nn.gelu((x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6))
+
+    features = activated(conv(image, "stem", (4, 4)))
+    for i in range(blocks):
+        features += activated(conv(features, f"stem_conv_{i}", (1, 1), "SAME"))
+    tokens = conv(features, "embedding", (2, 2)).reshape(2, 6, 24)
     plain = ViT(ViTConfig(**TINY))
     without = {name: value for name, value in params.items() if not name.startswith("stem")}
     without["embedding"] = {"kernel": np.zeros((8, 8, 3, 24), np.float32), "bias": np.zeros(24, np.float32)}
@@ -96,6 +101,8 @@ def test_the_stem_embeds_patches_of_patches():
 def test_a_stem_that_does_not_divide_the_patch_is_refused():
     with pytest.raises(ValueError, match=r"vit.stem_patch: got 5, expected a divisor of patch_size = 8"):
         ViTConfig(**TINY, stem_patch=5)
+    with pytest.raises(ValueError, match=r"vit.stem_blocks: got 1, expected 0 without a stem"):
+        ViTConfig(**TINY, stem_blocks=1)
 
 
 def test_vit_base_has_the_published_number_of_parameters():

@@ -5,7 +5,8 @@ The pre-norm model of "An Image is Worth 16x16 Words" (arXiv 2010.11929). The pa
 position embedding of its own, as in the AugReg files (https://github.com/google-research/vision_transformer).
 
 A stem (`stem_patch`) helps small ViTs that are trained from scratch, as early convolutions do (arXiv 2106.14881). It embeds
-small patches, and the ViT's patches are embedded from these features instead of from pixels.
+small patches, and the ViT's patches are embedded from these features instead of from pixels. `stem_blocks` convolutions over
+the small patches see what lies across their borders: the hybrid of arXiv 2010.11929, in small.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from rahf.models.attention import attention
-from rahf.models.layers import LayerNorm, Projection, partitioned, scan_layers, to_patches
+from rahf.models.layers import Conv, LayerNorm, Projection, partitioned, scan_layers, to_patches
 from rahf.partitioning import compute_copy
 from richhf_data import checked
 from richhf_data.checked import Epsilon, Layers, Pixels, Share, Size
@@ -40,6 +41,7 @@ class ViTConfig:
     class_token: bool = False
     stem_patch: Annotated[int, Range(0, 8192)] = 0  # pixels; 0 = no stem
     stem_width: Size = 64
+    stem_blocks: Annotated[int, Range(0, 64)] = 0  # residual 3x3 convolutions after the stem
     gelu: Literal["tanh", "erf"] = "tanh"  # big_vision's approximation; "erf" is Hugging Face's exact GELU
     epsilon: Epsilon = 1e-6  # of the layer norms; Hugging Face's is 1e-12
     remat: bool = False  # recompute each block in the backward pass
@@ -51,6 +53,8 @@ class ViTConfig:
             raise UserError(f"vit.width: got {self.width}, expected a multiple of vit.num_heads = {self.num_heads}")
         if self.stem_patch and self.patch_size % self.stem_patch:
             raise UserError(f"vit.stem_patch: got {self.stem_patch}, expected a divisor of patch_size = {self.patch_size}")
+        if self.stem_blocks and not self.stem_patch:
+            raise UserError(f"vit.stem_blocks: got {self.stem_blocks}, expected 0 without a stem; or set vit.stem_patch")
 
 
 class ViTAttention(nn.Module):
@@ -176,6 +180,9 @@ class ViT(nn.Module):
         if config.stem_patch:
             x = PatchEmbedding(config.stem_width, config.stem_patch, ("conv_in", "conv_out"), self.dtype, name="stem")(x)
             x = nn.gelu(LayerNorm(self.dtype, axis="conv_out", name="stem_norm")(x))  # [B, H / s, W / s, F]
+            for i in range(config.stem_blocks):
+                y = Conv(config.stem_width, dtype=self.dtype, name=f"stem_conv_{i}")(x)
+                x = x + nn.gelu(LayerNorm(self.dtype, axis="conv_out", name=f"stem_conv_norm_{i}")(y))
             patch //= config.stem_patch
         x = PatchEmbedding(config.width, patch, ("conv_in", "embed"), self.dtype, name="embedding")(x)  # [B, h, w, D]
         x = x.reshape(batch, -1, config.width)  # [B, P, D]
