@@ -48,6 +48,7 @@ def convert(
     clip=None,
     license: str | None = None,
     onnx: bool = False,
+    dtype: str = "float32",
 ) -> Pretrained:
     """Reads weights and writes the folder `output`.
 
@@ -59,6 +60,7 @@ def convert(
       timeout: seconds that an address may take to answer, for `source="t5x"`.
       clip: a folder of kind "clip", for `source="aesthetic"`.
       license: of the weights, for the model card of `source="workdir"`. onnx: write predict.onnx of a RAHF.
+      dtype: of the weights that are written, a key of `weights.WRITTEN`. What reads them computes as before.
 
     Raises:
       UserError: an input that is not of the format `source`; a RAHF without a vocabulary, or with too large a one; a
@@ -68,6 +70,8 @@ def convert(
     card.check_license(license)
     if onnx:
         export.check_onnx()
+        if dtype != "float32":
+            raise UserError(f"dtype: got {dtype}, expected float32 with --onnx: predict.onnx reads weights.safetensors")
     options = {"t5x": {"timeout": timeout}, "aesthetic": {"clip": clip}}.get(source, {})
     names = [name for files in (*FILES.values(), COMMON) for name in files]
     with folders.writing(output, names) as folder:
@@ -94,7 +98,7 @@ def convert(
                 export.export_stablehlo(converted, partial / "predict.stablehlo")
             for file in tokenizer:
                 paths.replace(partial / file.name, file.read_bytes())
-            pretrained.write(converted, partial)
+            pretrained.write(converted, partial, dtype)
             if onnx:
                 export.export_onnx(converted, partial)
             folders.write_sums(partial)
@@ -140,7 +144,7 @@ def _replaced(kind: str, inputs: Sequence, output: pathlib.Path) -> tuple[str, .
 def main():
     """The command."""
     args = flags.FLAGS
-    options = {name: getattr(args, name) for name in ("vocabulary", "timeout", "clip", "license", "onnx")}
+    options = {name: getattr(args, name) for name in ("vocabulary", "timeout", "clip", "license", "onnx", "dtype")}
     converted = convert(args.source, args.input, args.output, **options)
     parameters = sum(int(np.prod(tensor.shape)) for tensor in converted.tensors.values())
     found = f": {converted.found}" if converted.found else ""
@@ -161,6 +165,12 @@ if __name__ == "__main__":
     flags.DEFINE_string("clip", None, "aesthetic: the CLIP under the head, a folder that this command wrote.")
     flags.DEFINE_string("license", None, "workdir: the licence of the weights, for the model card, such as apache-2.0.")
     flags.DEFINE_bool("onnx", False, "workdir, rahf-pytorch: write predict.onnx too. Needs jax2onnx.")
+    flags.DEFINE_enum(
+        "dtype",
+        "float32",
+        list(weights.WRITTEN),
+        "Of the weights that are written; bfloat16 halves the folder. The model computes as before.",
+    )
     ranges.flag("timeout", weights.TIMEOUT, "t5x: seconds that an address may take to answer.", ranges.Range(1, 1e6))
     flags.mark_flags_as_required(["source", "input", "output"])
     command.run(main)

@@ -58,11 +58,11 @@ class Pretrained:
     found: str = ""
 
 
-def write(pretrained: Pretrained, folder) -> None:
-    """Writes weights.safetensors, then config.json: a folder without config.json is incomplete."""
+def write(pretrained: Pretrained, folder, dtype: str = "float32") -> None:
+    """Writes weights.safetensors in a dtype, then config.json: a folder without config.json is incomplete."""
     folder = pathlib.Path(folder)
     progress = functools.partial(tqdm, desc="convert", unit="tensor")
-    weights.write_safetensors(folder / "weights.safetensors", pretrained.tensors, progress)
+    weights.write_safetensors(folder / "weights.safetensors", pretrained.tensors, progress, dtype)
     json_files.write(folder / "config.json", {"kind": pretrained.kind, **pretrained.config})
 
 

@@ -418,16 +418,23 @@ def unstacked(theirs: Tensors, prefix: str, axis: int, layers: str = "") -> Tens
     return out
 
 
-def write_safetensors(path, tensors: Mapping[str, Tensor], progress: Callable = iter) -> None:
-    """Writes tensors as float32, reading one at a time. The file appears when it is complete.
+WRITTEN = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # dtype -> its name in the header
+
+
+def write_safetensors(path, tensors: Mapping[str, Tensor], progress: Callable = iter, dtype: str = "float32") -> None:
+    """Writes tensors, reading one at a time. The file appears when it is complete.
 
     Args:
       progress: wraps the iterator over the names, for example `tqdm`.
+      dtype: of the file, a key of `WRITTEN`. Float32 is rounded to it.
+
+    Raises:
+      UserError: a tensor is not of its shape, or has a number that is too large for float16.
     """
     header, offset = {"__metadata__": {"format": "pt"}}, 0  # transformers 4 refuses files without it
     for name, tensor in tensors.items():
-        size = 4 * int(np.prod(tensor.shape))
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
+        size = np.dtype(dtype).itemsize * int(np.prod(tensor.shape))
+        header[name] = {"dtype": WRITTEN[dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
         offset += size
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
@@ -437,7 +444,12 @@ def write_safetensors(path, tensors: Mapping[str, Tensor], progress: Callable = 
             array = np.asarray(tensors[name].read(), np.float32, order="C")
             if array.shape != tensors[name].shape:
                 raise UserError(f"weights: {name} has shape {array.shape} when read, expected {tensors[name].shape}")
-            file.write(array.data)
+            if dtype != "float32":
+                with np.errstate(over="ignore"):  # named below
+                    array, exact = array.astype(dtype), array
+                if np.isinf(array).sum() > np.isinf(exact).sum():
+                    raise UserError(f"weights: {name} has numbers too large for {dtype}; choose bfloat16 or float32")
+            file.write(array.reshape(-1).view(np.uint8).data)
 
 
 def read_all(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, np.ndarray]]:

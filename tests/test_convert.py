@@ -609,6 +609,18 @@ def test_a_conversion_that_fails_leaves_the_earlier_one_as_it_was(tmp_path, monk
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
 
 
+def test_the_dtype_of_the_file_is_no_part_of_the_model(tmp_path):
+    folder = hugging_face_vit(tmp_path / "in")
+    for dtype in ("float32", "bfloat16"):
+        convert.convert("vit-hf", folder, tmp_path / dtype, dtype=dtype)
+    whole, half = (tmp_path / dtype / "weights.safetensors" for dtype in ("float32", "bfloat16"))
+    assert half.stat().st_size < 0.7 * whole.stat().st_size  # the header is not halved
+    assert (tmp_path / "bfloat16/config.json").read_bytes() == (tmp_path / "float32/config.json").read_bytes()
+    exact, rounded = (dict(weights.read_all(weights.open_safetensors(file))) for file in (whole, half))
+    for name, array in exact.items():
+        np.testing.assert_allclose(rounded[name], array, rtol=2.0**-8)
+
+
 def test_a_folder_of_ours_is_written_anew(tmp_path):
     folder, out = hugging_face_vit(tmp_path / "in"), tmp_path / "out"
     convert.convert("vit-hf", folder, out)

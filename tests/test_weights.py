@@ -343,6 +343,31 @@ def test_one_tensor_at_a_time_is_in_memory_and_scanned_ones_are_read_once(tmp_pa
     assert len(weights.open_safetensors(tmp_path / "w.safetensors")) == 20
 
 
+@pytest.mark.parametrize(("dtype", "bits"), [("bfloat16", 8), ("float16", 11), ("float32", 24)])
+def test_weights_are_rounded_to_the_dtype_of_the_file(dtype, bits, tmp_path):
+    values = np.random.default_rng(0).normal(size=(50, 7)).astype(np.float32)
+    tensors = {
+        "a": Tensor((50, 7), lambda: values),
+        "b": Tensor((), lambda: np.float32(3)),
+    }
+    weights.write_safetensors(tmp_path / "w.safetensors", tensors, dtype=dtype)
+    read = dict(weights.read_all(weights.open_safetensors(tmp_path / "w.safetensors")))
+    assert {name: (array.shape, array.dtype.name) for name, array in read.items()} == {
+        "a": ((50, 7), "float32"),
+        "b": ((), "float32"),
+    }
+    error = np.abs(read["a"] / values - 1).max()
+    assert (error == 0) == (dtype == "float32") and error <= 2.0**-bits
+    assert read["b"] == 3
+
+
+def test_a_number_that_is_too_large_for_float16_is_named(tmp_path):
+    large = {"a/kernel": Tensor((2,), lambda: np.array([1.0, 1e6], np.float32))}
+    with pytest.raises(ValueError, match="weights: a/kernel has numbers too large for float16; choose bfloat16"):
+        weights.write_safetensors(tmp_path / "w.safetensors", large, dtype="float16")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_failed_write_leaves_nothing(tmp_path):
     def fail():
         raise OSError("the disk is gone")
