@@ -1,20 +1,27 @@
 """Predicted deviations of labels from scores: they disturb nothing, are learnt, calibrated on dev, and travel."""
 
+import types
+
+import cv2
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pyarrow.parquet
 import pytest
 import scipy.stats
 import tiny_model
 
 import rahf
-from rahf import checkpoints, convert, evaluate, experiments, losses, partitioning, train
+from rahf import checkpoints, convert, evaluate, experiments, losses, partitioning, predict, train
 from rahf import program as programs
 from rahf.models import heads
 from rahf.models.rahf import RAHFConfig
-from richhf_data import json_files, metrics, schema
+from rahf.score import job as jobs
+from rahf.score import parts
+from rahf.serve import scoring, server
+from richhf_data import images, json_files, jsonl, metrics, picture_shards, schema
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 HEAD = {"filters": (8, 4), "dense": (8,)}
@@ -254,8 +261,8 @@ def test_a_converted_folder_says_the_same_and_identities_depend_on_the_factors(r
     convert.convert("workdir", run[0], tmp_path / "folder")
     folder = rahf.load(tmp_path / "folder")
     assert folder.identity == model.identity
-    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
-    expected, found = (one.predict(images, ["a red cat"] * 3) for one in (model, folder))
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    expected, found = (one.predict(pictures, ["a red cat"] * 3) for one in (model, folder))
     assert list(found.deviations) == list(schema.SCORES)
     for name, values in found.deviations.items():
         assert values.shape == (3,) and values.dtype == np.float32
@@ -263,13 +270,44 @@ def test_a_converted_folder_says_the_same_and_identities_depend_on_the_factors(r
     exported = jax.export.deserialize((tmp_path / "folder/predict.stablehlo").read_bytes())
     held = {"/".join(key.key for key in path): x for path, x in jax.tree_util.tree_leaves_with_path(folder.params)}
     texts = np.stack([folder.text_ids("a red cat")] * 3)
-    *_, deviations = exported.call(held, images, texts)
+    *_, deviations = exported.call(held, pictures, texts)
     np.testing.assert_allclose(deviations, np.stack(list(found.deviations.values()), 1), rtol=1e-5)
 
     other = rahf.predictor.Model(folder.predictor, folder.params | {"deviation_factors": jnp.ones(4)})
     assert other.identity != folder.identity
     config = RAHFConfig.from_dict({"score_head": {"deviation": True}})
     assert config.deviations and not RAHFConfig().deviations
+
+
+def test_commands_write_what_python_says(run, tmp_path):
+    model, rng = rahf.load(run[0]), np.random.default_rng(0)
+    for i in range(3):
+        cv2.imwrite(str(tmp_path / f"{i}.png"), rng.integers(0, 256, (40, 40, 3), np.uint8))
+    inputs = predict.read_inputs(str(tmp_path / "*.png"), "a red cat")
+    expected = model.predict([images.read(path) for path, _ in inputs], ["a red cat"] * 3).deviations
+    assert predict.predict(model, *predict.image_examples(inputs, tmp_path / "out"), tmp_path / "out") == 0
+    lines = list(jsonl.read(str(tmp_path / "out/predictions.jsonl"), "a", "a", texts=()))
+    assert "± {:.2f}".format(expected["overall"][0]) in (tmp_path / "out/report.html").read_text(encoding="utf-8")
+
+    shards = picture_shards.shards(str(tmp_path / "*.png"), 10, "a red cat", None)
+    job = jobs.job_of(model, tmp_path / "scored", {}, {}, 4)
+    parts.begin(job, len(shards))
+    jobs.score(model, {}, job, shards, 0)
+    table = pyarrow.parquet.read_table(tmp_path / "scored/part-00000.parquet")
+
+    scorer = scoring.Scorer(model, {}, [4])
+    rows = [scoring.Row(model.prepare(images.read(path), text), text, None, [], None) for path, text in inputs]
+    service = types.SimpleNamespace(scorer=scorer)
+    served = [server._Service._result(service, outcome, None) for outcome in scorer.finish(scorer.begin(rows))]
+    for name, values in expected.items():
+        for found in (
+            [line["deviations"][name] for line in lines],
+            table[f"{name}_deviation"].to_pylist(),
+            [one["deviations"][name] for one in served],
+        ):
+            np.testing.assert_allclose(found, values, atol=2e-6)
+    with pytest.raises(ValueError, match=r"for the name 'overall_deviation', which is taken"):
+        jobs.reward_specs(["overall_deviation=python:a:b"])
 
 
 def test_a_model_without_says_none_of_it():
