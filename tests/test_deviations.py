@@ -14,14 +14,16 @@ import scipy.stats
 import tiny_model
 
 import rahf
-from rahf import checkpoints, convert, evaluate, experiments, losses, partitioning, predict, train
+from rahf import checkpoints, convert, evaluate, experiments, losses, partitioning, predict, suggest, train
 from rahf import program as programs
 from rahf.models import heads
 from rahf.models.rahf import RAHFConfig
+from rahf.reward import specs
 from rahf.score import job as jobs
 from rahf.score import parts
 from rahf.serve import scoring, server
 from richhf_data import images, json_files, jsonl, metrics, picture_shards, schema
+from richhf_data.annotate import choose
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 HEAD = {"filters": (8, 4), "dense": (8,)}
@@ -277,6 +279,35 @@ def test_a_converted_folder_says_the_same_and_identities_depend_on_the_factors(r
     assert other.identity != folder.identity
     config = RAHFConfig.from_dict({"score_head": {"deviation": True}})
     assert config.deviations and not RAHFConfig().deviations
+
+
+def test_selection_and_annotation_order_use_deviations(run, tmp_path):
+    reward, plain = (specs.reward_of(f"rahf:{run[0]}:{terms}") for terms in ("overall,overall_deviation=-1.5", "overall"))
+    rng, prompts = np.random.default_rng(0), ["a red cat on a table", "a blue dog on the moon"]
+    pictures = [rng.integers(0, 256, (40, 40, 3), np.uint8) for _ in prompts]
+    found = reward.model.predict(pictures, prompts)
+    expected = found.scores["overall"] - 1.5 * found.deviations["overall"]
+    np.testing.assert_allclose(specs.checked(reward, pictures, prompts), expected, atol=1e-6)
+    assert reward.identity != plain.identity
+    with pytest.raises(ValueError, match=r"guide: got overall_deviation, which has no gradient, expected scores"):
+        _ = reward.differentiable
+
+    for name, picture in zip("ab", pictures, strict=True):
+        cv2.imwrite(str(tmp_path / f"{name}.png"), picture[..., ::-1])
+    lines = [{"image": f"{name}.png", "prompt": prompt} for name, prompt in zip("ab", prompts, strict=True)]
+    jsonl.write(tmp_path / "in.jsonl", lines)
+    table = choose.PictureTable(tmp_path / "in.jsonl")
+    suggest.suggest(table, reward.model, None, 0.3)
+    priorities = np.mean(list(found.deviations.values()), axis=0)
+    np.testing.assert_allclose([row["priority"] for row in table.rows], priorities, rtol=1e-5)
+    (first, _), _ = choose.choose(table.rows, choose.Options(highest="priority"))
+    assert first["prompt"] == prompts[priorities.argmax()]
+
+
+def test_a_reward_of_deviations_needs_a_model_that_predicts_them():
+    plain = types.SimpleNamespace(model_config=RAHFConfig())
+    with pytest.raises(ValueError, match=r"reward: rahf:run:overall_deviation: got overall_deviation, the model predicts"):
+        specs._rahf(lambda folder: plain, "run:overall_deviation")
 
 
 def test_commands_write_what_python_says(run, tmp_path):

@@ -23,7 +23,6 @@ METADATA = b"rahf.score"
 _FORMAT = 1  # another number whenever the same input gives another part
 _ROW_GROUP = 1 << 14
 _THREADS = 32  # that read the parts' metadata: most of it is waiting
-DEVIATIONS = tuple(f"{name}_deviation" for name in schema.SCORES)  # columns
 RESULTS = ("index.json", "failed.jsonl")  # beside the parts
 _PARTIAL = re.compile(r"(part-\d{5,}\.parquet|index\.json|failed\.jsonl)\.[0-9a-f]{16}\.partial")  # left by a kill
 
@@ -60,7 +59,7 @@ class Job:
 
     def schema(self) -> pyarrow.Schema:
         """The columns of a part."""
-        deviations = DEVIATIONS if self.deviations else ()
+        deviations = schema.DEVIATIONS if self.deviations else ()
         names = (*schema.SCORES, *deviations, *(name for name, *_ in self.rewards))
         numbers = [(name, pyarrow.float32()) for name in names]
         maps = [(name, pyarrow.binary()) for name in schema.HEATMAPS if self.heatmaps]
@@ -151,7 +150,7 @@ def rows(job: Job, batch: Batch, predictions: Predictions, written) -> pyarrow.R
     found = {"image": batch.names, "prompt": batch.prompts, "labelled_prompt": column(predictions.labelled)}
     for i, name in enumerate(schema.SCORES):
         found[name] = column(predictions.scores, lambda row, i=i: row[i])
-    for i, name in enumerate(DEVIATIONS):
+    for i, name in enumerate(schema.DEVIATIONS):
         found[name] = column(predictions.deviations, lambda row, i=i: row[i])
     for i, (name, *_) in enumerate(job.rewards):
         found[name] = column(predictions.rewards, lambda row, i=i: row[i])
