@@ -42,7 +42,7 @@ HEATMAP_METRICS = ("mse", "mse_empty", "cc", "kld", "sim", "nss", "auc_judd")
 KEYWORD_METRICS = ("precision", "recall", "f1")
 
 DEVIATION_METRICS = ("nll", "z2", "error_srcc", "factor")
-PRIOR = 10  # labels with a mean z2 of 1 that `factor` adds to those that there are
+PRIOR = 3  # labels with a mean z2 of 1 that `factor` adds to those that there are
 
 _BINS = 1 << 16  # of `_counts_below`
 _CHUNK_PIXELS = 1 << 20  # 8 MiB per float64 temporary, whatever the size of the set

@@ -4,6 +4,7 @@ import types
 
 import cv2
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,9 +15,23 @@ import scipy.stats
 import tiny_model
 
 import rahf
-from rahf import checkpoints, convert, evaluate, experiments, losses, partitioning, predict, suggest, train
+from rahf import (
+    checkpoints,
+    convert,
+    evaluate,
+    experiments,
+    losses,
+    partitioning,
+    predict,
+    pretrained,
+    suggest,
+    train,
+    weights,
+    workdirs,
+)
 from rahf import program as programs
-from rahf.models import heads
+from rahf.models import critics, heads
+from rahf.models.parameters import param_shapes
 from rahf.models.rahf import RAHFConfig
 from rahf.reward import specs
 from rahf.score import job as jobs
@@ -194,7 +209,8 @@ def test_metrics_of_deviations_equal_scipy_where_the_mask_allows():
         assert found[f"score/nll/{name}"] == pytest.approx(-scipy.stats.norm.logpdf(truth, score, deviation).mean())
         srcc = scipy.stats.spearmanr(np.abs(truth - score), deviation).statistic
         assert found[f"score/error_srcc/{name}"] == pytest.approx(srcc)
-        assert found[f"score/factor/{name}"] ** 2 == pytest.approx((len(kept) * z2 + 10) / (len(kept) + 10))
+        weighed = (len(kept) * z2 + metrics.PRIOR) / (len(kept) + metrics.PRIOR)
+        assert found[f"score/factor/{name}"] == pytest.approx(np.sqrt(weighed))
     assert all(np.isnan(found[f"score/{key}/overall"]) for key in metrics.DEVIATION_METRICS)
     assert "deviations: NLL / z2" in metrics.table({"this model": found})
     assert "z2" not in metrics.table({"this model": plain})
@@ -202,7 +218,7 @@ def test_metrics_of_deviations_equal_scipy_where_the_mask_allows():
     assert np.isnan(one["score/error_srcc/alignment"]) and np.isfinite(one["score/nll/alignment"])
 
 
-def test_the_factor_calibrates_and_few_examples_change_little():
+def test_the_factor_calibrates_and_few_examples_change_less():
     targets, predictions = rows_of(np.random.default_rng(1), 2000)
     factors = np.array([metrics.evaluate(targets, predictions)[f"score/factor/{name}"] for name in schema.SCORES])
     np.testing.assert_allclose(factors, 2, rtol=0.05)
@@ -211,7 +227,7 @@ def test_the_factor_calibrates_and_few_examples_change_little():
     for name in schema.SCORES:
         assert again[f"score/z2/{name}"] == pytest.approx(1, abs=0.01)
     targets[0]["scores"] = predictions[0]["scores"] + 20 * predictions[0]["deviations"]
-    assert metrics.evaluate(targets[:1], predictions[:1])["score/factor/overall"] == pytest.approx(np.sqrt(410 / 11))
+    assert metrics.evaluate(targets[:1], predictions[:1])["score/factor/overall"] == pytest.approx(np.sqrt(403 / 4))
 
 
 @pytest.mark.parametrize("deviations", [np.ones(3), np.array([1, 1, 0, 1.0]), np.array([1, 1, np.nan, 1])])
@@ -279,6 +295,29 @@ def test_a_converted_folder_says_the_same_and_identities_depend_on_the_factors(r
     assert other.identity != folder.identity
     config = RAHFConfig.from_dict({"score_head": {"deviation": True}})
     assert config.deviations and not RAHFConfig().deviations
+
+
+def test_a_run_starts_from_a_critic_with_and_without_deviations(run, tmp_path):
+    folder = tmp_path / "folder"
+    convert.convert("workdir", run[0], folder)
+    tensors, config = pretrained.read(folder, "rahf").tensors, workdirs.read_config(run[0]).model.to_dict()
+    added = {name for name in tensors if "deviation" in name}
+    assert len(added) == 3
+
+    def started(on):
+        critic = critics.config_of(config | {"score_head": config["score_head"] | {"deviation": on}})
+        ours = param_shapes(critics.module_of(critic).init, *critics.dummy_inputs(critic))
+        return set(pretrained.starting_tensors({"rahf": folder}, flax.traverse_util.unflatten_dict(ours, sep="/"), critic))
+
+    assert started(True) == set(tensors) and started(False) == set(tensors) - added
+    for left in (set(tensors) - added, set(tensors) - {"deviation_factors"}):
+        held = {name: tensors[name] for name in tensors if name in left}
+        weights.write_safetensors(folder / "weights.safetensors", held)
+        if left & added:
+            with pytest.raises(ValueError, match=r"deviation_factors \(4,\): missing"):
+                started(True)
+        else:
+            assert started(True) == started(False) == left
 
 
 def test_selection_and_annotation_order_use_deviations(run, tmp_path):
