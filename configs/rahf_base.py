@@ -65,6 +65,7 @@ def get_config():
             style="paper",  # "pytorch": the first author's release
             pool="flatten",  # "mean": over positions; not in the paper
             reads_text=False,  # with "mean": the prompt's positions too
+            deviation=False,  # True: how far a label may be from the score (Nix & Weigend 1994, arXiv 1703.04977)
         ),
         heatmap_head=dict(
             filters=(768, 384),

@@ -10,8 +10,10 @@ writes into DIR/eval: <split>.json (one flat object), <split>.references.json (a
 from collections.abc import Iterable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from jax.experimental import multihost_utils
 from tqdm.auto import tqdm
 
 from rahf import experiments, hosts, predictor, sources, workdirs
@@ -107,7 +109,8 @@ class _DatasetSplit:
                 examples = [(index, features | {"prompt": self._prompts[int(index)]}) for index, features in examples]
             rows = predict((features for _, features in examples), len(examples))
             ids = [(int(index), ()) for index, _ in examples]  # for seqio to decode; the text comes with the others
-            return ids, {name: [row[name] for row in rows] for name in ("scores", "heatmaps", "labelled_prompt")}
+            names = ("scores", "heatmaps", "labelled_prompt", "deviations")
+            return ids, {name: [row[name] for row in rows] for name in names}
 
         future, _ = self._evaluator.evaluate(compute_metrics=True, predict_with_aux_fn=predict_with_aux)
         return {name: float(value) for name, value in future.result()[self._task.name].items()}
@@ -156,6 +159,20 @@ class _StreamSplit:
         constant = metrics.evaluate(self._targets, metrics.constant_predictions(scores, heatmaps, self._targets))
         evidence = [ceiling.evidence(one) for one in self._examples]
         return {"constant predictor": constant} | ceiling.references(evidence)
+
+
+def calibrated(params, results: dict[str, float]):
+    """Parameters whose deviations are calibrated on the split that they were evaluated on; others stay as they are.
+
+    Args:
+      results: of `Evaluation.run` with these parameters. A score without a label there keeps its factor.
+    """
+    if (factors := params.get("deviation_factors")) is None:
+        return params
+    by = np.array([results[f"score/factor/{name}"] for name in schema.SCORES], np.float32)
+    by = multihost_utils.broadcast_one_to_all(np.nan_to_num(by, nan=1.0))
+    multiplied = jax.jit(jnp.multiply, out_shardings=factors.sharding)
+    return params | {"deviation_factors": multiplied(factors, by)}
 
 
 def selection(results: dict[str, float]) -> float:

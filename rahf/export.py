@@ -21,8 +21,9 @@ def export_stablehlo(converted: Pretrained, path: pathlib.Path) -> None:
     """Writes the predict function of a RAHF as StableHLO for CPU, GPU and TPU and any batch size, without its weights.
 
     `jax.export.deserialize(bytes).call(weights, image, text_ids)` returns scores, heatmaps and keyword_ids, None for what
-    the model does not predict. `weights` is the dictionary that safetensors reads, image uint8[B, H, W, 3], text_ids
-    int32[B, R, L] with R = 1, or 7 in the augmented-prompt variants. It decodes freely, whatever `data.decoding` is.
+    the model does not predict, and with score_head.deviation a fourth, deviations. `weights` is the dictionary that
+    safetensors reads, image uint8[B, H, W, 3], text_ids int32[B, R, L] with R = 1, or 7 in the augmented-prompt variants. It
+    decodes freely, whatever `data.decoding` is.
     """
     predict, params, inputs = _predict_function(converted.config)
     exported = jax.export.export(jax.jit(predict), platforms=("cpu", "cuda", "tpu"))(params, *inputs)
@@ -40,8 +41,8 @@ def check_onnx() -> None:
 def export_onnx(converted: Pretrained, folder: pathlib.Path) -> None:
     """Writes the same function as predict.onnx, whose weights are those of weights.safetensors in `folder`.
 
-    Its inputs are `image` and `text_ids`, its outputs those of `scores`, `heatmaps` and `keyword_ids` that the model
-    predicts. The batch size is free. It computes in float32, whatever the model's dtype.
+    Its inputs are `image` and `text_ids`, its outputs those of `scores`, `heatmaps`, `keyword_ids` and `deviations` that
+    the model predicts. The batch size is free. It computes in float32, whatever the model's dtype.
 
     Raises:
       UserError: jax2onnx cannot translate this model.
@@ -52,9 +53,9 @@ def export_onnx(converted: Pretrained, folder: pathlib.Path) -> None:
     in_float32 = converted.config | {"model": converted.config["model"] | {"dtype": "float32"}}
     predict, params, inputs = _predict_function(in_float32)
     names = list(params)
-    outputs = [
-        {"keywords": "keyword_ids"}.get(part, part) for part in critics.config_of(converted.config["model"]).parts
-    ]
+    critic = critics.config_of(converted.config["model"])
+    outputs = [{"keywords": "keyword_ids"}.get(part, part) for part in critic.parts]
+    outputs += ["deviations"] if critic.deviations else []
 
     def flat(*args):
         results = predict(dict(zip(names, args[: len(names)], strict=True)), *args[len(names) :])

@@ -5,6 +5,7 @@ would depend on the rows beside it. Here a loss is a sum divided by the number o
 (`loss_normalisers`), so losses, metrics and gradients of microbatches add up to those of the whole batch.
 """
 
+import math
 from collections.abc import Mapping
 
 import jax
@@ -41,6 +42,17 @@ def loss_normalisers(batch: Mapping[str, Array], count_padding: bool = False) ->
 def score_loss_sum(predicted: Array, target: Array, mask: Array) -> Array:
     """Sum of squared errors where the mask is True: float32[B, 4] twice, bool[B, 4] -> float32 scalar."""
     return jnp.sum(jnp.square(jnp.where(mask, predicted - target, 0.0)))  # masked first, so that a nan gets gradient 0
+
+
+def deviation_loss_sum(deviation: Array, predicted: Array, target: Array, mask: Array) -> Array:
+    """Sum of Gaussian negative log-likelihoods of the target where the mask is True; no gradient to its mean `predicted`.
+
+    Args:
+      deviation: float32[B, 4], above 0. predicted, target: float32[B, 4]. mask: bool[B, 4].
+    """
+    error = jnp.where(mask, jax.lax.stop_gradient(predicted) - target, 0.0)
+    loss = jnp.square(error / deviation) / 2 + jnp.log(deviation) + math.log(2 * math.pi) / 2
+    return jnp.sum(jnp.where(mask, loss, 0.0))
 
 
 def heatmap_loss_sum(predicted: Array, target: Array, mask: Array, kind: str = "mse") -> Array:
@@ -123,7 +135,8 @@ def rahf_loss(
     Returns:
       float32 scalar loss; metrics `loss`, `loss_score`, `loss_heatmap`, `loss_keyword` (before weighting) and
       `keyword_accuracy` (of teacher-forced ids). Summed over microbatches with the same `normalisers` they are those of the
-      whole batch. A kind without any target gives 0.
+      whole batch. A kind without any target gives 0. With deviations their `loss_deviation` is added to the loss as it is:
+      it trains their own layers alone.
 
     Raises:
       UserError: other names in `weights`; heatmap targets of another resolution than the model's.
@@ -143,4 +156,8 @@ def rahf_loss(
         total, correct = keyword_loss_sum(outputs.keyword_logits, targets, count_padding, of_targets)
         losses["keyword"], metrics["keyword_accuracy"] = total / divide["keyword"], correct / divide["keyword"]
     loss = sum(weights[name] * value for name, value in losses.items())
+    if outputs.deviations is not None:
+        total = deviation_loss_sum(outputs.deviations, outputs.scores, batch["scores"], batch["score_mask"])
+        losses["deviation"] = total / divide["score"]
+        loss += losses["deviation"]
     return loss, {"loss": loss, **{f"loss_{name}": value for name, value in losses.items()}, **metrics}

@@ -68,7 +68,7 @@ def make_optimizer(config, num_steps: int) -> optax.GradientTransformationExtraA
     `learning_rate_multipliers` scales the updates of each part (`part_of`). Parameters under `freeze` do not change, have
     no moments, and are left out of the gradient's norm.
 
-    `update` takes `norm`, the gradient's global norm, where it is known; without it, it is computed.
+    `update` takes `norm`, the gradient's `global_norm`, where it is known; without it, it is computed.
 
     Raises:
       UserError: another `kind` or part, or a schedule that `make_schedule` refuses.
@@ -140,12 +140,18 @@ def check_parts(params, config) -> None:
         raise UserError(f"optimizer.learning_rate_multipliers: got {multipliers}, expected the model's parts {parts}")
 
 
+def global_norm(grads) -> jax.Array:
+    """The norm that is clipped. Layers of deviations (heads.py) are left out: the others train as without them."""
+    leaves = jax.tree_util.tree_leaves_with_path(grads)
+    return optax.global_norm([leaf for path, leaf in leaves if all(getattr(key, "key", "") != "deviation" for key in path)])
+
+
 def _clipped(limit: float) -> optax.GradientTransformationExtraArgs:
     """Clips by the global norm. A product, because XLA for CPUs keeps a second gradient for optax's quotient."""
 
     def update(grads, state, params=None, *, norm=None, **others):
         del params, others
-        norm = optax.global_norm(grads) if norm is None else norm
+        norm = global_norm(grads) if norm is None else norm
         scale = jnp.minimum(1.0, limit / norm)
         return jax.tree.map(lambda grad: grad * scale, grads), state
 

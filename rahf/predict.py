@@ -202,9 +202,11 @@ def predict_items(model: predictor.Model, examples: Iterable[dict], batch_size: 
 def item_of(model: predictor.Model, example: dict, row: dict) -> dict:
     """An item of rahf/report.py: an example with a row of `Predictor.predict_rows`."""
     scores, heatmaps, labelled = (row[name] for name in ("scores", "heatmaps", "labelled_prompt"))
+    deviations = row.get("deviations")
+    said = {} if deviations is None else {"deviations": dict(zip(schema.SCORES, deviations.tolist(), strict=True))}
     tokens = keywords.tokenize(example["prompt"])
     labels = [keywords.ALIGNED] * len(tokens)
-    return example | {
+    return example | said | {
         "scores": {} if scores is None else dict(zip(schema.SCORES, scores.tolist(), strict=True)),
         "heatmaps": {} if heatmaps is None else {name: heatmaps[..., i] for i, name in enumerate(schema.HEATMAPS)},
         "labelled_prompt": labelled,
@@ -271,10 +273,15 @@ class _Writer:
             image = np.round(item["heatmaps"][name] * 255).astype(np.uint8)
             paths.replace(self._output / file, images.png(image))
         words = keywords.misaligned_words(keywords.tokenize(item["prompt"]), report.predicted_labels(item))
+        numbers = {
+            key: {name: round(float(value), 6) for name, value in item[key].items()}
+            for key in ("scores", "deviations")
+            if key in item
+        }
         line = {
             "image": item["name"],
             "prompt": item["prompt"],
-            "scores": {name: round(float(value), 6) for name, value in item["scores"].items()},
+            **numbers,
             "labelled_prompt": item["labelled_prompt"],
             "keywords": words if item["labelled_prompt"] is not None else None,
             "heatmaps": files,

@@ -34,12 +34,15 @@ class Feedback:
       heatmaps: name of `schema.HEATMAPS` -> float32[B, h, w] in [0, 1], the model's heatmap resolution.
       labelled_prompts: B keyword sequences as the decoder wrote them ("a yellow_0 cat").
       keywords: for each image the prompt's words that it contradicts.
+      deviations: of a model that predicts them (`score_head.deviation`), name of `schema.SCORES` -> float32[B], the standard
+        deviation of a label around the score; else {}.
     """
 
     scores: dict[str, np.ndarray]
     heatmaps: dict[str, np.ndarray]
     labelled_prompts: list[str] | None
     keywords: list[list[str]] | None
+    deviations: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 class Predictor:
@@ -107,7 +110,7 @@ class Predictor:
 
         Yields:
           One dictionary a row: scores float32[4] and heatmaps float32[h, w, 2], both in [0, 1], keyword_ids int32[T] and the
-          labelled_prompt that they spell; None for what the model does not predict.
+          labelled_prompt that they spell, deviations float32[4]; None for what the model does not predict.
 
         Raises:
           UserError: a prediction that is not finite.
@@ -167,14 +170,27 @@ class Predictor:
         outputs = [itertools.repeat(None) if output is None else output for output in jax.device_get(outputs)]
         return [self._row(*row) for row in zip(names, *outputs, strict=False)]
 
-    def _row(self, name: str, scores: np.ndarray | None, heatmaps: np.ndarray | None, ids: np.ndarray | None) -> dict:
-        if not all(np.isfinite(values).all() for values in (scores, heatmaps) if values is not None):
+    def _row(
+        self,
+        name: str,
+        scores: np.ndarray | None,
+        heatmaps: np.ndarray | None,
+        ids: np.ndarray | None,
+        deviations: np.ndarray | None = None,
+    ) -> dict:
+        if not all(np.isfinite(values).all() for values in (scores, heatmaps, deviations) if values is not None):
             raise UserError(
                 f"prediction: got scores or heatmaps that are not finite for {name}; the weights are damaged, or "
                 "too large for model.dtype: train or convert them again"
             )
         spelt = None if ids is None else self.vocabulary.decode(ids)
-        return {"scores": scores, "heatmaps": heatmaps, "keyword_ids": ids, "labelled_prompt": spelt}
+        return {
+            "scores": scores,
+            "heatmaps": heatmaps,
+            "keyword_ids": ids,
+            "labelled_prompt": spelt,
+            "deviations": deviations,
+        }
 
 
 # (part of the model, option, its default): of identities only where the default is not taken.
@@ -182,6 +198,7 @@ _LATER_OPTIONS = (
     ("vit", "stem_blocks", 0),
     ("score_head", "pool", "flatten"),
     ("score_head", "reads_text", False),
+    ("score_head", "deviation", False),
 )
 
 
@@ -297,20 +314,24 @@ class Model:
 
 def feedback_of(rows: Sequence[dict], prompts: Sequence[str], model: "Model") -> Feedback:
     """Collects `predict_rows`' rows."""
-    parts, scores, heatmaps = model.model_config.parts, {}, {}
-    if "scores" in parts:
-        values = np.asarray([row["scores"] for row in rows], np.float32).reshape(-1, len(schema.SCORES))
-        scores = {name: values[:, i] for i, name in enumerate(schema.SCORES)}
+    parts, heatmaps = model.model_config.parts, {}
+
+    def numbers(key):
+        values = np.asarray([row[key] for row in rows], np.float32).reshape(-1, len(schema.SCORES))
+        return {name: values[:, i] for i, name in enumerate(schema.SCORES)}
+
+    scores = numbers("scores") if "scores" in parts else {}
+    deviations = numbers("deviations") if model.model_config.deviations else {}
     if "heatmaps" in parts:
         size = rows[0]["heatmaps"].shape[:2] if rows else (0, 0)
         values = np.asarray([row["heatmaps"] for row in rows], np.float32).reshape(-1, *size, len(schema.HEATMAPS))
         heatmaps = {name: values[..., i] for i, name in enumerate(schema.HEATMAPS)}
     if "keywords" not in parts:
-        return Feedback(scores, heatmaps, None, None)
+        return Feedback(scores, heatmaps, None, None, deviations)
     labelled = [row["labelled_prompt"] for row in rows]
     written = model.vocabulary.written
     words = [keywords.misaligned_in(text, prompt, written) for text, prompt in zip(labelled, prompts, strict=True)]
-    return Feedback(scores, heatmaps, labelled, words)
+    return Feedback(scores, heatmaps, labelled, words, deviations)
 
 
 def load(workdir, config=None) -> Model:

@@ -263,7 +263,7 @@ def _make_update(program: Program, optimizer, schedule, config, mesh) -> Callabl
             (grads, metrics), _ = jax.lax.scan(accumulate, zeros, jnp.arange(parts))
 
         statistics = jax.tree.map(lambda x: x / parts, metrics.pop(STATISTICS, {}))
-        norm = optax.global_norm(grads)
+        norm = optimizers.global_norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
 
         def updated(old, grads):

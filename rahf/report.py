@@ -5,6 +5,7 @@ An item is a dictionary with the fields of `richhf_data.schema`:
   image            uint8[H, W, 3], RGB
   prompt           str
   scores           {name: float in [0, 1]}, higher is better
+  deviations       {name: float above 0}, optional: of the annotators' scores from them
   heatmaps         {name: float32[h, w] in [0, 1]} of any size; stretched over the image
   labelled_prompt  str, the prompt with `_0` on each misaligned word; None of a model that marks no words
   labels           optional: what `keywords.read_labels` reads in it with the model's vocabulary
@@ -88,12 +89,12 @@ def view(i: int, item: Mapping[str, Any]) -> dict[str, Any]:
             if values is not None:
                 note = f"{source}, peak {np.max(values):.2f}"
                 shown.append({"caption": name, "note": note, "uri": drawing.jpeg(drawing.overlay(image, values))})
-    scores = []
+    scores, deviations = [], item.get("deviations") or {}
     for name, value in item["scores"].items():
         true = true_scores.get(name)
         true = None if true is None or np.isnan(true) else float(true)
         scores.append({"name": name, "value": float(value), "width": _percent(value), "truth": true,
-                       "tick": None if true is None else _percent(true)})  # fmt: skip
+                       "tick": None if true is None else _percent(true), "deviation": deviations.get(name)})  # fmt: skip
     labels = truth.get("labels")
     errors = [abs(score["value"] - score["truth"]) for score in scores if score["truth"] is not None]
     return {
@@ -101,6 +102,7 @@ def view(i: int, item: Mapping[str, Any]) -> dict[str, Any]:
         "has_words": item.get("labelled_prompt", "") is not None,
         "has_heatmaps": bool(item["heatmaps"]),
         "error": float(np.mean(errors)) if errors else 0.0,
+        "unsure": float(np.mean(list(deviations.values()))) if deviations else 0.0,
         "name": item.get("name", ""),
         "words": drawing.words(item["prompt"], predicted_labels(item)),
         "true_words": None if labels is None else drawing.words(item["prompt"], labels),
@@ -134,6 +136,9 @@ def check_item(i: int, item: Mapping[str, Any]) -> None:
     for name, score in item["scores"].items():
         if not np.isfinite(score):
             raise UserError(f"items[{i}]['scores'][{name!r}]: got {score}, expected a number in [0, 1]")
+    for name, deviation in (item.get("deviations") or {}).items():
+        if not 0 < deviation < np.inf:
+            raise UserError(f"items[{i}]['deviations'][{name!r}]: got {deviation}, expected a number above 0")
     labels, tokens = truth.get("labels"), keywords.tokenize(item["prompt"])
     if labels is not None and len(labels) != len(tokens):
         raise UserError(

@@ -1,12 +1,12 @@
-"""Prepares pictures for annotators: a critic's suggestions, and which pictures two critics disagree on.
+"""Prepares pictures for annotators: a critic's suggestions, and which pictures it is not sure of or two critics disagree on.
 
     python -m rahf.suggest --workdir=run [--other=run2] --images=TABLE --output=FILE.jsonl
 
 writes the table again, for `python -m richhf_data.annotate serve --images=FILE.jsonl [--suggest]`, with
 
   suggestion   {"points": {"implausibility": [[x, y], ...], ...}, "words": [1]}: what the critic would mark
-  priority     with --other: the mean absolute difference of the critics' scores and heatmaps, in [0, 1]; pictures of a
-               higher one are annotated first
+  priority     with --other: the mean absolute difference of the critics' scores and heatmaps, in [0, 1]; without, of a
+               critic with score_head.deviation: the mean deviation of its scores. A higher one is annotated first
 
 TABLE is as in `richhf_data.annotate.choose`. Suggestions bias annotators; the server exports such answers apart.
 """
@@ -47,7 +47,7 @@ def points(heatmap: np.ndarray, aspect: float = 1.0, threshold: float = THRESHOL
 
 
 def suggest(table: PictureTable, critic: predictor.Model, other: predictor.Model | None, threshold: float) -> None:
-    """Adds suggestion, and with another critic priority, to the rows of a table."""
+    """Adds suggestion, and with another critic or deviations priority, to the rows of a table."""
     with tqdm(total=len(table.rows), desc="suggest", unit="picture", dynamic_ncols=True) as bar:
         for rows, pictures in table.batches():
             prompts = [row["prompt"] for row in rows]
@@ -59,6 +59,9 @@ def suggest(table: PictureTable, critic: predictor.Model, other: predictor.Model
                 labels = keywords.read_labels(found.labelled_prompts[number], tokens, critic.vocabulary.written)
                 words = [place for place, label in enumerate(labels) if label == keywords.MISALIGNED]
                 row["suggestion"] = {"points": maps, "words": words}
+            if other is None and found.deviations:
+                for row, priority in zip(rows, np.mean(list(found.deviations.values()), axis=0), strict=True):
+                    row["priority"] = float(priority)
             if other is not None:
                 second = other.predict(pictures, prompts)
                 scores = np.mean([np.abs(found.scores[name] - second.scores[name]) for name in schema.SCORES], axis=0)

@@ -140,7 +140,7 @@ def train(config, workdir) -> dict[str, float]:
             value = float(multihost_utils.broadcast_one_to_all(np.float64(evaluate.selection(results))))
             if best_value is None or value > best_value:
                 best_value = value
-                checkpoints.save(best, step, run.params, {"value": value})
+                checkpoints.save(best, step, evaluate.calibrated(run.params, results), {"value": value})
     return results
 
 

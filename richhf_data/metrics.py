@@ -14,6 +14,7 @@ Conventions for cases that the papers leave open:
   keywords              a precision or a recall of 0 / 0 is 0; nan if no target has labels; a token that cannot be written
                         (white space alone) counts as aligned
   captions              (of captioning datasets; in no paper) F1 of the words of prediction and caption, as multisets
+  deviations            (in no paper) how well the predicted deviation of a label from its score says how far it is
   not predicted         nan
 
 `per_example` gives what each example contributes, and `summarise` makes the metrics of it, for all examples or resamples.
@@ -39,6 +40,9 @@ FLAT = 1e-6  # values that differ by less than this fraction of the largest coun
 
 HEATMAP_METRICS = ("mse", "mse_empty", "cc", "kld", "sim", "nss", "auc_judd")
 KEYWORD_METRICS = ("precision", "recall", "f1")
+
+DEVIATION_METRICS = ("nll", "z2", "error_srcc", "factor")
+PRIOR = 3  # labels with a mean z2 of 1 that `factor` adds to those that there are
 
 _BINS = 1 << 16  # of `_counts_below`
 _CHUNK_PIXELS = 1 << 20  # 8 MiB per float64 temporary, whatever the size of the set
@@ -226,7 +230,8 @@ def evaluate(
         excludes are ignored. A row without any target is padding and is ignored.
       predictions: as many, in the same order: scores float32[4], heatmaps float32[h, w, 2] in [0, 1] with the target's
         size, labelled_prompt str ("a yellow_0 cat"). Each is None if it was not predicted, and a score_mask bool[4] or a
-        heatmap_mask bool[2] says so of a single score or map. In place of labelled_prompt there may be labels, one for each
+        heatmap_mask bool[2] says so of a single score or map. There may be deviations float32[4] above 0, of the labels from
+        the scores. In place of labelled_prompt there may be labels, one for each
         token of the prompt: 0, 1, or None for a token that was not copied. Sizes may differ between examples.
       written: how the decoder's vocabulary writes a text (`Vocabulary.written`), because words are compared as they are
         written; by default unchanged.
@@ -238,6 +243,7 @@ def evaluate(
         heatmap/{mse,mse_empty,cc,kld,sim,nss,auc_judd}/{implausibility,misalignment}
         keywords/{micro,per_prompt}/{precision,recall,f1}
         caption/word_f1, where any target is a caption
+        score/{nll,z2,error_srcc,factor}/{plausibility,alignment,aesthetics,overall}, where deviations were predicted
         num_examples
 
       Heatmaps: `mse` is the mean over all examples, `mse_empty` over those with an empty truth, the others over those
@@ -245,6 +251,11 @@ def evaluate(
       `per_prompt` is the mean over prompts of each prompt's values, as in the PyTorch code. Because 0 / 0 is 0, a prompt
       without a misaligned word lowers that mean even if the prediction is perfect. In both, a token that the predicted
       sequence does not copy counts as not predicted.
+
+      Deviations: `nll` is the mean negative log-likelihood of a label, of a Gaussian around the score. `z2` is the mean of
+      ((label - score) / deviation)**2; it is 1 where deviations are calibrated. `error_srcc` is the SRCC of |label - score|
+      and deviation. `factor` calibrates: the deviations times it have a `z2` of 1, but that `PRIOR` labels more with a `z2`
+      of 1 count, so that few examples change little.
 
     Raises:
       UserError: lengths or shapes do not match, or a prediction is not finite or out of range.
@@ -257,6 +268,7 @@ def evaluate(
             pairs.append((target, prediction))
     values = _per_example(pairs, range(len(pairs)), written)
     summary = summarise(values, np.ones((1, len(pairs))), undefined=0.0)
+    summary |= _summarise_deviations(values, [prediction.get("deviations") for _, prediction in pairs])
     return {key: float(value[0]) for key, value in summary.items()} | {"num_examples": float(len(pairs))}
 
 
@@ -336,6 +348,9 @@ def _check(i, target, prediction):
         if bad.any():
             k = int(np.argmax(bad))
             raise UserError(f"{side}[{i}]['scores']: got {SCORES[k]} = {row['scores'][k]}, expected a finite number")
+    deviations = np.ones(len(SCORES)) if prediction.get("deviations") is None else np.asarray(prediction["deviations"])
+    if deviations.shape != (len(SCORES),) or not (np.isfinite(deviations) & (deviations > 0)).all():
+        raise UserError(f"predictions[{i}]['deviations']: got {deviations}, expected {len(SCORES)} finite numbers above 0")
     if not np.any(target["heatmap_mask"]):
         return
     truth = np.asarray(target["heatmaps"])
@@ -541,6 +556,28 @@ def _summarise_captions(values, weights):
     return {"caption/word_f1": means(values.captions[:, None], weights)[:, 0]}
 
 
+def _summarise_deviations(values, deviations):
+    """deviations: for each example float[4] or None -> {key: float64[1]}; nothing if all are None."""
+    if all(row is None for row in deviations):
+        return {}
+    unknown = np.full(len(SCORES), np.nan)
+    deviations = np.array([unknown if row is None else row for row in deviations], np.float64)
+    errors, found = np.abs(values.true_scores - values.predicted_scores), {}
+    for k, name in enumerate(SCORES):
+        known = np.isfinite(errors[:, k]) & np.isfinite(deviations[:, k])
+        error, deviation, one = errors[known, k], deviations[known, k], np.ones((1, known.sum()))
+        four = dict.fromkeys(DEVIATION_METRICS, np.full(1, np.nan))
+        if known.any():
+            z2 = np.mean((error / deviation) ** 2, keepdims=True)
+            four["z2"], four["nll"] = z2, z2 / 2 + np.mean(np.log(deviation)) + np.log(2 * np.pi) / 2
+            four["factor"] = np.sqrt((known.sum() * z2 + PRIOR) / (known.sum() + PRIOR))
+        if known.sum() >= 2:
+            constant = _constant_in(error, one) | _constant_in(deviation, one)
+            four["error_srcc"] = np.where(constant, 0.0, _spearman(error, deviation, one))
+        found |= {f"score/{key}/{name}": value for key, value in four.items()}
+    return found
+
+
 def _precision_recall_f1(counts, undefined=0.0):
     """[..., 3], true positives, predicted positives and positives -> three [...]; 0 / 0 is `undefined`."""
     both, predicted, positives = np.moveaxis(counts, -1, 0)
@@ -590,7 +627,7 @@ def constant_predictions(
 
 
 def tables(rows: Mapping[str, Mapping[str, float | None]]) -> list[list[list[str]]]:
-    """The papers' result tables: scores, one per heatmap, misaligned words; and captions, if a row has them.
+    """The papers' result tables: scores, one per heatmap, misaligned words; captions and deviations, if a row has them.
 
     Returns:
       Tables of lines of cells; the first line is the header. A value that is absent, None or nan is "-". Keywords are in
@@ -621,6 +658,10 @@ def tables(rows: Mapping[str, Mapping[str, float | None]]) -> list[list[list[str
         kinds = [[f"keywords/{kind}/{key}" for key in KEYWORD_METRICS] for kind in ("micro", "per_prompt")]
         return [cell(metrics, keys, ".1f", scale=100) for keys in kinds]
 
+    def deviation_cells(metrics):
+        keys = ("nll", "z2", "error_srcc")
+        return [cell(metrics, [f"score/{key}/{name}" for key in keys], ".3f") for name in SCORES]
+
     def lines(headers, cells):
         return [headers, *([name, *cells(metrics)] for name, metrics in rows.items())]
 
@@ -635,6 +676,8 @@ def tables(rows: Mapping[str, Mapping[str, float | None]]) -> list[list[list[str
     ]
     if any("caption/word_f1" in metrics for metrics in rows.values()):
         found.append(lines(["captions", "word F1, %"], lambda metrics: [cell(metrics, ["caption/word_f1"], ".1f", 100)]))
+    if any(f"score/z2/{SCORES[0]}" in metrics for metrics in rows.values()):
+        found.append(lines(["deviations: NLL / z2 / SRCC with the error", *SCORES], deviation_cells))
     return found
 
 

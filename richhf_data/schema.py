@@ -34,6 +34,7 @@ from richhf_data.errors import UserError
 
 SCORES = ("plausibility", "alignment", "aesthetics", "overall")
 HEATMAPS = ("implausibility", "misalignment")
+DEVIATIONS = tuple(f"{name}_deviation" for name in SCORES)  # predicted, of labels from scores: columns, terms of rewards
 PARTS = ("scores", "heatmaps", "keywords")  # of a prediction
 
 # The seven predictions, as the augmented prompt names them. The paper shows `implausibility heatmap` alone; the others

@@ -180,7 +180,8 @@ def evaluate(targets, predictions, aux_values, written=str) -> dict[str, float]:
       targets: what `postprocess` returns.
       predictions: labelled prompts, str, which seqio decoded.
       aux_values: `scores` n times float32[4] and `heatmaps` n times float32[h, h, 2], both in [0, 1]. `labelled_prompt`, n
-        times str, takes the place of `predictions` where it is given. None for what is not predicted.
+        times str, takes the place of `predictions` where it is given; there may be `deviations`. None for what is not
+        predicted.
       written: as in `metrics.evaluate`.
     """
     values = {"labelled_prompt": predictions} | aux_values

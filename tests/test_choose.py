@@ -76,6 +76,27 @@ def test_filters_count_what_the_first_of_them_removes():
     assert names(choose(rows_of(*prompts), Options(**ANY))[0]) == [f"{number}.png" for number in range(7)]
 
 
+def test_the_highest_numbers_are_chosen_before_filters_and_balance_draw():
+    values = [0.1, 5, 0.3, -2.0, 0.3, 4]
+    rows = rows_of(*(["a red cat"] * 3 + ["a blue dog"] * 3), priority=values, kind=list("aaabbb"))
+    chosen, _ = choose(rows, Options(highest="priority"))
+    assert [row["priority"] for row in chosen] == sorted(values, reverse=True)
+    equal = [[row["image"] for row in choose(rows, Options(highest="priority", seed=seed))[0][2:4]] for seed in range(20)]
+    assert {tuple(pair) for pair in equal} == {("2.png", "4.png"), ("4.png", "2.png")}
+    chosen, _ = choose(rows, Options(highest="priority", count=2, pictures_per_prompt=1))
+    assert [row["image"] for row in chosen] == ["1.png", "5.png"]
+    chosen, _ = choose(rows, Options(highest="priority", count=4, balance="kind"))
+    assert [row["image"] for row in chosen[:2]] == ["1.png", "5.png"] and names(chosen[2:]) == ["2.png", "4.png"]
+    nested = [row | {"deviations": {"overall": row["priority"]}} for row in rows]
+    assert choose(nested, Options(highest="deviations.overall", count=1))[0][0]["image"] == "1.png"
+
+
+@pytest.mark.parametrize("value", ["high", None, True, float("nan")])
+def test_a_column_that_is_no_number_is_named(value):
+    with pytest.raises(UserError, match=r"images: row 2: priority: got .*, expected a number; the columns are image"):
+        choose(rows_of("a red cat", "a red dog", priority=[1, value]), Options(highest="priority"))
+
+
 @pytest.mark.parametrize(
     ("prompt", "english"),
     [

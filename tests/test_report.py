@@ -56,6 +56,22 @@ def test_write_shows_scores_words_and_pictures(item, tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["report.html"]
 
 
+def test_write_shows_deviations_and_sorts_by_them(item, tmp_path):
+    sure = item | {"deviations": dict(zip(SCORES, (0.08, 0.1, 0.0049, 0.2), strict=True))}
+    report.write(tmp_path / "report.html", [sure, item], title="Predictions")
+    page = Page(tmp_path / "report.html")
+    assert page.texts("span", "value")[:4] == ["0.10 ± 0.08", "0.25 ± 0.10", "0.50 ± 0.00", "0.88 ± 0.20"]
+    assert page.texts("span", "value")[4:] == ["0.10", "0.25", "0.50", "0.88"]
+    unsure = [float(attributes["data-unsure"]) for tag, attributes, _ in page.elements if tag == "article"]
+    assert unsure == [pytest.approx(0.3849 / 4), 0]
+    assert "least sure first" in page.texts("option")
+    report.write(tmp_path / "plain.html", [item, item], title="Predictions")
+    assert "sure" not in " ".join(Page(tmp_path / "plain.html").texts("option"))
+    for wrong in (0.0, float("nan")):
+        with pytest.raises(ValueError, match=r"items\[0\]\['deviations'\]\['overall'\]: got .*, expected a number above 0"):
+            report.write(tmp_path / "a.html", [item | {"deviations": {"overall": wrong}}], title="a")
+
+
 def test_write_shows_the_truth_beside(item, truth, tmp_path):
     truth["scores"]["overall"] = float("nan")  # an example without that label
     report.write(tmp_path / "r.html", [{**item, "truth": truth}, item], title="Test")

@@ -68,6 +68,7 @@ class ResNetCriticConfig:
 
     variant = "multi_head"
     vocab_size = None  # reads no text
+    deviations = False
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -138,6 +139,7 @@ class CLIPCriticConfig:
 
     variant = "multi_head"
     parts = ("scores",)
+    deviations = False
     heatmap_size = 16  # pixels of the targets, which no head reads
 
     def __post_init__(self):

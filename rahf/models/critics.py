@@ -2,7 +2,8 @@
 
 Each has a module with RAHF's methods `__call__`, `perceive` and `predict`, whose results are None for what it does not
 predict, and a configuration with `image_size`, `heatmap_size`, `variant` (of `schema.VARIANTS`), `parts` (of `schema.PARTS`,
-what it predicts), `dtype` and `vocab_size` (the ids that it embeds; None if it reads no text).
+what it predicts), `deviations` (whether also those of its scores, as a fourth result of `predict`), `dtype` and
+`vocab_size` (the ids that it embeds; None if it reads no text).
 """
 
 from collections.abc import Mapping

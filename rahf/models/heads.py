@@ -37,6 +37,9 @@ class ScoreHeadConfig:
     Pool "mean" is not in the paper: the first dense layer reads each position of the map, and the others the mean of its
     outputs. Flaws then count alike wherever they are, as in deep sets (arXiv 1703.06114). With `reads_text` another dense
     layer reads each position of the prompt, and its outputs are added up.
+
+    `deviation` is not in the paper: another output layer says how far the label may be from the score, as in Nix & Weigend
+    (1994) and arXiv 1703.04977. No gradient goes from it into the other layers, so they train as without it.
     """
 
     filters: Annotated[tuple[Size, ...], Range(0, 64)] = (768, 384, 128, 64)
@@ -46,6 +49,7 @@ class ScoreHeadConfig:
     style: Literal[STYLES] = "paper"
     pool: Literal["flatten", "mean"] = "flatten"
     reads_text: bool = False
+    deviation: bool = False
 
     def __post_init__(self):
         checked.fields(self, "score_head")
@@ -77,11 +81,12 @@ class HeatmapHeadConfig:
         checked.fields(self, "heatmap_head")
 
 
+MIN_DEVIATION = 0.01
 WORDS = 16  # the sum over a prompt's positions is divided by this, so that it is about as large as the mean over the image's
 
 
 class ScoreHead(nn.Module):
-    """Feature map, and the prompt's positions if `config.reads_text` -> one score."""
+    """Feature map, and the prompt's positions if `config.reads_text` -> one score, maybe with its deviation."""
 
     config: ScoreHeadConfig
     dtype: DTypeLike = jnp.float32
@@ -89,6 +94,9 @@ class ScoreHead(nn.Module):
     @nn.compact
     def __call__(self, x: Array, text: Array | None = None, mask: Array | None = None) -> Array:
         """x dtype[B, h, w, D], text dtype[B, L, D], mask bool[B, L] (True = keep) -> float32[B] in [0, 1].
+
+        With `config.deviation` float32[B, 2]: the score, and the standard deviation of its label around it. Labels are in
+        [0, 1], so that it is at most 1.
 
         Raises:
           UserError: the grid is too small for the convolutions.
@@ -122,8 +130,11 @@ class ScoreHead(nn.Module):
             x = x.reshape(x.shape[0], -1)  # [B, h' * w' * F]
         for features, name in layers:
             x = dense(features, name, x)
-        x = ScoreDense(1, None, jnp.float32, name="output")(x)  # [B, 1]
-        return nn.sigmoid(x[:, 0])
+        score = nn.sigmoid(ScoreDense(1, None, jnp.float32, name="output")(x))  # [B, 1]
+        if not config.deviation:
+            return score[:, 0]
+        share = nn.sigmoid(ScoreDense(1, None, jnp.float32, name="deviation")(jax.lax.stop_gradient(x)))
+        return jnp.concatenate([score, MIN_DEVIATION + (1 - MIN_DEVIATION) * share], axis=1)
 
 
 class HeatmapHead(nn.Module):

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 
 from rahf.models import t5
 from rahf.models.heads import HeatmapHead, HeatmapHeadConfig, ScoreHead, ScoreHeadConfig
-from rahf.models.layers import Projection, normalize_image
+from rahf.models.layers import Projection, normalize_image, partitioned
 from rahf.models.t5 import T5, T5Config
 from rahf.models.vit import ViT, ViTConfig
 from richhf_data import checked, schema
@@ -77,6 +77,11 @@ class RAHFConfig:
     parts = schema.PARTS  # that it predicts
 
     @property
+    def deviations(self) -> bool:
+        """Whether it predicts the deviations of its scores."""
+        return self.score_head.deviation
+
+    @property
     def num_texts(self) -> int:
         """R, the texts that the model reads for an image."""
         return schema.num_texts(self.variant)
@@ -117,10 +122,15 @@ class Outputs(typing.NamedTuple):
     scores: Array | None  # float32[B, 4] in [0, 1]
     heatmaps: Array | None  # float32[B, h, w, 2] in [0, 1]
     keyword_logits: Array | None  # float32[B, T, V]
+    deviations: Array | None = None  # float32[B, 4], of the labels around the scores, above 0
 
 
 class RAHF(nn.Module):
-    """The model. Parameters: vit, t5, image_projection (if it has one), score_head*, heatmap_head*."""
+    """The model. Parameters: vit, t5, image_projection (if it has one), score_head*, heatmap_head*.
+
+    With `config.deviations` also deviation_factors float32[4]: by them a dev split calibrates the deviations
+    (`evaluate.calibrated`). They are 1 before, and no training changes them.
+    """
 
     config: RAHFConfig
 
@@ -137,6 +147,9 @@ class RAHF(nn.Module):
             scores = heatmaps = [""]
         self.score_heads = [ScoreHead(config.score_head, dtype, name=f"score_head{suffix}") for suffix in scores]
         self.heatmap_heads = [HeatmapHead(config.heatmap_head, dtype, name=f"heatmap_head{suffix}") for suffix in heatmaps]
+        if config.deviations:
+            ones = partitioned(nn.initializers.ones, (None,))
+            self.deviation_factors = self.param("deviation_factors", ones, (len(schema.SCORES),), jnp.float32)
 
     def encode_image(self, image: Array, train: bool = False) -> Array:
         """uint8[B, H, W, 3], or float in [-1, 1] -> dtype[B, P, D], D the width of T5. A class token adds one position.
@@ -187,9 +200,9 @@ class RAHF(nn.Module):
         Raises:
           UserError: a shape that does not fit the config.
         """
-        scores, heatmaps, fused, mask = self.perceive(image, text_ids, train)
+        outputs, fused, mask = self._perceive(image, text_ids, train)
         logits = self.t5.decode(*self._for_decoder(fused, mask), t5.shift_right(keyword_ids), train)
-        return Outputs(scores, heatmaps, logits)
+        return outputs._replace(keyword_logits=logits)
 
     def perceive(self, image: Array, text_ids: Array, train: bool = False) -> tuple[Array, Array, Array, Array]:
         """Scores and heatmaps without the decoder. Differentiable in a float `image`, for guidance.
@@ -197,6 +210,10 @@ class RAHF(nn.Module):
         Returns:
           scores float32[B, 4], heatmaps float32[B, h, w, 2], and for the decoder fused dtype[B, N, D], mask bool[B, N].
         """
+        outputs, fused, mask = self._perceive(image, text_ids, train)
+        return outputs.scores, outputs.heatmaps, fused, mask
+
+    def _perceive(self, image: Array, text_ids: Array, train: bool = False) -> tuple[Outputs, Array, Array]:
         texts, variant = self.config.num_texts, self.config.variant
         if text_ids.ndim != 3 or text_ids.shape[1] != texts:
             raise UserError(f"text_ids: got shape {text_ids.shape}, expected [B, {texts}, L] in the {variant} variant")
@@ -204,13 +221,15 @@ class RAHF(nn.Module):
         fused, mask = self.encode(tokens, text_ids, train)  # [B, R, N, D], [B, R, N]
         grid = self._feature_map(fused)  # [B, R, h, w, D]
         text, keep = self._text(fused), self._text(mask)  # [B, R, L, D], [B, R, L]
-        scores = self._predict_tasks(self.score_heads, SCORE_TASKS, grid, text, keep)  # [B, 4]
+        scores, deviations = self._predict_tasks(self.score_heads, SCORE_TASKS, grid, text, keep), None  # [B, 4]
+        if self.config.deviations:  # [B, 2, 4]
+            scores, deviations = scores[:, 0], scores[:, 1] * jax.lax.stop_gradient(self.deviation_factors)[None]
         heatmaps = self._predict_tasks(self.heatmap_heads, HEATMAP_TASKS, grid)  # [B, h, w, 2]
-        return scores, heatmaps, fused[:, -1], mask[:, -1]
+        return Outputs(scores, heatmaps, None, deviations), fused[:, -1], mask[:, -1]
 
     def predict(
         self, image: Array, text_ids: Array, max_length: int, copy: Array | None = None
-    ) -> tuple[Array, Array, Array]:
+    ) -> tuple[Array, ...]:
         """All seven predictions, the keywords decoded greedily.
 
         Args:
@@ -218,10 +237,13 @@ class RAHF(nn.Module):
           copy: as for `T5.greedy_decode`.
 
         Returns:
-          scores float32[B, 4], heatmaps float32[B, h, w, 2], keyword_ids int32[B, T]: ids, the end id 1, zeros.
+          scores float32[B, 4], heatmaps float32[B, h, w, 2], keyword_ids int32[B, T]: ids, the end id 1, zeros; and with
+          `config.deviations` these, float32[B, 4].
         """
-        scores, heatmaps, fused, mask = self.perceive(image, text_ids)
-        return scores, heatmaps, self.t5.greedy_decode(*self._for_decoder(fused, mask), max_length, copy)
+        outputs, fused, mask = self._perceive(image, text_ids)
+        ids = self.t5.greedy_decode(*self._for_decoder(fused, mask), max_length, copy)
+        found = outputs.scores, outputs.heatmaps, ids
+        return found if outputs.deviations is None else (*found, outputs.deviations)
 
     def _feature_map(self, fused: Array) -> Array:
         """[B, R, N, D] -> [B, R, h, w, D]: the fused image tokens without the class token."""

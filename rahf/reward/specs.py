@@ -5,6 +5,8 @@
     rahf:DIR:plausibility             another score
     rahf:DIR:alignment=0.7,overall=2  a weighted sum of scores
     rahf:DIR:implausibility=-1        a heatmap's mean over the picture, in such a sum as well
+    rahf:DIR:overall,overall_deviation=-1.5
+                                      the score minus 1.5 times its deviation, of a RAHF that predicts it
     clip:DIR                          CLIP score: the cosine of the embeddings of image and prompt
     pickscore:DIR                     PickScore (preference.py), as all of these from a folder of rahf.convert
     hpsv2:DIR                         HPSv2 or HPSv2.1
@@ -18,11 +20,12 @@ Two combine several of these, which | separates (quote it in a shell):
     ensemble:1.5:rahf:DIR1|rahf:DIR2                the members' mean minus 1.5 times their standard deviation
 
 An ensemble is low where its members disagree, after arXiv 2310.02743, which subtracts the variance. Its members should be on
-one scale. The standard deviation is the population's: of two members, half their difference. Combinations do not nest.
-Several scores of one RAHF cost least as one member: rahf:DIR:alignment=0.7,overall=2.
+one scale. The standard deviation is the population's: of two members, half their difference. A score minus its deviation is
+low where the critic is not sure. Combinations do not nest. Several scores of one RAHF cost least as one member:
+rahf:DIR:alignment=0.7,overall=2.
 
-To guide sampling, a reward must be differentiable: any of these, where python: names a function or an object that
-differentiable.py describes.
+To guide sampling, a reward must be differentiable: any of these without deviations, where python: names a function or an
+object that differentiable.py describes.
 
 DIR may be an address, hf://owner/name for example: see rahf/folders.py.
 
@@ -241,22 +244,27 @@ def _rahf(load: Callable, rest: str, default: str = "overall") -> "ScoreReward":
     weights = {}
     for term in sum_of.split(","):
         name, equals, weight = term.partition("=")
-        if name not in differentiable.TERMS or name in weights:
-            expected = f"some of {', '.join(differentiable.TERMS)}, each once"
+        if name not in (known := (*differentiable.TERMS, *schema.DEVIATIONS)) or name in weights:
+            expected = f"some of {', '.join(known)}, each once"
             raise UserError(f"reward: rahf:{rest}: got the score {name!r}, expected {expected}")
         wrong = f"reward: rahf:{rest}: got {weight!r} times {name}, expected a number"
         weights[name] = _number(weight, wrong) if equals else 1.0
     model = load(folder)
+    if (deviations := weights.keys() & schema.DEVIATIONS) and not model.model_config.deviations:
+        raise UserError(
+            f"reward: rahf:{rest}: got {min(deviations)}, the model predicts no deviations, expected one trained with "
+            "--config.model.score_head.deviation=True"
+        )
     kinds = {"scores": schema.SCORES, "heatmaps": schema.HEATMAPS}
     model.require(f"reward: rahf:{rest}", *(part for part, names in kinds.items() if not weights.keys().isdisjoint(names)))
     return ScoreReward(model, weights)
 
 
 class ScoreReward:
-    """A weighted sum of the scores of a RAHF, and of its heatmaps' means.
+    """A weighted sum of the scores of a RAHF, of its heatmaps' means, and of its scores' deviations.
 
     Attributes:
-      model: rahf.predictor.Model. weights: name of `differentiable.TERMS` -> its weight.
+      model: rahf.predictor.Model. weights: name of `differentiable.TERMS` or `schema.DEVIATIONS` -> its weight.
     """
 
     def __init__(self, model, weights: Mapping[str, float]):
@@ -268,11 +276,14 @@ class ScoreReward:
     def of_feedback(self, feedback) -> np.ndarray:
         """The reward of what the model predicted, `rahf.predictor.Feedback`: float32[B]."""
         terms = feedback.scores | {name: maps.mean((1, 2)) for name, maps in feedback.heatmaps.items()}
+        terms |= {f"{name}_deviation": values for name, values in feedback.deviations.items()}
         return sum(np.float32(weight) * terms[name] for name, weight in self.weights.items())
 
     @functools.cached_property
     def differentiable(self) -> Differentiable:
-        """The same reward as a JAX function of the pixels."""
+        """The same reward as a JAX function of the pixels. Raises UserError for deviations, which have no gradient."""
+        if deviations := sorted(self.weights.keys() & schema.DEVIATIONS):
+            raise UserError(f"guide: got {deviations[0]}, which has no gradient, expected scores and heatmaps alone")
         return differentiable.of_rahf(self.model, self.weights, self.identity)
 
     @functools.cached_property

@@ -24,7 +24,8 @@ WEEK = 7 * 24 * 3600  # the longest that a host waits for the others
 
 def reward_specs(given: Sequence[str]) -> dict[str, str]:
     """name of a column -> spec, see `specs.named`. Raises UserError for two of one name, or one of another column."""
-    return specs.named(given, (field.name for field in parts.Job("", "", "", 1, 1, False, heatmaps=True).schema()))
+    taken = parts.Job("", "", "", 1, 1, False, heatmaps=True, deviations=True).schema().names
+    return specs.named(given, taken)
 
 
 def load_rewards(of: Mapping[str, str]) -> dict[str, Callable]:
@@ -65,6 +66,7 @@ def job_of(
         rewards=tuple((name, reward_specs[name], identities[name]) for name in rewards),
         heatmaps=heatmaps,
         strict=strict,
+        deviations=model.model_config.deviations,
     )
 
 
@@ -155,12 +157,14 @@ def _predictions(job: parts.Job, faults: dict[int, str], rewards: np.ndarray, ro
         return None if not rows or rows[0][name] is None else [row[name] for row in rows]
 
     scores, heatmaps = column("scores"), column("heatmaps") if job.heatmaps else None
+    deviations = column("deviations") if job.deviations else None
     return parts.Predictions(
         faults=faults,
         scores=None if scores is None else np.stack(scores),
         labelled=column("labelled_prompt"),
         heatmaps=None if heatmaps is None else np.round(np.stack(heatmaps) * 255).astype(np.uint8),
         rewards=rewards,
+        deviations=None if deviations is None else np.stack(deviations),
     )
 
 

@@ -35,6 +35,7 @@ class Job:
       output: the folder. model: its identity. vocabulary: the path of the model's. image_size: pixels of a side that the
         model reads. batch_size: pictures at a time.
       rewards: (name of the column, spec, identity). heatmaps: whether they are kept. strict: whether a fault ends the job.
+      deviations: whether the model predicts those of its scores.
     """
 
     output: str
@@ -46,6 +47,7 @@ class Job:
     rewards: tuple[tuple[str, str, str], ...] = ()
     heatmaps: bool = False
     strict: bool = False
+    deviations: bool = False
 
     def fingerprint(self) -> str:
         """Of all that a part depends on but its shard."""
@@ -57,7 +59,9 @@ class Job:
 
     def schema(self) -> pyarrow.Schema:
         """The columns of a part."""
-        numbers = [(name, pyarrow.float32()) for name in (*schema.SCORES, *(name for name, *_ in self.rewards))]
+        deviations = schema.DEVIATIONS if self.deviations else ()
+        names = (*schema.SCORES, *deviations, *(name for name, *_ in self.rewards))
+        numbers = [(name, pyarrow.float32()) for name in names]
         maps = [(name, pyarrow.binary()) for name in schema.HEATMAPS if self.heatmaps]
         words = [("keywords", pyarrow.list_(pyarrow.string())), ("labelled_prompt", pyarrow.string())]
         texts = [("image", pyarrow.string()), ("prompt", pyarrow.string())]
@@ -86,6 +90,7 @@ class Predictions:
 
     Attributes:
       scores: float32[n, 4]. labelled: n keyword sequences. heatmaps: uint8[n, h, w, 2]. rewards: float32[n, rewards].
+      deviations: float32[n, 4].
     """
 
     faults: dict[int, str]
@@ -93,6 +98,7 @@ class Predictions:
     labelled: list[str] | None
     heatmaps: np.ndarray | None
     rewards: np.ndarray
+    deviations: np.ndarray | None = None
 
 
 def header(job: Job, shard: picture_shards.Shard) -> dict[str, str]:
@@ -144,6 +150,8 @@ def rows(job: Job, batch: Batch, predictions: Predictions, written) -> pyarrow.R
     found = {"image": batch.names, "prompt": batch.prompts, "labelled_prompt": column(predictions.labelled)}
     for i, name in enumerate(schema.SCORES):
         found[name] = column(predictions.scores, lambda row, i=i: row[i])
+    for i, name in enumerate(schema.DEVIATIONS):
+        found[name] = column(predictions.deviations, lambda row, i=i: row[i])
     for i, (name, *_) in enumerate(job.rewards):
         found[name] = column(predictions.rewards, lambda row, i=i: row[i])
     found["keywords"] = [

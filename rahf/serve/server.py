@@ -231,6 +231,8 @@ class _Service:
             "keywords": None if labelled is None else words,
             "labelled_prompt": labelled,
         }
+        if "deviations" in outcome:
+            result["deviations"] = outcome["deviations"]
         if outcome["errors"]:
             result["errors"] = outcome["errors"]
         if self.scorer.model.truncates and self.scorer.model.is_too_long(outcome["prompt"]):

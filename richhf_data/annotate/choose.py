@@ -8,6 +8,10 @@ paths, encoded pictures, or Hugging Face's struct of bytes and path. Paths are r
 
 The paper balances human, animal, object, indoor scene and outdoor scene, and wants mostly photorealistic pictures:
 `python -m rahf.reward.categories` adds the columns category and photorealistic, for --balance=category and --photorealistic.
+
+With --highest=COLUMN the pictures with the highest numbers there are chosen, in place of random ones.
+`python -m rahf.suggest` adds the column priority, which is high where a critic is not sure. A dot names a number within a
+column of a .jsonl file: --highest=deviations.overall, in a predictions.jsonl.
 """
 
 import collections
@@ -62,6 +66,7 @@ class Options:
       pictures_per_prompt: at most as many of one prompt, apart from case and white space; 0 = any number.
       count: how many to choose; 0 = all that are left.
       balance: a column; equally many of each of its values, as far as there are. None = no balance.
+      highest: a column; its highest numbers first, and drawn among equal ones. None = drawn.
       seed: draws among the pictures that are left.
     """
 
@@ -73,6 +78,7 @@ class Options:
     pictures_per_prompt: int = 0
     count: int = 0
     balance: str | None = None
+    highest: str | None = None
     seed: int = 0
 
 
@@ -129,7 +135,8 @@ def choose(rows: Iterable[dict], options: Options) -> tuple[list[dict], Report]:
 
     The drawn order depends on the seed, and on the file names and prompts alone: other orders and folders of the same rows
     give the same choice, and a smaller `count` the beginning of it, with the balance. The values of a balanced column take
-    turns; where the count does not divide, or a value has too few, the others get the remainder.
+    turns; where the count does not divide, or a value has too few, the others get the remainder. With `Options.highest` the
+    drawn order is that of falling numbers.
 
     Args:
       rows: {"image": path, "prompt": text} and any more columns.
@@ -153,6 +160,9 @@ def choose(rows: Iterable[dict], options: Options) -> tuple[list[dict], Report]:
     if options.balance:
         _check_column(rows, options.balance, (str, int, bool), "text, a whole number, true or false")
     left = sorted(rows, key=functools.partial(_order, options.seed))
+    if options.highest:
+        numbers = {id(row): _number(number, row, options.highest) for number, row in enumerate(rows, 1)}
+        left.sort(key=lambda row: -numbers[id(row)])
     for name, fails in _filters(options).items():
         kept = [row for row in left if not fails(row)]
         removed[name], left = len(left) - len(kept), kept
@@ -211,6 +221,17 @@ def _order(seed: int, row: dict) -> tuple:
     name = pathlib.PurePath(row["image"]).name
     drawn = hashlib.sha256(json.dumps([seed, name, row["prompt"]]).encode()).digest()
     return drawn, row["image"], json.dumps(row, sort_keys=True, default=str)
+
+
+def _number(number: int, row: dict, name: str) -> float:
+    """The number in a column of row `number`, or within it: "deviations.overall" is row["deviations"]["overall"]."""
+    column, _, inside = name.partition(".")
+    value = row.get(name)
+    if name not in row and isinstance(row.get(column), dict):
+        value = row[column].get(inside)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"images: row {number}: {name}: got {value!r}, expected a number; the columns are {', '.join(row)}")
+    return value
 
 
 def _check_column(rows: Sequence[dict], name: str, kinds, expected: str) -> None:
@@ -412,6 +433,7 @@ def define_flags() -> None:
     ranges.flag("pictures_per_prompt", plain.pictures_per_prompt, "Most pictures of one prompt; 0 = any.", ranges.NUMBER)
     ranges.flag("count", plain.count, "How many pictures to choose; 0 = all that are left.", ranges.NUMBER)
     flags.DEFINE_string("balance", plain.balance, "A column: equally many of each value, such as --balance=category.")
+    flags.DEFINE_string("highest", plain.highest, "A column of numbers: the highest, such as --highest=priority.")
     ranges.flag("seed", plain.seed, "Draws among the pictures.", ranges.SEED)
     flags.mark_flags_as_required(["images", "output"])
 
