@@ -31,17 +31,24 @@ BASE = {
     "model.score_head.dense": (128,),
     "model.score_head.pool": "flatten",
     "model.score_head.reads_text": False,
+    "model.vit.stem_blocks": 0,
+    "train.heatmap_loss": "mse",
+    "train.loss_weights.heatmap": 40.0,
     "train.marked_weight": 1.0,
 }
 POOLED = {"model.score_head.filters": (), "model.score_head.dense": (128, 64), "model.score_head.pool": "mean"}
 TEXT = POOLED | {"model.score_head.reads_text": True}
 MARKS = {"train.marked_weight": 2.0}
+STEM = {"model.vit.stem_blocks": 1}
+ENTROPY = {"train.heatmap_loss": "cross_entropy", "train.loss_weights.heatmap": 5.0}
 RUNS = {
     "base": ("base", {}),
     "pooled": ("score heads pool", POOLED),
     "text": ("score heads pool and read the prompt", TEXT),
     "marks": ("marks count twice", MARKS),
-    "both": ("both of these", TEXT | MARKS),
+    "stem": ("a convolution in the stem", STEM),
+    "entropy": ("cross-entropy of heatmaps", ENTROPY),
+    "all": ("text, marks, stem and cross-entropy", TEXT | MARKS | STEM | ENTROPY),
 }
 COLUMNS = {
     "plausibility": "score/plcc/plausibility",
