@@ -6,12 +6,11 @@ Each run trains `rahf_synth_tiny` with the changes of `RUNS` on the same picture
 run is a process of `rahf.train` and one of `rahf.evaluate`; it resumes, and a finished one is kept.
 
     records/, data/                         the pictures
-    runs/NAME-SEED/eval/test.json           metrics; cost.json: processor seconds
+    runs/NAME-SEED/eval/test.json           metrics; cost.json: processor seconds of the steps
     table.md, results.json                  all finished runs
 """
 
 import pathlib
-import resource
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ import tabulate
 from absl import flags
 
 from benchmarks.alignment import stages
+from rahf import checkpoints
 from richhf_data import command, json_files, paths, ranges
 from richhf_data.errors import UserError
 
@@ -61,22 +61,17 @@ COLUMNS = {
 }
 
 
-def run_module(module: str, *arguments: str) -> float:
-    """Runs a command of the repository; returns its processor seconds. UserError if it fails."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    ended = subprocess.run([sys.executable, "-m", module, *arguments], check=False)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if ended.returncode:
-        raise UserError(f"{module}: ended with {ended.returncode}; its output says why. The same command goes on")
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+def run_module(module: str, *arguments: str) -> None:
+    """Runs a command of the repository. UserError if it fails."""
+    if status := subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode:
+        raise UserError(f"{module}: ended with {status}; its output says why. The same command goes on")
 
 
 def draw(root: pathlib.Path, count: int) -> None:
     """Draws the pictures, `count` to train on, and builds the dataset."""
     splits = {"train": count, "dev": DEV, "test": TEST, "test_novel": TEST}
-    if not (root / "records").is_dir():
-        counts = [f"--{name}={count}" for name, count in splits.items()]
-        run_module("richhf_data.synthetic", f"--output={root / 'records'}", *counts, "--size=96", "--seed=0")
+    counts = [f"--{name}={count}" for name, count in splits.items()]
+    run_module("richhf_data.synthetic", f"--output={root / 'records'}", *counts, "--size=96", "--seed=0")
     images = f"parquet:{root / 'records/images/*.parquet'}"
     run_module("richhf_data.build", f"--records={root / 'records'}", f"--images={images}", f"--data_dir={root / 'data'}")
     json_files.write(root / "pictures.json", splits)
@@ -88,9 +83,10 @@ def measure(root: pathlib.Path, name: str, seed: int, steps: int) -> None:
     changes = {"seed": seed, "train.num_steps": steps, "train.batch_size": BATCH, "eval.every": steps}
     changes |= {"data.data_dir": str(root / "data"), "data.decoding": "copy"} | BASE | RUNS[name][1]
     overrides = [f"--config.{key}={value}" for key, value in changes.items()]
-    seconds = run_module("rahf.train", "--config=rahf_synth_tiny", f"--workdir={folder}", *overrides)
-    if not (folder / "cost.json").is_file():
-        json_files.write(folder / "cost.json", {"processor_seconds": seconds})
+    run_module("rahf.train", "--config=rahf_synth_tiny", f"--workdir={folder}", *overrides)
+    with checkpoints.manager(folder, "checkpoints") as latest:
+        seconds = checkpoints.read_metadata(latest, steps)["processor_seconds"]
+    json_files.write(folder / "cost.json", {"processor_seconds": seconds})
     run_module("rahf.evaluate", f"--workdir={folder}", "--split=test")
 
 

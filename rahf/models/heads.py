@@ -117,8 +117,7 @@ class ScoreHead(nn.Module):
         def dense(features, name, x):
             return nn.relu(ScoreDense(features, "score_out", self.dtype, name=name)(x))
 
-        names = [f"dense_{i}" for i in range(len(config.dense))]
-        layers = list(zip(config.dense, names, strict=True))
+        layers = [(features, f"dense_{i}") for i, features in enumerate(config.dense)]
         if config.pool == "mean":
             first, *layers = layers
             pooled = [jnp.mean(dense(*first, x), axis=(1, 2))]
