@@ -24,6 +24,7 @@ def get_config():
         decoder_attends="fused",  # "text": the prompt alone, as in the first author's PyTorch release
         mask_padding=True,  # False in that release
         image_projection=False,  # True: also between equal widths of ViT and T5, as in that release
+        word_head=False,  # True: a head for training alone says of each word whether it is misaligned; not in the paper
         vit=dict(
             patch_size=16,
             width=768,
@@ -111,6 +112,7 @@ def get_config():
         loss_weights=dict(score=1.0, heatmap=1.0, keyword=1.0),  # not in the paper
         heatmap_loss="mse",  # the paper's; "cross_entropy": rahf/losses.py
         marked_weight=1.0,  # of a misaligned word's suffix in the keywords' loss; not in the paper: more finds more words
+        word_weight=1.0,  # of the loss of model.word_head, in which a misaligned word has marked_weight too
         count_padding=False,  # True: the keywords' padding is a target too, as in the first author's PyTorch release
     )
     config.eval = dict(every=1000, batch_size=64, num_examples=995)

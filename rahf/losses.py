@@ -30,13 +30,16 @@ def loss_normalisers(batch: Mapping[str, Array], count_padding: bool = False) ->
 
     Returns:
       float32 scalars, the numbers of targets: `score`, of scores; `heatmap`, of (row, map) pairs; `keyword`, of ids that
-      are not padding. May be 0.
+      are not padding; `word`, if the batch has them, of ids of a prompt whose word has a label. May be 0.
     """
-    return {
+    found = {
         "score": jnp.sum(batch["score_mask"], dtype=jnp.float32),
         "heatmap": jnp.sum(batch["heatmap_mask"], dtype=jnp.float32),
         "keyword": jnp.sum(_keyword_mask(batch["keyword_ids"], count_padding), dtype=jnp.float32),
     }
+    if "word_weights" in batch:
+        found["word"] = jnp.sum(batch["word_weights"] > 0, dtype=jnp.float32)
+    return found
 
 
 def score_loss_sum(predicted: Array, target: Array, mask: Array) -> Array:
@@ -113,6 +116,16 @@ def keyword_loss_sum(
     return jnp.sum(jnp.where(mask, loss, 0.0)), jnp.sum(mask & correct, dtype=jnp.float32)
 
 
+def word_loss_sum(logits: Array, labels: Array, weights: Array) -> Array:
+    """Weighted sum of the cross-entropies of words: whether each is misaligned.
+
+    Args:
+      logits: float32[B, L]. labels: bool[B, L], True = misaligned. weights: float32[B, L], 0 for what has no label.
+    """
+    loss = jax.nn.softplus(logits) - jnp.where(labels, logits, 0.0)
+    return jnp.sum(jnp.where(weights > 0, weights * loss, 0.0))
+
+
 def rahf_loss(
     outputs: Outputs,
     batch: Mapping[str, Array],
@@ -120,17 +133,18 @@ def rahf_loss(
     weights: Mapping[str, float],
     count_padding: bool = False,
     heatmap_loss: str = "mse",
+    word_weight: float = 1.0,
 ) -> tuple[Array, dict[str, Array]]:
     """The weighted sum of score MSE, heatmap MSE and keyword cross-entropy.
 
     Args:
       outputs: the model's forward pass on `batch`. What it does not predict has no loss and no metric.
       batch: `scores`, `score_mask`, `heatmaps`, `heatmap_mask` and `keyword_ids` of richhf_data/schema.py; and, if they are
-        not all 1, `keyword_weights`.
+        not all 1, `keyword_weights`; and, for a model with a word head, `word_labels` and `word_weights` (sources.py).
       normalisers: `loss_normalisers` of the optimiser's batch, of which `batch` is a part or the whole.
       weights: `score`, `heatmap`, `keyword`.
       count_padding: see `keyword_loss_sum`; `normalisers` must be made with the same.
-      heatmap_loss: see `heatmap_loss_sum`.
+      heatmap_loss: see `heatmap_loss_sum`. word_weight: of the loss of the word head (`word_loss_sum`).
 
     Returns:
       float32 scalar loss; metrics `loss`, `loss_score`, `loss_heatmap`, `loss_keyword` (before weighting) and
@@ -160,4 +174,8 @@ def rahf_loss(
         total = deviation_loss_sum(outputs.deviations, outputs.scores, batch["scores"], batch["score_mask"])
         losses["deviation"] = total / divide["score"]
         loss += losses["deviation"]
+    if outputs.word_logits is not None:
+        total = word_loss_sum(outputs.word_logits, batch["word_labels"], batch["word_weights"])
+        losses["word"] = total / jnp.maximum(normalisers["word"], 1.0)
+        loss += word_weight * losses["word"]
     return loss, {"loss": loss, **{f"loss_{name}": value for name, value in losses.items()}, **metrics}

@@ -195,6 +195,7 @@ class Predictor:
 
 # (part of the model, option, its default): of identities only where the default is not taken.
 _LATER_OPTIONS = (
+    ("", "word_head", False),
     ("vit", "stem_blocks", 0),
     ("score_head", "pool", "flatten"),
     ("score_head", "reads_text", False),
@@ -235,8 +236,9 @@ class Model:
         if model["architecture"] == "rahf":  # identities are older than these options
             del model["architecture"]
             for part, option, default in _LATER_OPTIONS:
-                if model[part][option] == default:
-                    del model[part][option]
+                options = model[part] if part else model
+                if options[option] == default:
+                    del options[option]
         return [sorted(checkpoints.digests(self.params).items()), model, data, self.vocabulary.digest]
 
     def prepare(self, image: np.ndarray, prompt: str) -> dict:

@@ -131,8 +131,8 @@ def starting_tensors(init: Mapping[str, str], ours: Mapping, config: critics.Cri
     """Opens the folders of a config's `init` section and checks them against the model; reads no values.
 
     An encoder's takes precedence over `rahf`, a whole critic. The position embeddings of a ViT are resampled to the config's
-    image size. A class token is dropped if the model has none. Layers of deviations are dropped if the model has none, and
-    keep their own start if the weights have none.
+    image size. A class token is dropped if the model has none. Layers of deviations and a word head are dropped if the model
+    has none, and keep their own start if the weights have none.
 
     Args:
       init: "rahf", "vit", "t5", "resnet", "clip" -> a folder or its address (folders.py), or "".
@@ -160,8 +160,9 @@ def initialise(params, tensors: Tensors):
 
 
 # Options that may differ from those the weights were made with; for a ViT alone, `class_token` may as well.
-FREE = {"image_size", "dtype", "dropout", "remat", "scan", "strips", "mask_padding", "frozen_norm", "deviation"}
-DEVIATIONS = r"score_head[^/]*/deviation/\w+|deviation_factors"  # parameters that a critic may lack
+FREE = {"image_size", "dtype", "dropout", "remat", "scan", "strips", "mask_padding", "frozen_norm", "deviation", "word_head"}
+# Parameters that a critic may lack.
+MAY_LACK = (r"score_head[^/]*/deviation/\w+|deviation_factors", r"word_head/\w+")
 
 
 def _check_same_function(pretrained: Pretrained, config: critics.CriticConfig, what: str) -> None:
@@ -182,13 +183,14 @@ def _check_same_function(pretrained: Pretrained, config: critics.CriticConfig, w
 def _fitted(tensors: Tensors, ours: Mapping, prefix: str, what: str) -> Tensors:
     """Gives the tensors our shapes: resamples position embeddings and drops what our model lacks."""
     wanted = {name: leaf for name, leaf in ours.items() if name.startswith(prefix)}
-    if not any(re.fullmatch(DEVIATIONS, name) for name in tensors):
-        wanted = {name: leaf for name, leaf in wanted.items() if not re.fullmatch(DEVIATIONS, name)}
+    for optional in MAY_LACK:
+        if not any(re.fullmatch(optional, name) for name in tensors):
+            wanted = {name: leaf for name, leaf in wanted.items() if not re.fullmatch(optional, name)}
     table = names.same_names(wanted)
     had, has = "vit/cls" in tensors, "vit/cls" in wanted
     if (name := "vit/pos_embedding") in wanted:
         table[name] = (name, lambda x: resample_positions(x[:, max(had - has, 0) :], wanted[name].shape[1] - has, has))
-    return matched(tensors, table, wanted, DEVIATIONS if has else f"{DEVIATIONS}|vit/cls", what)
+    return matched(tensors, table, wanted, "|".join(MAY_LACK if has else (*MAY_LACK, "vit/cls")), what)
 
 
 def resample_positions(positions: np.ndarray, patches: int, class_token: bool) -> np.ndarray:

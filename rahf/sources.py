@@ -15,7 +15,7 @@ from etils import epath
 from rahf import folders, hosts, workdirs
 from rahf.fingerprint import fingerprint
 from rahf.models import critics
-from richhf_data import json_files, paths, ranges, schema, synthetic
+from richhf_data import json_files, keywords, paths, ranges, schema, synthetic
 from richhf_data import vocabulary as vocabularies
 from richhf_data.errors import UserError
 from richhf_data.synthetic import stream
@@ -61,23 +61,34 @@ def training_batches(
     """Endless batches (schema.py) from step `start` on; the batch of a step depends on the seed and the step alone.
 
     With a `train.marked_weight` other than 1, a batch has `keyword_weights` float32[B, T] too: that weight for the ids of a
-    suffix, which marks a misaligned word, and 1 for all others.
+    suffix, which marks a misaligned word, and 1 for all others. With a `model.word_head` it has `word_labels` and
+    `word_weights` (`labelled_words`).
 
     Args:
       config: its `data.source` is one of `SOURCES`.
       rows: which rows of each global batch this process reads; all by default.
     """
-    batches = _unweighted_batches(config, vocabulary, start, rows)
-    if not _weighs_keywords(config):
+    batches = _plain_batches(config, vocabulary, start, rows)
+    weighs, labels = _weighs_keywords(config), _labels_words(config)
+    if not weighs and not labels:
         return batches
-    weight, suffix = config.train.marked_weight, vocabulary.pieces_of_suffix()
+    weight, suffix = config.train.marked_weight, vocabulary.pieces_of_suffix() if weighs else ()
 
-    def weighted():
+    def with_labels():
         with contextlib.closing(batches):
             for batch in batches:
-                yield batch | {"keyword_weights": marked_weights(batch["keyword_ids"], suffix, weight)}
+                if weighs:
+                    batch |= {"keyword_weights": marked_weights(batch["keyword_ids"], suffix, weight)}
+                if labels:
+                    batch |= labelled_words(batch["text_ids"][:, -1], batch["keyword_ids"], vocabulary, weight)
+                yield batch
 
-    return weighted()
+    return with_labels()
+
+
+def _labels_words(config) -> bool:
+    model = critics.config_of(config.model.to_dict())
+    return model.architecture == "rahf" and model.word_head
 
 
 def _weighs_keywords(config) -> bool:
@@ -96,7 +107,35 @@ def marked_weights(keyword_ids: np.ndarray, suffix: Sequence[int], weight: float
     return weights
 
 
-def _unweighted_batches(config, vocabulary, start, rows) -> Iterator[dict[str, np.ndarray]]:
+def labelled_words(text_ids: np.ndarray, keyword_ids: np.ndarray, vocabulary, weight: float) -> dict[str, np.ndarray]:
+    """What `losses.word_loss_sum` reads: which words of each text its keywords mark.
+
+    A text ends with its prompt. Where the characters of its words are not those of the keywords without suffixes, as they
+    are not where one of both was cut, the row has no labels.
+
+    Args:
+      text_ids: int32[B, L]. keyword_ids: int32[B, T], the labelled prompts. weight: of misaligned words.
+
+    Returns:
+      word_labels bool[B, L]: True for the ids of a misaligned word. word_weights float32[B, L]: `weight` for them, 1 for
+      those of an aligned word, 0 for the rest.
+    """
+    labels, weights = np.zeros(text_ids.shape, bool), np.zeros(text_ids.shape, np.float32)
+    for row, (text, ids) in enumerate(zip(text_ids, keyword_ids, strict=True)):
+        words = keywords.read_words(vocabulary.decode(ids))
+        pieces = ["".join(keywords.tokenize(piece)) for piece in vocabulary.spellings(text[text > schema.EOS_ID])]
+        written, prompt = "".join(pieces), "".join(word for word, _ in words)
+        if prompt and written.endswith(prompt):
+            marked = np.repeat([label == keywords.MISALIGNED for _, label in words], [len(word) for word, _ in words])
+            lengths = np.array([len(piece) for piece in pieces])
+            begins = np.cumsum(lengths) - lengths - (len(written) - len(prompt))  # each piece's first character in the prompt
+            of_prompt = np.flatnonzero((begins >= 0) & (lengths > 0))
+            labels[row, of_prompt] = marked[begins[of_prompt]]
+            weights[row, of_prompt] = np.where(labels[row, of_prompt], weight, 1)
+    return {"word_labels": labels, "word_weights": weights}
+
+
+def _plain_batches(config, vocabulary, start, rows) -> Iterator[dict[str, np.ndarray]]:
     if config.data.source == "seqio":
         from rahf import features
 
@@ -134,8 +173,11 @@ def batch_shapes(config, batch_size: int) -> dict[str, tuple[tuple[int, ...], st
     """{name: (shape, dtype)} of a training batch (schema.py)."""
     sizes, texts = image_arguments(config), schema.num_texts(text_arguments(config)["variant"])
     image, maps, rows = sizes["image_size"], sizes["heatmap_size"], batch_size
-    weights = {"keyword_weights": ((rows, config.data.keyword_length), "float32")} if _weighs_keywords(config) else {}
-    return weights | {
+    labels = {"keyword_weights": ((rows, config.data.keyword_length), "float32")} if _weighs_keywords(config) else {}
+    if _labels_words(config):
+        words = rows, config.data.text_length
+        labels |= {"word_labels": (words, "bool"), "word_weights": (words, "float32")}
+    return labels | {
         "image": ((rows, image, image, 3), "uint8"),
         "text_ids": ((rows, texts, config.data.text_length), "int32"),
         "keyword_ids": ((rows, config.data.keyword_length), "int32"),

@@ -40,6 +40,7 @@ RANGES = programs.RANGES | evaluate.RANGES | {
     "eval.every": ranges.COUNT,
     "train.loss_weights.*": ranges.WEIGHT,
     "train.marked_weight": ranges.WEIGHT,
+    "train.word_weight": ranges.WEIGHT,
     "train.heatmap_loss": ranges.OneOf(losses.HEATMAP_LOSSES),
 }
 # What may differ when a run is resumed: nothing of this changes its result.
@@ -69,7 +70,7 @@ def program(config) -> programs.Program:
         model_config = dataclasses.replace(model_config, resnet=resnet)
     model = critics.module_of(model_config)
     loss_weights, count_padding = config.train.loss_weights.to_dict(), config.train.count_padding
-    heatmap_loss = config.train.heatmap_loss
+    heatmap_loss, word_weight = config.train.heatmap_loss, config.train.word_weight
 
     def init(key):
         return model.init(key, *critics.dummy_inputs(model_config, config.data.text_length))["params"]
@@ -79,7 +80,9 @@ def program(config) -> programs.Program:
         outputs, statistics = model.apply(
             {"params": params}, *inputs, train=True, rngs={"dropout": key}, mutable=[STATISTICS]
         )
-        loss, metrics = losses.rahf_loss(outputs, rows, normalisers, loss_weights, count_padding, heatmap_loss)
+        loss, metrics = losses.rahf_loss(
+            outputs, rows, normalisers, loss_weights, count_padding, heatmap_loss, word_weight
+        )
         return loss, metrics | statistics  # under the name STATISTICS, if the model has any
 
     return programs.Program(

@@ -224,6 +224,7 @@ def _upgraded(config: Mapping) -> dict:
         if isinstance(config.get("train"), dict):
             config["train"].setdefault("marked_weight", 1.0)
             config["train"].setdefault("heatmap_loss", "mse")
+            config["train"].setdefault("word_weight", 1.0)
     if isinstance(config.get("mesh"), dict):
         config["mesh"].setdefault("attention", "auto")
     if "train" in config:  # a folder that rahf.convert wrote has none

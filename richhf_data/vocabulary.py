@@ -88,6 +88,10 @@ class Vocabulary:
             )
         return marked[len(word) :]
 
+    def spellings(self, ids: Sequence[int]) -> list[str]:
+        """What each id writes, without white space."""
+        return [piece.replace("▁", "") for piece in self._processor.id_to_piece(np.asarray(ids).tolist())]
+
     def begins_words(self, word: str) -> bool:
         """Whether white space begins the first piece of a word, and no other one."""
         first, *rest = self._processor.encode(word, out_type=str)

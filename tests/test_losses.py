@@ -9,6 +9,7 @@ import tiny_model
 from rahf import losses, sources
 from rahf.models import rahf
 from richhf_data import schema
+from richhf_data import vocabulary as vocabularies
 
 HAND = {
     "scores": np.array([[0.5, 0, 0, 0], [1, 1, 0, 0]], np.float32),
@@ -146,6 +147,32 @@ def test_a_weight_of_marks_weighs_their_cross_entropy_alone():
     plain = losses.keyword_loss_sum(logits, targets)
     np.testing.assert_allclose(plain[0], each.sum(), rtol=1e-6)
     assert found[1] == plain[1]
+
+
+def test_words_are_labelled_by_the_keywords_of_their_prompt(tmp_path):
+    prompts = ["two red cats, in a forest", "a blue cup", "a red cup", "a cat"]
+    vocabulary = vocabularies.train(prompts, tmp_path / "vocabulary.model", 60)
+    marks = ["two_0 red cats_0 in a forest_0", "a blue_0 cup", "a red dog", "a cat_0"]
+    texts = np.stack([vocabulary.encode(text, 40) for text in ("cats " + prompts[0], *prompts[1:])])
+    targets = np.stack([vocabulary.encode(text, 60) for text in marks])
+    targets[3] = 0  # a row without keywords
+    found = sources.labelled_words(texts, targets, vocabulary, 3.0)
+    assert found["word_labels"].dtype == bool and found["word_weights"].dtype == np.float32
+
+    def words(of):
+        return ["".join(vocabulary.spellings(row[mask])) for row, mask in zip(texts, of, strict=True)]
+
+    assert words(found["word_labels"]) == ["twocatsforest", "blue", "", ""]
+    assert words(found["word_weights"] == 3) == words(found["word_labels"])
+    assert words(found["word_weights"] == 1) == ["redina", "acup", "", ""]  # neither what is before the prompt nor the comma
+    assert len(vocabulary.pieces("forest")) > 1  # a word of several pieces
+
+    logits = np.random.default_rng(0).normal(size=texts.shape).astype(np.float32)
+    probability = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    each = -np.log(np.where(found["word_labels"], probability, 1 - probability))
+    value, gradient = jax.value_and_grad(losses.word_loss_sum)(logits, **{k[5:]: v for k, v in found.items()})
+    np.testing.assert_allclose(value, (each * found["word_weights"]).sum(), rtol=1e-6)
+    np.testing.assert_allclose(gradient, (probability - found["word_labels"]) * found["word_weights"], atol=1e-6)
 
 
 def test_loss_names_wrong_weights_and_sizes():

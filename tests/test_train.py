@@ -103,6 +103,26 @@ def test_the_weight_of_marks_is_in_loss_and_batch_alike_on_8_devices(whole, tmp_
     assert expected[0]["loss_keyword"] > 1.01 * whole[1][0]["loss_keyword"]
 
 
+def test_the_word_head_trains_alike_on_8_devices_and_in_microbatches(tmp_path):
+    config = ci_config(batch_size=16, marked_weight=3.0)
+    config.model.word_head = True
+    vocabulary = sources.install_vocabulary(config, tmp_path)
+    with contextlib.closing(sources.training_batches(config, vocabulary, start=0)) as batches:
+        batch = next(batches)
+    texts, targets, marked = batch["text_ids"][:, -1], batch["keyword_ids"], batch["word_labels"]
+    words = [vocabulary.decode(text[mask]).split() for text, mask in zip(texts, marked, strict=True)]
+    assert words == [[w[:-2] for w in vocabulary.decode(row).split() if w.endswith("_0")] for row in targets]
+    assert sum(map(len, words)) > 5 and ((batch["word_weights"] == 3) == marked).all()
+    expected = gradient_step(config, batch, jax.devices()[:1])
+    assert_same_step(expected, gradient_step(config, batch, jax.devices()))
+    config.train.accumulation_steps = 2
+    assert_same_step(expected, gradient_step(config, batch, jax.devices()[:1]))
+    config.train.update(accumulation_steps=1, word_weight=0.0)
+    metrics = gradient_step(config, batch, jax.devices()[:1])[0]
+    np.testing.assert_allclose(expected[0]["loss"] - metrics["loss"], metrics["loss_word"], rtol=1e-4)
+    assert metrics["loss_word"] > 0.1
+
+
 def test_rows_that_only_pad_change_neither_loss_nor_gradient(whole):
     batch, expected = whole
     padded = {name: np.concatenate([array, np.zeros_like(array)]) for name, array in batch.items()}

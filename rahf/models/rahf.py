@@ -57,6 +57,7 @@ class RAHFConfig:
     decoder_attends: Literal["fused", "text"] = "fused"
     mask_padding: bool = True  # False: encoder and decoder attend to the prompt's padding, as in that release
     image_projection: bool = False  # True: project image tokens even where ViT and T5 are equally wide, as in that release
+    word_head: bool = False  # True: a head for training alone says of each word whether it is misaligned; not in the paper
     vit: ViTConfig = dataclasses.field(default_factory=ViTConfig)
     t5: T5Config = dataclasses.field(default_factory=T5Config)
     score_head: ScoreHeadConfig = dataclasses.field(default_factory=ScoreHeadConfig)
@@ -123,10 +124,11 @@ class Outputs(typing.NamedTuple):
     heatmaps: Array | None  # float32[B, h, w, 2] in [0, 1]
     keyword_logits: Array | None  # float32[B, T, V]
     deviations: Array | None = None  # float32[B, 4], of the labels around the scores, above 0
+    word_logits: Array | None = None  # float32[B, L], that the word of an id of the last text is misaligned
 
 
 class RAHF(nn.Module):
-    """The model. Parameters: vit, t5, image_projection (if it has one), score_head*, heatmap_head*.
+    """The model. Parameters: vit, t5, image_projection and word_head (if it has them), score_head*, heatmap_head*.
 
     With `config.deviations` also deviation_factors float32[4]: by them a dev split calibrates the deviations
     (`evaluate.calibrated`). They are 1 before, and no training changes them.
@@ -147,6 +149,8 @@ class RAHF(nn.Module):
             scores = heatmaps = [""]
         self.score_heads = [ScoreHead(config.score_head, dtype, name=f"score_head{suffix}") for suffix in scores]
         self.heatmap_heads = [HeatmapHead(config.heatmap_head, dtype, name=f"heatmap_head{suffix}") for suffix in heatmaps]
+        if config.word_head:
+            self.word_head = Projection((1,), ("embed", None), dtype=jnp.float32)
         if config.deviations:
             ones = partitioned(nn.initializers.ones, (None,))
             self.deviation_factors = self.param("deviation_factors", ones, (len(schema.SCORES),), jnp.float32)
@@ -202,7 +206,8 @@ class RAHF(nn.Module):
         """
         outputs, fused, mask = self._perceive(image, text_ids, train)
         logits = self.t5.decode(*self._for_decoder(fused, mask), t5.shift_right(keyword_ids), train)
-        return outputs._replace(keyword_logits=logits)
+        words = self.word_head(self._text(fused[:, None])[:, 0])[..., 0] if self.config.word_head else None
+        return outputs._replace(keyword_logits=logits, word_logits=words)
 
     def perceive(self, image: Array, text_ids: Array, train: bool = False) -> tuple[Array, Array, Array, Array]:
         """Scores and heatmaps without the decoder. Differentiable in a float `image`, for guidance.
