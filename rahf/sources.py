@@ -110,9 +110,16 @@ def _unweighted_batches(config, vocabulary, start, rows) -> Iterator[dict[str, n
         start=start,
         workers=config.data.num_workers,
         rows=rows,
+        left_out=left_out(config),
         **image_arguments(config),
         **text_arguments(config),
     )
+
+
+def left_out(config) -> frozenset:
+    """The scenes that a run from `stream` does not draw: those of `data.left_out`."""
+    counts = dict(config.data.get("left_out", workdirs.LEFT_OUT))
+    return synthetic.scenes(counts.pop("seed"), counts)
 
 
 def image_arguments(config) -> dict:

@@ -37,6 +37,7 @@ from richhf_data import command, ranges
 # Of a config, for `experiments.check_ranges`; the model's own numbers are checked by `critics.config_of`.
 RANGES = programs.RANGES | evaluate.RANGES | {
     "data.num_workers": ranges.NUMBER_OF_PROCESSES,
+    "data.left_out.*": ranges.NUMBER,
     "eval.every": ranges.COUNT,
     "train.loss_weights.*": ranges.WEIGHT,
     "train.marked_weight": ranges.WEIGHT,
