@@ -24,7 +24,7 @@ import jax
 import ml_collections
 from etils import epath
 
-from rahf import experiments, hosts
+from rahf import experiments, folders, hosts
 from rahf.models import critics
 from richhf_data import checked, json_files, paths
 from richhf_data import vocabulary as vocabularies
@@ -204,7 +204,10 @@ def _check_types(config: Mapping, example: Mapping, whole: bool, name: str = "")
 
 def _read(workdir) -> dict:
     if is_new(workdir):
-        raise UserError(f"workdir: {workdir} has no config.json; expected a folder written by `python -m rahf.train`")
+        raise UserError(
+            f"workdir: {workdir} has no config.json; expected a folder written by `python -m rahf.train`, or a critic that "
+            f"RAHF comes with: {', '.join(folders.shipped())}"
+        )
     return json_files.read(verified(epath.Path(workdir) / "config.json"))
 
 
