@@ -141,7 +141,8 @@ def train(config, workdir) -> dict[str, float]:
             value = float(multihost_utils.broadcast_one_to_all(np.float64(evaluate.selection(results))))
             if best_value is None or value > best_value:
                 best_value = value
-                checkpoints.save(best, step, evaluate.calibrated(run.params, results), {"value": value})
+                about = {"value": value, "processor_seconds": run.processor_seconds}
+                checkpoints.save(best, step, evaluate.calibrated(run.params, results), about)
     return results
 
 
