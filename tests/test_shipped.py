@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import os
+import pathlib
 import re
 import shutil
 
@@ -15,9 +16,11 @@ from rahf import evaluate, experiments, folders, predict, pretrained, sources, w
 from rahf.models import critics
 from rahf.models.parameters import param_shapes
 from rahf.reward import specs
+from rahf.tables.predictions import Predictions
 from richhf_data import synthetic, vocabulary
 from richhf_data.synthetic import stream
 
+ROOT = pathlib.Path(__file__).parent.parent
 SYNTH = folders.SHIPPED / "synth"
 DEMO = {"train": 12_000, "dev": 200, "test": 400, "test_novel": 400}  # examples, of the seed 0
 MEASURED = {"dev": 500, "test": 1000, "test_novel": 1000}  # in docs/results.md, of the seed 0
@@ -108,6 +111,14 @@ def test_a_run_that_starts_from_it_has_its_model_and_reads_with_its_vocabulary(t
     config.init.t5 = "elsewhere"  # whose embeddings are of another vocabulary
     with pytest.raises(ValueError, match=r"data.data_dir: got ''"):
         sources.install_vocabulary(config, tmp_path / "other")
+
+
+def test_the_recorded_row_of_the_demo_is_of_its_test_pictures():
+    file = ROOT / "docs/from_scratch.parquet"
+    assert set(Predictions(file, "from scratch").uids) == {f"synth-0-test-{i:07d}" for i in range(DEMO["test"])}
+    assert file.stat().st_size < 2**20
+    flags = dict(re.findall(r"--(train|dev|test|seed)=(\d+)", (ROOT / "Makefile").read_text()))
+    assert flags == {name: str(DEMO[name]) for name in ("train", "dev", "test")} | {"seed": "0"}
 
 
 # ---- Prompts that are left out --------------------------------------------------------------------------------------
