@@ -22,7 +22,10 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["rahf*", "richhf_data*", "launch*"]), "rahf.configs"],
     package_dir={"rahf.configs": "configs"},
-    package_data={"rahf": ["*.jinja", "*/*.jinja"], "richhf_data": ["*.jinja", "annotate/*.jinja", "annotate/static/*"]},
+    package_data={
+        "rahf": ["*.jinja", "*/*.jinja", "critics/*/*"],
+        "richhf_data": ["*.jinja", "annotate/*.jinja", "annotate/static/*"],
+    },
     install_requires=[
         "absl-py>=2.1",
         "etils[epath]>=1.9",

@@ -1,6 +1,6 @@
-"""The demo: a small RAHF on RichHF-Synth at 96 px, trained from scratch in minutes on two CPU cores.
+"""A small RAHF on RichHF-Synth at 96 px, from scratch in minutes on two CPU cores: what the demo compares its critic with.
 
-  command    make demo
+  command    make demo-from-scratch
   hardware   2 CPU cores
   result     mean PLCC .574 on test; tables in docs/results.md
 """

@@ -1,6 +1,6 @@
 """Draws the figures of the README.
 
-    python docs/figures.py --workdir=RUN --data_dir=demo/data      RUN: a run of rahf_synth_small
+    python docs/figures.py --workdir=synth --data_dir=demo/data
 """
 
 import io

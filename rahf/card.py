@@ -1,12 +1,13 @@
 """The model card of a converted run, README.md: what it predicts, what it was trained on, its tables, its limits."""
 
+import contextlib
 import dataclasses
 import math
 import pathlib
 import re
 from collections.abc import Iterable
 
-from rahf import checkpoints, folders, workdirs
+from rahf import checkpoints, experiments, folders, train, workdirs
 from rahf.models import critics
 from rahf.pretrained import Pretrained
 from richhf_data import checked, json_files, metrics, schema
@@ -19,7 +20,7 @@ PARTS = {
     "keywords": "the words of the prompt that the picture contradicts.",
 }
 FILES = {
-    "weights.safetensors": "The parameters, float32.",
+    "weights.safetensors": "The parameters, in {dtype}.",
     "config.json": "The model's configuration.",
     "vocabulary.model": "The SentencePiece model of its texts.",
     "tokenizer.json": "The tokenizer of its texts.",
@@ -80,17 +81,22 @@ def check_license(license: str | None) -> None:
         raise UserError(f"license: got {license!r}, expected an identifier as the Hugging Face hub has, apache-2.0 or mit")
 
 
-def model_card(workdir, converted: Pretrained, where: str, license: str | None, files: Iterable[str]) -> str:
+def model_card(
+    workdir, converted: Pretrained, where: str, license: str | None, files: Iterable[str], dtype: str = "float32"
+) -> str:
     """Markdown with a YAML header as the Hugging Face hub reads it.
 
     Args:
       where: the address or folder of the card. license: an identifier of the hub. files: the names in the folder.
+      dtype: of the weights in the folder.
 
     Raises:
       UserError: a file of the workdir is damaged.
     """
     model, data = critics.config_of(converted.config["model"]), converted.config["data"]
-    address, name = where if "://" in where else "DIR", pathlib.PurePosixPath(where).name or "model"
+    name = pathlib.PurePosixPath(where).name or "model"
+    is_shipped = pathlib.Path(where).absolute().parent == folders.SHIPPED
+    address = where if "://" in where else name if is_shipped else "DIR"
     parameters = sum(math.prod(tensor.shape) for tensor in converted.tensors.values())
     about = [
         f"{parameters:,} parameters, architecture `{model.architecture}`"
@@ -107,7 +113,7 @@ def model_card(workdir, converted: Pretrained, where: str, license: str | None, 
     lines += ["", *about, "", "## Load", LOAD.format(address=address), "## Training", "", *_training(workdir), ""]
     lines += ["## Evaluation", "", *_evaluation(workdir), "", "## Intended use and limits", USE, "## Files", ""]
     lines += ["| file | what it holds |", "|---|---|"]
-    lines += [f"| `{file}` | {FILES[file]} |" for file in FILES if file in files]
+    lines += [f"| `{file}` | {FILES[file].format(dtype=dtype)} |" for file in FILES if file in files]
     return "\n".join([*lines, "", "## Licence", "", licence, ""])
 
 
@@ -116,22 +122,46 @@ def _training(workdir) -> list[str]:
     data = json_files.read_as(Data, record, extra=True) if record.is_file() else Data()
     with checkpoints.manager(workdir, "best") as best:
         step = checkpoints.best_step(best)
-        value = checkpoints.read_metadata(best, step)["value"]
-    batch = config.train.batch_size
+        metadata = checkpoints.read_metadata(best, step)
+    batch, value, seconds = config.train.batch_size, metadata["value"], metadata.get("processor_seconds")
     lines = [
         f"- Step {step:,} of {config.train.num_steps:,}, in batches of {batch:,}: the best of its evaluations, {value:.4f} "
         "by `rahf.evaluate.selection` (the mean of PLCC and SRCC, where the data have scores)."
     ]
+    if name := _name_of(workdir):
+        data_dir = " --config.data.data_dir=DATA" if config.data.source == "seqio" else ""
+        lines.append(f"- Trained by `python -m rahf.train --config={name} --workdir=RUN{data_dir}`.")
+    if seconds:
+        took = f"{seconds / 3600:.1f} hours of the host's processor time"
+        lines.append(f"- These steps took {took}, without evaluations and without processes that draw pictures.")
     for dataset in data.datasets.values():
         records = f"built from the records {dataset.records}"
         lines.append(f"- Trained or evaluated on the dataset `{dataset.name}` {dataset.version}, {records}.")
     if config.data.source == "stream":
-        lines.append("- Trained on RichHF-Synth, drawn shapes with simulated annotators. It knows no real pictures.")
+        lines.append(
+            f"- The data: RichHF-Synth, drawn shapes with simulated annotators, seed {config.seed}. The model knows no "
+            "photographs, no paintings, and no prompts but those of this dataset."
+        )
+        counts = dict(config.data.left_out)
+        seed = counts.pop("seed")
+        if left_out := ", ".join(f"{count:,} of {split}" for split, count in counts.items() if count):
+            lines.append(f"- It saw no scene of these first examples of seed {seed}, whatever the wording: {left_out}.")
     if starts := [part for part, folder in config.init.to_dict().items() if folder]:
         lines.append(f"- Started from pretrained weights, whose licences hold as well: {', '.join(starts)}.")
     else:
         lines.append("- Started from random weights.")
     return lines
+
+
+def _name_of(workdir) -> str | None:
+    """The name of RAHF's config that a run has, if it has one."""
+    for name in experiments.names():
+        config = experiments.load(name)
+        if config.get("kind", "rahf") == "rahf":
+            with contextlib.suppress(UserError):
+                workdirs.check_config(workdir, config, train.RESUME_MAY_DIFFER)
+                return name
+    return None
 
 
 def _evaluation(workdir) -> list[str]:

@@ -103,7 +103,7 @@ def convert(
                 export.export_onnx(converted, partial)
             folders.write_sums(partial)
             if source == "workdir" and folders.CARD in replaced:
-                text = card.model_card(path, converted, os.fspath(output), license, os.listdir(partial))
+                text = card.model_card(path, converted, os.fspath(output), license, os.listdir(partial), dtype)
                 paths.replace(partial / folders.CARD, text.encode())
     if source == "workdir" and folders.CARD not in replaced:
         print(f"{folder}: the {folders.CARD} there is yours, and stays")

@@ -47,6 +47,7 @@ EVALUATE_MAY_DIFFER = (
     "model.heatmap_head.strips",
     "model.t5.remat",
     "model.vit.remat",
+    "seed",  # of the pictures that are drawn where there is no dataset
 )
 
 
@@ -211,6 +212,17 @@ def summary(results: dict[str, float]) -> str:
     return ", ".join(f"{label} {value:.3f}" for label, value in values.items() if np.isfinite(value))
 
 
+def config_of_run(workdir):
+    """The config of a workdir. Raises UserError for a folder that rahf.convert wrote, and as `workdirs.read_config`."""
+    config = workdirs.read_config(workdir)
+    if "kind" in config:
+        raise UserError(
+            f"workdir: {workdir} was written by rahf.convert, expected the workdir of a run, into which eval/ is written; "
+            f"`python -m rahf.tables --data_dir=DATA --rows NAME={workdir}` evaluates this one"
+        )
+    return config
+
+
 def evaluate(workdir, split: str, num_examples: int | None = None, config=None) -> dict[str, float]:
     """Evaluates a workdir's best checkpoint, writes the files of eval/, prints the tables, returns the metrics.
 
@@ -223,7 +235,7 @@ def evaluate(workdir, split: str, num_examples: int | None = None, config=None) 
       UserError: no run or no evaluation there, no such split, a number out of its range, or a config that contradicts the
         workdir's.
     """
-    config = workdirs.read_config(workdir) if config is None else config
+    config = config_of_run(workdir) if config is None else config
     experiments.check_ranges(config, RANGES)
     workdirs.check_config(workdir, config, EVALUATE_MAY_DIFFER)
     model = predictor.load(workdir, config)
@@ -256,4 +268,4 @@ if __name__ == "__main__":
     ranges.flag("num_examples", None, "The first so many only; all by default.", ranges.COUNT)
     hosts.define_flags()
     flags.mark_flag_as_required("workdir")
-    command.run(main, experiments.reader(of_workdir=workdirs.read_config))
+    command.run(main, experiments.reader(of_workdir=config_of_run))

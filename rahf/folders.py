@@ -1,5 +1,6 @@
-"""Folders of rahf.convert that travel: fetched from an address into a cache, and sent to one.
+"""Folders of rahf.convert that travel: fetched from an address into a cache, and sent to one; and those in the package.
 
+    synth                                    a critic that RAHF comes with, of rahf/critics
     hf://owner/name[@revision][/folder]      a repository of the Hugging Face hub
     gs://bucket/folder, s3://bucket/folder   and every other file system that fsspec knows
 
@@ -29,6 +30,7 @@ import fsspec
 from richhf_data import input_files, paths
 from richhf_data.errors import UserError
 
+SHIPPED = pathlib.Path(__file__).parent / "critics"
 SUMS = "SHA256SUMS"
 CARD = "README.md"  # not among the sums, because its reader may edit it
 MARK = "<!-- Written by rahf.convert, which replaces this file. Delete this line to keep the file. -->"
@@ -36,8 +38,15 @@ MAX_SUMS = 2**16  # bytes
 HUB = re.compile(r"hf://(?P<repository>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<folder>.+))?")
 
 
+def shipped() -> list[str]:
+    """The names of the critics that RAHF comes with: folders that nothing writes to."""
+    return sorted(config.parent.name for config in SHIPPED.glob("*/config.json"))
+
+
 def local_folder(where) -> str:
     """A folder on this machine with what is at `where`. A local path, or an address without SHA256SUMS, stays as it is.
+
+    The name of a shipped critic is replaced by its folder, unless there is a local file or folder of that name.
 
     SHA256SUMS is read each time, and what the cache lacks is fetched. Without a network what was fetched last is used, with
     a warning. Processes that ask for the same folder at the same time wait for each other.
@@ -47,6 +56,8 @@ def local_folder(where) -> str:
         installed; a file is not what SHA256SUMS says. It is removed from the cache, and fetched again by the next call.
     """
     url = os.fspath(where).rstrip("/")
+    if url in shipped() and not os.path.lexists(url):
+        return str(SHIPPED / url)
     if input_files.is_local(url):
         return os.fspath(where)
     if url.startswith("gs://") and importlib.util.find_spec("gcsfs") is None:

@@ -2,6 +2,7 @@
 
     python -m rahf.predict --workdir=DIR --images='photos/*.jpg' --prompt='a yellow cat' --output=DIR
     python -m rahf.predict --workdir=DIR --images=list.jsonl --output=DIR       one {"image": path, "prompt": text} a line
+    python -m rahf.predict --workdir=synth --drawn=24 --output=DIR              24 pictures of RichHF-Synth, with their truth
 
 writes predictions.jsonl, heatmaps/*.png and report.html into the output folder. In Python: predictor.py.
 
@@ -21,7 +22,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -30,7 +31,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from tqdm.auto import tqdm
 
-from rahf import ahead, evaluate, experiments, hosts, predictor, report, workdirs
+from rahf import ahead, evaluate, experiments, hosts, predictor, report, sources, workdirs
 from rahf.fingerprint import fingerprint
 from richhf_data import (
     checked,
@@ -45,6 +46,7 @@ from richhf_data import (
     paths,
     ranges,
     schema,
+    synthetic,
 )
 from richhf_data.errors import UserError
 
@@ -347,27 +349,29 @@ def dataset_examples(data_dir, split: str, limit: int | None) -> tuple[Iterator[
     files = [(path.name, path.stat()) for path in builder.dataset_dir(data_dir).iterdir()]
     state = fingerprint(sorted([name, found.length, found.mtime] for name, found in files))
 
-    def items():
-        for example in examples:
-            heatmaps = example["heatmaps"].astype(np.float32) / 255
-            yield {
-                "name": example["uid"],
-                "image": example["image"],
-                "prompt": example["prompt"],
-                "truth": {
-                    "scores": {
-                        name: float(example["scores"][i])
-                        for i, name in enumerate(schema.SCORES)
-                        if example["score_mask"][i]
-                    },
-                    "heatmaps": {
-                        name: heatmaps[..., i] for i, name in enumerate(schema.HEATMAPS) if example["heatmap_mask"][i]
-                    },
-                    "labels": example["labels"],
-                },
-            }
+    return map(_with_truth, examples), [[state, split, number] for number in range(count)]
 
-    return items(), [[state, split, number] for number in range(count)]
+
+def drawn_examples(config, split: str, count: int) -> tuple[Iterator[dict], list]:
+    """The first examples of RichHF-Synth, seed 0, at a model's sizes, with their truth, and the state of each."""
+    sizes = sources.image_arguments(config)
+    examples = synthetic.examples(split, count, 0, sizes["image_size"], sizes["heatmap_size"])
+    return (_with_truth(example.decoded()) for example in examples), [["drawn", split, number] for number in range(count)]
+
+
+def _with_truth(example: Mapping) -> dict:
+    heatmaps = example["heatmaps"].astype(np.float32) / 255
+    scores = zip(schema.SCORES, example["scores"].tolist(), example["score_mask"], strict=True)
+    return {
+        "name": example["uid"],
+        "image": example["image"],
+        "prompt": example["prompt"],
+        "truth": {
+            "scores": {name: score for name, score, is_known in scores if is_known},
+            "heatmaps": {name: heatmaps[..., i] for i, name in enumerate(schema.HEATMAPS) if example["heatmap_mask"][i]},
+            "labels": example["labels"],
+        },
+    }
 
 
 def evaluation_tables(workdir, split: str) -> list[list[list[str]]]:
@@ -384,8 +388,8 @@ def main():
     """The command."""
     args = flags.FLAGS
     with hosts.joined(), hosts.locked(args.output, ".predict.lock"):
-        if (args.images is None) == (args.data_dir is None):
-            raise UserError("pass either --images=GLOB|JSONL or --data_dir=DIR")
+        if sum(given is not None for given in (args.images, args.data_dir, args.drawn)) != 1:
+            raise UserError("pass one of --images=GLOB|JSONL, --data_dir=DIR and --drawn=COUNT")
         workdirs.check_config(args.workdir, args.config, evaluate.EVALUATE_MAY_DIFFER)
         tables = []
         if args.images:
@@ -394,6 +398,8 @@ def main():
                 raise UserError(f"images: got {args.images}, which this command writes; choose another --output")
             inputs = read_inputs(args.images, args.prompt)[: args.limit]
             examples, states = image_examples(inputs, args.output)
+        elif args.drawn:
+            examples, states = drawn_examples(args.config, args.split, min(args.drawn, args.limit or args.drawn))
         else:
             examples, states = dataset_examples(args.data_dir, args.split, args.limit)
             tables = evaluation_tables(args.workdir, args.split)
@@ -409,7 +415,8 @@ if __name__ == "__main__":
     flags.DEFINE_string("images", None, "Image files, a path or a pattern; or a .jsonl file of {image, prompt} lines.")
     flags.DEFINE_string("prompt", None, "The prompt of all images of a glob; else each image's own NAME.txt.")
     flags.DEFINE_string("data_dir", None, "Instead of --images: a built dataset; the report shows its truth.")
-    flags.DEFINE_string("split", "test", "The split of --data_dir.")
+    ranges.flag("drawn", None, "Instead of --images: so many pictures of RichHF-Synth, with their truth.", ranges.COUNT)
+    flags.DEFINE_string("split", "test", "The split of --data_dir or --drawn.")
     ranges.flag("limit", None, "Predict the first so many only.", ranges.COUNT)
     flags.DEFINE_string("output", None, "The folder to write to.")
     flags.DEFINE_bool("strict", False, "End at the first image that fails.")

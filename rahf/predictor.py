@@ -340,7 +340,7 @@ def load(workdir, config=None) -> Model:
     """The model of a workdir, with the parameters of its best evaluation so far; or of a folder that rahf.convert wrote.
 
     Args:
-      workdir: a path, or an address such as gs://bucket/run or hf://owner/name (folders.py).
+      workdir: a path, or an address such as gs://bucket/run, hf://owner/name or "synth" (folders.py).
       config: the workdir's by default.
 
     Raises:

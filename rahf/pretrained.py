@@ -76,7 +76,8 @@ def read(folder, kind: str) -> Pretrained:
     config = json_files.read(file) if file.is_file() else {}
     if (found := config.pop("kind", None)) != kind:
         holds = f"holds a {found}" if found else "is no folder that rahf.convert wrote"
-        raise UserError(f"init.{kind}: {folder} {holds}, expected one whose kind is {kind}")
+        shipped = f", or a critic that RAHF comes with: {', '.join(folders.shipped())}" if kind == "rahf" else ""
+        raise UserError(f"init.{kind}: {folder} {holds}, expected one whose kind is {kind}{shipped}")
     with json_files.named(file):
         for name, hint in SECTIONS[kind].items():
             checked.conform(hint, config.get(name), name)

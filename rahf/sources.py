@@ -28,7 +28,7 @@ VOCABULARY_SIZE = 512  # ids of it at most: the prompts have no more
 def install_vocabulary(config, workdir) -> vocabularies.Vocabulary | vocabularies.CLIPVocabulary:
     """The run's vocabulary, copied or trained into the workdir, so that the workdir alone can predict.
 
-    It is `data.vocabulary`; or that of the CLIP, or of the baseline with a CLIP, that the run starts from; or the dataset's.
+    It is `data.vocabulary`; or that of the CLIP or of the whole critic that the run starts from; or the dataset's.
 
     Raises:
       UserError: it is missing; the workdir's is damaged.
@@ -37,15 +37,15 @@ def install_vocabulary(config, workdir) -> vocabularies.Vocabulary | vocabularie
     files = [workdir / name for name in (*vocabularies.CLIP_FILES, "vocabulary.model")]
     complete = (workdir / "vocabulary.model").exists() or any(map(workdirs.is_sealed, files))
     if jax.process_index() == 0 and not complete:
-        model = critics.config_of(config.model.to_dict())
         if given := config.data.vocabulary or config.init.get("clip"):
             vocabularies.of(folders.local_folder(given)).copy(workdir)
-        elif model.architecture == "clip" and config.init.rahf:
+        elif config.init.rahf and not config.init.get("t5"):
             workdirs.vocabulary(folders.local_folder(config.init.rahf)).copy(workdir)
         elif config.data.source == "seqio":
             vocabularies.of(epath.Path(evaluation_dir(config)) / "vocabulary.model").copy(workdir)
         else:
-            prompts = synthetic.train_prompts(VOCABULARY_PROMPTS, seed=config.seed)
+            prompts = synthetic.train_prompts(VOCABULARY_PROMPTS, config.seed, left_out(config))
+            model = critics.config_of(config.model.to_dict())
             size = min(VOCABULARY_SIZE, model.vocab_size or VOCABULARY_SIZE)
             vocabularies.train(prompts, workdir / "vocabulary.model", size)
         for file in files:
@@ -149,9 +149,16 @@ def _plain_batches(config, vocabulary, start, rows) -> Iterator[dict[str, np.nda
         start=start,
         workers=config.data.num_workers,
         rows=rows,
+        left_out=left_out(config),
         **image_arguments(config),
         **text_arguments(config),
     )
+
+
+def left_out(config) -> frozenset:
+    """The scenes that a run from `stream` does not draw: those of `data.left_out`."""
+    counts = dict(config.data.get("left_out", workdirs.LEFT_OUT))
+    return synthetic.scenes(counts.pop("seed"), counts)
 
 
 def image_arguments(config) -> dict:

@@ -37,6 +37,7 @@ from richhf_data import command, ranges
 # Of a config, for `experiments.check_ranges`; the model's own numbers are checked by `critics.config_of`.
 RANGES = programs.RANGES | evaluate.RANGES | {
     "data.num_workers": ranges.NUMBER_OF_PROCESSES,
+    "data.left_out.*": ranges.NUMBER,
     "eval.every": ranges.COUNT,
     "train.loss_weights.*": ranges.WEIGHT,
     "train.marked_weight": ranges.WEIGHT,
@@ -143,7 +144,8 @@ def train(config, workdir) -> dict[str, float]:
             value = float(multihost_utils.broadcast_one_to_all(np.float64(evaluate.selection(results))))
             if best_value is None or value > best_value:
                 best_value = value
-                checkpoints.save(best, step, evaluate.calibrated(run.params, results), {"value": value})
+                about = {"value": value, "processor_seconds": run.processor_seconds}
+                checkpoints.save(best, step, evaluate.calibrated(run.params, results), about)
     return results
 
 

@@ -24,7 +24,7 @@ import jax
 import ml_collections
 from etils import epath
 
-from rahf import experiments, hosts
+from rahf import experiments, folders, hosts
 from rahf.models import critics
 from richhf_data import checked, json_files, paths
 from richhf_data import vocabulary as vocabularies
@@ -34,6 +34,7 @@ from richhf_data.ranges import Range
 # How a run is divided, logged and saved: no result depends on it.
 CONDUCT = ("mesh", "log_every", "checkpoint_every", "train.max_bad_steps", "tracker")
 DECODINGS = ("free", "copy")  # of `data.decoding`
+LEFT_OUT = {"seed": 0, "train": 0, "dev": 0, "test": 0, "test_novel": 0}  # the default of `data.left_out`
 # Architecture -> the config that has every key.
 BASES = {"rahf": "rahf_base", "resnet": "baseline_resnet50", "clip": "baseline_clip"}
 
@@ -203,7 +204,10 @@ def _check_types(config: Mapping, example: Mapping, whole: bool, name: str = "")
 
 def _read(workdir) -> dict:
     if is_new(workdir):
-        raise UserError(f"workdir: {workdir} has no config.json; expected a folder written by `python -m rahf.train`")
+        raise UserError(
+            f"workdir: {workdir} has no config.json; expected a folder written by `python -m rahf.train`, or a critic that "
+            f"RAHF comes with: {', '.join(folders.shipped())}"
+        )
     return json_files.read(verified(epath.Path(workdir) / "config.json"))
 
 
@@ -221,6 +225,7 @@ def _upgraded(config: Mapping) -> dict:
         config["model"] = dataclasses.asdict(critics.config_of(config["model"]))
         if isinstance(config.get("data"), dict):
             config["data"].setdefault("decoding", "free")
+            config["data"].setdefault("left_out", dict(LEFT_OUT))
         if isinstance(config.get("train"), dict):
             config["train"].setdefault("marked_weight", 1.0)
             config["train"].setdefault("heatmap_loss", "mse")

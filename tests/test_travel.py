@@ -21,6 +21,7 @@ import pytest
 import quick_xla
 import safetensors.numpy
 import tiny_clip
+import tiny_data
 import tiny_model
 
 import rahf
@@ -234,6 +235,24 @@ def test_a_run_without_an_evaluation_or_a_licence_says_so(workdir, tmp_path):
     assert "license:" not in text and "The licence is not stated" in text and "# name\n" in text
     assert "Not measured: `python -m rahf.evaluate` was not run" in text
     assert 'rahf.load("hf://owner/name")' in text and "--workdir=hf://owner/name" in text
+
+
+def test_the_card_says_how_a_run_was_trained(tmp_path):
+    config = experiments.load("rahf_ci")
+    config.data.data_dir = str(tiny_data.built())
+    text = card.model_card(*written(tmp_path / "run", config), "name", None, ["weights.safetensors"], "bfloat16")
+    assert "Trained by `python -m rahf.train --config=rahf_ci --workdir=RUN --config.data.data_dir=DATA`." in text
+    assert "1.5 hours of the host's processor time" in text and "The parameters, in bfloat16." in text
+    assert "no scene of" not in text and config.data.data_dir not in text
+    config.data.update(source="stream", data_dir="", left_out=dict(train=1200, test=7))
+    text = card.model_card(*written(tmp_path / "drawn", config), str(folders.SHIPPED / "tiny"), None, [])
+    assert "Trained by" not in text and 'rahf.load("tiny")' in text and "knows no photographs" in text
+    assert "no scene of these first examples of seed 0, whatever the wording: 7 of test, 1,200 of train." in text
+
+
+def written(folder, config):
+    """A run of the tiny model with this config: its folder, and what is read of it."""
+    return tiny_model.workdir(folder, config), readers.rahf_workdir(folder)
 
 
 def test_long_prompts_lose_their_ends_after_a_journey_as_before(workdir, tmp_path):

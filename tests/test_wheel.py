@@ -92,6 +92,7 @@ def test_wheel_holds_three_packages_with_templates_and_configs(wheel):
     for package in ("rahf", "richhf_data"):
         expected |= {str(path.relative_to(ROOT)) for path in (ROOT / package).rglob("*.jinja")}
     expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "richhf_data/annotate/static").iterdir()}
+    expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "rahf/critics/synth").iterdir()}
     assert expected <= set(names) and len(expected) > 10
 
 
@@ -140,6 +141,15 @@ def test_a_trained_model_predicts_by_the_command(trained):
     assert done.returncode == 0, done.stderr
     assert "a cat" in (trained.folder / "out" / "predictions.jsonl").read_text()
     assert (trained.folder / "out" / "report.html").is_file()
+
+
+def test_the_critic_in_the_wheel_reports_by_its_name(wheel):
+    critic = wheel.site / "rahf/critics/synth"
+    before = {path: path.stat().st_mtime_ns for path in [critic, *critic.iterdir()]}
+    done = wheel.run("-m", "rahf.predict", "--workdir=synth", "--drawn=2", "--output=drawn")
+    assert done.returncode == 0, done.stderr
+    assert "annotators, peak" in (wheel.folder / "drawn" / "report.html").read_text()
+    assert before == {path: path.stat().st_mtime_ns for path in [critic, *critic.iterdir()]}
 
 
 @pytest.mark.parametrize(

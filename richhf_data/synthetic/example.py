@@ -1,13 +1,15 @@
 """A complete example of RichHF-Synth: prompt, picture, annotations, consolidated targets, and the exact truth."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 
 import numpy as np
 
 from richhf_data import consolidate, schema
 from richhf_data.errors import UserError
 from richhf_data.synthetic import annotators, flaws, grammar, render
+
+FAR = 2**40  # no run draws so many examples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +66,21 @@ def draw_prompt(seed: int, index: int, split: str) -> grammar.Prompt:
     return grammar.sample(np.random.default_rng((seed, _split_number(split), index)), split)
 
 
+def scenes(seed: int, counts: Mapping[str, int]) -> frozenset[grammar.Scene]:
+    """What the prompts of the first examples of splits describe; draws no picture. counts: split -> how many examples."""
+    return frozenset(draw_prompt(seed, i, split).scene for split, count in counts.items() for i in range(count))
+
+
+def kept_index(seed: int, index: int, split: str, left_out: Set[grammar.Scene]) -> int:
+    """The index of the example that takes the place of `index`: another one if its scene is left out.
+
+    It is the first of index, index + FAR, index + 2 * FAR, ... whose scene is not left out: a function of the arguments.
+    """
+    while left_out and draw_prompt(seed, index, split).scene in left_out:
+        index += FAR
+    return index
+
+
 def draw(seed: int, index: int, split: str, image_size: int, map_size: int, take: int = 0) -> Example:
     """Draws one example; a function of the arguments.
 
@@ -106,7 +123,7 @@ def examples(split: str, count: int, seed: int, image_size: int, map_size: int) 
         yield draw(seed, index, split, image_size, map_size)
 
 
-def train_prompts(count: int, seed: int) -> Iterator[str]:
-    """The texts of the first `count` train prompts, for a vocabulary; draws no picture."""
+def train_prompts(count: int, seed: int, left_out: Set[grammar.Scene] = frozenset()) -> Iterator[str]:
+    """The texts of the first `count` train prompts, for a vocabulary; draws no picture. left_out: see `kept_index`."""
     for index in range(count):
-        yield draw_prompt(seed, index, "train").text
+        yield draw_prompt(seed, kept_index(seed, index, "train", left_out), "train").text

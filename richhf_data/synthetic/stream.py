@@ -6,14 +6,14 @@ import functools
 import itertools
 import multiprocessing
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 
 import cv2
 import numpy as np
 
 from richhf_data import keywords, paths, schema
 from richhf_data.errors import UserError
-from richhf_data.synthetic import example
+from richhf_data.synthetic import example, grammar
 from richhf_data.vocabulary import Vocabulary
 from richhf_data.workers import start_worker
 
@@ -34,6 +34,7 @@ def batches(
     workers: int | None = None,
     split: str = "train",
     rows: Sequence[int] | None = None,
+    left_out: Set[grammar.Scene] = frozenset(),
 ) -> Iterator[dict[str, np.ndarray]]:
     """Endless batches as `schema` describes them, in order, from number `start` on.
 
@@ -42,6 +43,7 @@ def batches(
 
     Args:
       rows: the rows of each batch to draw and yield, in this order; all by default.
+      left_out: scenes that no example may have; others take the places of those that do (`example.kept_index`).
       workers: number of processes that draw; None = one per core, 0 = this process. They end with the generator
         (`close`), with this process, and on an error of a worker, which is raised here.
 
@@ -54,6 +56,7 @@ def batches(
         rows=range(batch_size) if rows is None else [int(row) for row in rows],
         seed=seed,
         split=split,
+        left_out=left_out,
         vocabulary=vocabulary,
         sizes=(image_size, heatmap_size),
         variant=variant,
@@ -100,8 +103,9 @@ def _draw(number):
     return _draw_batch(number)
 
 
-def _batch(number, *, batch_size, rows, seed, split, sizes, **arguments):
-    drawn = [example.draw(seed, number * batch_size + row, split, *sizes).decoded() for row in rows]
+def _batch(number, *, batch_size, rows, seed, split, left_out, sizes, **arguments):
+    indices = [example.kept_index(seed, number * batch_size + row, split, left_out) for row in rows]
+    drawn = [example.draw(seed, index, split, *sizes).decoded() for index in indices]
     return make_batch(drawn, **arguments)
 
 
