@@ -32,6 +32,9 @@ BASE = {
     "model.score_head.pool": "flatten",
     "model.score_head.reads_text": False,
     "model.vit.stem_blocks": 0,
+    "model.vit.stem_width": 64,
+    "model.vit.depth": 4,
+    "model.word_head": False,
     "train.heatmap_loss": "mse",
     "train.loss_weights.heatmap": 40.0,
     "train.marked_weight": 1.0,
@@ -40,6 +43,8 @@ POOLED = {"model.score_head.filters": (), "model.score_head.dense": (128, 64), "
 TEXT = POOLED | {"model.score_head.reads_text": True}
 MARKS = {"train.marked_weight": 2.0}
 STEM = {"model.vit.stem_blocks": 1}
+HYBRID = {"model.vit.stem_width": 32, "model.vit.stem_blocks": 4, "model.vit.depth": 3}
+WORDS = {"model.word_head": True}
 ENTROPY = {"train.heatmap_loss": "cross_entropy", "train.loss_weights.heatmap": 5.0}
 RUNS = {
     "base": ("base", {}),
@@ -47,8 +52,10 @@ RUNS = {
     "text": ("score heads pool and read the prompt", TEXT),
     "marks": ("marks count twice", MARKS),
     "stem": ("a convolution in the stem", STEM),
+    "hybrid": ("four narrow convolutions for a layer of the ViT", HYBRID),
+    "words": ("a head for words", WORDS),
     "entropy": ("cross-entropy of heatmaps", ENTROPY),
-    "all": ("text, marks, stem and cross-entropy", TEXT | MARKS | STEM | ENTROPY),
+    "all": ("text, marks, hybrid, words and cross-entropy", TEXT | MARKS | HYBRID | WORDS | ENTROPY),
 }
 COLUMNS = {
     "plausibility": "score/plcc/plausibility",

@@ -128,7 +128,7 @@ def labelled_words(text_ids: np.ndarray, keyword_ids: np.ndarray, vocabulary, we
         if prompt and written.endswith(prompt):
             marked = np.repeat([label == keywords.MISALIGNED for _, label in words], [len(word) for word, _ in words])
             lengths = np.array([len(piece) for piece in pieces])
-            begins = np.cumsum(lengths) - lengths - (len(written) - len(prompt))  # each piece's first character in the prompt
+            begins = np.cumsum(lengths) - lengths - len(written) + len(prompt)  # each piece's first character in the prompt
             of_prompt = np.flatnonzero((begins >= 0) & (lengths > 0))
             labels[row, of_prompt] = marked[begins[of_prompt]]
             weights[row, of_prompt] = np.where(labels[row, of_prompt], weight, 1)
