@@ -60,7 +60,7 @@ class Evaluation:
       num_examples: the first so many; by default all, or `eval.num_examples` of RichHF-Synth.
 
     Raises:
-      UserError: no such dataset or split.
+      UserError: no such dataset or split; captions, where the decoder may only copy.
     """
 
     def __init__(self, predict: predictor.Predictor, split: str, num_examples: int | None = None):
@@ -100,7 +100,13 @@ class _DatasetSplit:
         self._data_dir, self._name = sources.evaluation_dir(config), split
         self._task = sources.register_task(config, vocabulary, augment=False)
         self._evaluator = features.evaluator(self._task, split, num_examples)
-        self._prompts = [target["prompt"] for target in features.targets(self._evaluator, self._task)] if copies else None
+        targets = features.targets(self._evaluator, self._task) if copies else []
+        if any(target["caption"] for target in targets):
+            raise UserError(
+                f"data.decoding: got 'copy', expected 'free' for {self._data_dir}, whose captions are no copies of their "
+                "prompts; set --config.data.decoding=free"
+            )
+        self._prompts = [target["prompt"] for target in targets]
 
     def evaluate(self, predict) -> dict[str, float]:
         def predict_with_aux(dataset, model_feature_shapes=None):

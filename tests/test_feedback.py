@@ -90,6 +90,13 @@ def test_each_kind_of_feedback_is_evaluated_on_what_it_has(kind, run, data_dirs)
         assert first == pytest.approx(results, nan_ok=True)
 
 
+def test_captions_are_not_evaluated_by_a_decoder_that_copies(run, data_dirs):
+    config = _config(data_dir=data_dirs["captions"], decoding="copy")
+    predict = predictor.Predictor(config, predictor.load(run[0]).vocabulary)
+    with pytest.raises(ValueError, match=r"^data.decoding: got 'copy', expected 'free' for .*captions.*; set --config"):
+        evaluate.Evaluation(predict, "dev", 6)
+
+
 def test_training_reads_each_dataset_of_the_mixture(data_dirs, tmp_path):
     config = _config(mixture=tuple((folder, 1) for folder in data_dirs.values()), augment=True)
     pieces = sources.install_vocabulary(config, tmp_path)
