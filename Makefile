@@ -10,20 +10,20 @@ $(VENV)/installed: setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	touch $@
 
-# The critic that comes with the package, as it is and fine-tuned, beside one that was trained from scratch and recorded.
+# The critic that comes with the package, as it is and fine-tuned.
 demo: $(VENV)/installed
 	$(BIN)/python -m rahf.predict --workdir=synth --drawn=24 --output=demo/shipped
-	$(BIN)/python -m richhf_data.synthetic --output=demo/records --train=12000 --dev=200 --test=400 --size=96 --seed=0
+	$(BIN)/python -m richhf_data.synthetic --output=demo/records --train=6400 --dev=200 --test=400 --size=96 --seed=0
 	$(BIN)/python -m richhf_data.build --records=demo/records --images='parquet:demo/records/images/*.parquet' --data_dir=demo/data
 	$(BIN)/python -m rahf.train --config=rahf_synth_demo --workdir=demo/run --config.data.data_dir=demo/data
 	$(BIN)/python -m rahf.evaluate --workdir=demo/run --split=test
 	$(BIN)/python -m rahf.predict --workdir=demo/run --data_dir=demo/data --split=test --limit=24 --output=demo/run
-	$(BIN)/python -m rahf.tables --data_dir=demo/data --rows 'from scratch, recorded (make demo-from-scratch)=predictions:docs/from_scratch.parquet' shipped=synth fine-tuned=demo/run --output=demo/tables
+	$(BIN)/python -m rahf.tables --data_dir=demo/data --rows shipped=synth fine-tuned=demo/run --output=demo/tables
 
-# After `make demo`: the run from scratch whose predictions docs/from_scratch.parquet holds, on the same pictures.
+# After `make demo`: the same tables with a critic that is trained from scratch on the same pictures.
 demo-from-scratch: $(VENV)/installed
 	$(BIN)/python -m rahf.train --config=rahf_synth_tiny --workdir=demo/scratch --config.data.data_dir=demo/data
-	$(BIN)/python -m rahf.tables --data_dir=demo/data --rows scratch=demo/scratch shipped=synth fine-tuned=demo/run --output=demo/from_scratch
+	$(BIN)/python -m rahf.tables --data_dir=demo/data --rows 'from scratch'=demo/scratch shipped=synth fine-tuned=demo/run --output=demo/tables_from_scratch
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

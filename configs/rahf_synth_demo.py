@@ -1,4 +1,4 @@
-"""The demo: the critic that comes with the package, fine-tuned on 12,000 pictures that are read from records.
+"""The demo: the critic that comes with the package, fine-tuned on 6,400 pictures that are read from records.
 
   command    make demo
   hardware   2 CPU cores

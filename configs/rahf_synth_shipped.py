@@ -1,4 +1,4 @@
-r"""The critic that comes with the package, `rahf.load("synth")`: `rahf_synth_small` on other pictures and other prompts.
+r"""The critic that comes with the package, `rahf.load("synth")`: `rahf_synth_small` with options that are not in the paper.
 
 It draws no scene of the pictures that the demo and docs/results.md measure on. --config.seed=0 evaluates on those.
 
@@ -17,5 +17,11 @@ from rahf import experiments
 def get_config():
     config = experiments.load("rahf_synth_small")
     config.seed = 22
+    config.model.word_head = True
+    config.model.vit.update(stem_width=32, stem_blocks=4, depth=3)
+    config.model.score_head.update(filters=(), dense=(128, 64), pool="mean", reads_text=True, deviation=True)
+    config.train.update(heatmap_loss="cross_entropy", marked_weight=2.0, loss_weights=dict(heatmap=5.0))
+    config.data.decoding = "copy"
+    config.eval.every = 1625
     config.data.left_out.update(train=12_000, dev=500, test=1000, test_novel=1000)  # of seed 0
     return config
