@@ -157,7 +157,7 @@ def _plain_batches(config, vocabulary, start, rows) -> Iterator[dict[str, np.nda
 
 def left_out(config) -> frozenset:
     """The scenes that a run from `stream` does not draw: those of `data.left_out`."""
-    counts = dict(config.data.get("left_out", workdirs.LEFT_OUT))
+    counts = dict(config.data.left_out)
     return synthetic.scenes(counts.pop("seed"), counts)
 
 

@@ -1,8 +1,11 @@
 """The table of benchmarks.critic: means, gains and their standard errors; and which runs it takes."""
 
+import functools
+
 import pytest
 
 from benchmarks import critic
+from rahf import experiments
 from richhf_data import json_files
 
 
@@ -32,3 +35,9 @@ def test_an_unknown_run_and_another_number_of_steps_are_refused(tmp_path):
         critic.compare(tmp_path, ["no-0"], seeds=1, steps=10)
     with pytest.raises(ValueError, match=r"--steps: got 20, expected 10, as .* has 320 pictures"):
         critic.compare(tmp_path, ["base-0"], seeds=1, steps=20)
+
+
+def test_all_options_together_are_those_of_the_shipped_critic():
+    config = experiments.load("rahf_synth_shipped")
+    for key, value in critic.RUNS["all"][1].items():
+        assert functools.reduce(getattr, key.split("."), config) == value, key

@@ -1,5 +1,6 @@
 """The critic in the package: found by name, small, never written to, trained on none of the demo's prompts."""
 
+import dataclasses
 import hashlib
 import itertools
 import os
@@ -12,7 +13,7 @@ import pytest
 from flax.traverse_util import unflatten_dict
 
 import rahf
-from rahf import evaluate, experiments, folders, predict, pretrained, sources, workdirs
+from rahf import evaluate, experiments, folders, predict, pretrained, sources, weights, workdirs
 from rahf.models import critics
 from rahf.models.parameters import param_shapes
 from rahf.reward import specs
@@ -107,6 +108,18 @@ def test_a_run_that_starts_from_it_has_its_model_and_reads_with_its_vocabulary(t
     model = critics.config_of(config.model.to_dict())
     ours = param_shapes(critics.module_of(model).init, *critics.dummy_inputs(model))
     assert pretrained.starting_tensors(config.init, unflatten_dict(ours, sep="/"), model).keys() == ours.keys()
+
+    def started(folder, head):
+        shapes = dataclasses.replace(model, word_head=head)
+        ours = param_shapes(critics.module_of(shapes).init, *critics.dummy_inputs(shapes))
+        return pretrained.starting_tensors({"rahf": str(folder)}, unflatten_dict(ours, sep="/"), shapes).keys()
+
+    head = {name for name in ours if name.startswith("word_head/")}
+    assert len(head) == 2 and started("synth", head=False) == ours.keys() - head
+    shutil.copytree(SYNTH, tmp_path / "headless")
+    held = {name: tensor for name, tensor in pretrained.read(SYNTH, "rahf").tensors.items() if name not in head}
+    weights.write_safetensors(tmp_path / "headless/weights.safetensors", held)
+    assert started(tmp_path / "headless", head=True) == started(tmp_path / "headless", head=False) == ours.keys() - head
     config.init.t5 = "elsewhere"  # whose embeddings are of another vocabulary
     with pytest.raises(ValueError, match=r"data.data_dir: got ''"):
         sources.install_vocabulary(config, tmp_path / "other")
