@@ -1,15 +1,21 @@
 """What each option of the critic's model and loss adds on RichHF-Synth, with the noise over seeds and the cost.
 
-    python -m benchmarks.critic --workdir=DIR [--seeds=3] [--only=NAME-SEED,...]
+    python -m benchmarks.critic --workdir=DIR [--only=RUN,...]
 
-Each run trains `rahf_synth_tiny` with the changes of `RUNS` on the same pictures, each seen once, and is then evaluated. A
-run is a process of `rahf.train` and one of `rahf.evaluate`; it resumes, and a finished one is kept.
+Sixteen runs take every odd number of the five options: each alone, every three, all five. Eight of them have an option, the
+other eight do not, and each other option is in half of both. So the gain of an option is the difference of two means over
+eight runs; the residuals of the fit give its standard error. `base` has no option. The `augmented` runs are of the other
+variant, without and with all options.
+
+Each run trains `rahf_synth_tiny` with a seed of its own on the same pictures, each seen once. It is a process of
+`rahf.train` and one of `rahf.evaluate`; a killed run resumes, and a finished one is kept.
 
     records/, data/                         the pictures
-    runs/NAME-SEED/eval/test.json           metrics; cost.json: processor seconds of the steps
+    runs/RUN/eval/test.json                 metrics; cost.json: processor seconds of the steps
     table.md, results.json                  all finished runs
 """
 
+import itertools
 import pathlib
 import subprocess
 import sys
@@ -39,24 +45,30 @@ BASE = {
     "train.loss_weights.heatmap": 40.0,
     "train.marked_weight": 1.0,
 }
-POOLED = {"model.score_head.filters": (), "model.score_head.dense": (128, 64), "model.score_head.pool": "mean"}
-TEXT = POOLED | {"model.score_head.reads_text": True}
-MARKS = {"train.marked_weight": 2.0}
-STEM = {"model.vit.stem_blocks": 1}
-HYBRID = {"model.vit.stem_width": 32, "model.vit.stem_blocks": 4, "model.vit.depth": 3}
-WORDS = {"model.word_head": True}
-ENTROPY = {"train.heatmap_loss": "cross_entropy", "train.loss_weights.heatmap": 5.0}
-RUNS = {
-    "base": ("base", {}),
-    "pooled": ("score heads pool", POOLED),
-    "text": ("score heads pool and read the prompt", TEXT),
-    "marks": ("marks count twice", MARKS),
-    "stem": ("a convolution in the stem", STEM),
-    "hybrid": ("four narrow convolutions for a layer of the ViT", HYBRID),
-    "words": ("a head for words", WORDS),
-    "entropy": ("cross-entropy of heatmaps", ENTROPY),
-    "all": ("text, marks, hybrid, words and cross-entropy", TEXT | MARKS | HYBRID | WORDS | ENTROPY),
+OPTIONS = {  # name: (what it is, its changes)
+    "text": (
+        "score heads pool and read the prompt",
+        {
+            "model.score_head.filters": (),
+            "model.score_head.dense": (128, 64),
+            "model.score_head.pool": "mean",
+            "model.score_head.reads_text": True,
+        },
+    ),
+    "marks": ("marks count twice", {"train.marked_weight": 2.0}),
+    "hybrid": (
+        "four narrow convolutions for a layer of the ViT",
+        {"model.vit.stem_width": 32, "model.vit.stem_blocks": 4, "model.vit.depth": 3},
+    ),
+    "words": ("a head for words", {"model.word_head": True}),
+    "entropy": (
+        "cross-entropy of heatmaps",
+        {"train.heatmap_loss": "cross_entropy", "train.loss_weights.heatmap": 5.0},
+    ),
 }
+ODD = [names for count in (1, 3, 5) for names in itertools.combinations(OPTIONS, count)]
+ALL = tuple(OPTIONS)
+RUNS = {"+".join(names): names for names in ODD} | {"base": (), "augmented": (), "augmented+all": ALL}
 COLUMNS = {
     "plausibility": "score/plcc/plausibility",
     "alignment": "score/plcc/alignment",
@@ -84,11 +96,15 @@ def draw(root: pathlib.Path, count: int) -> None:
     json_files.write(root / "pictures.json", splits)
 
 
-def measure(root: pathlib.Path, name: str, seed: int, steps: int) -> None:
+def measure(root: pathlib.Path, run: str, steps: int) -> None:
     """Trains and evaluates one run."""
-    folder = root / f"runs/{name}-{seed}"
+    folder, seed = root / "runs" / run, list(RUNS).index(run)
     changes = {"seed": seed, "train.num_steps": steps, "train.batch_size": BATCH, "eval.every": steps}
-    changes |= {"data.data_dir": str(root / "data"), "data.decoding": "copy"} | BASE | RUNS[name][1]
+    changes |= {"data.data_dir": str(root / "data"), "data.decoding": "copy"} | BASE
+    for name in RUNS[run]:
+        changes |= OPTIONS[name][1]
+    if run.startswith("augmented"):
+        changes["model.variant"] = "augmented_prompt"
     overrides = [f"--config.{key}={value}" for key, value in changes.items()]
     run_module("rahf.train", "--config=rahf_synth_tiny", f"--workdir={folder}", *overrides)
     with checkpoints.manager(folder, "checkpoints") as latest:
@@ -97,73 +113,90 @@ def measure(root: pathlib.Path, name: str, seed: int, steps: int) -> None:
     run_module("rahf.evaluate", f"--workdir={folder}", "--split=test")
 
 
-def read(root: pathlib.Path) -> dict[str, list[dict[str, float]]]:
-    """The metrics and the processor minutes of the finished runs of each name, by seed."""
-    found = {name: [] for name in RUNS}
-    for name, rows in found.items():
-        for file in sorted((root / "runs").glob(f"{name}-*/eval/test.json")):
-            cost = json_files.read(file.parent.parent / "cost.json")["processor_seconds"]
-            rows.append(json_files.read(file) | {"minutes": cost / 60})
-    return {name: rows for name, rows in found.items() if rows}
+def read(root: pathlib.Path) -> dict[str, dict[str, float]]:
+    """Of each finished run: the values of `COLUMNS`, the mean PLCC of the four scores, and the processor minutes."""
+    found = {}
+    for run in RUNS:
+        folder = root / "runs" / run
+        if (folder / "eval/test.json").is_file():
+            metrics, cost = json_files.read(folder / "eval/test.json"), json_files.read(folder / "cost.json")
+            plcc = float(np.mean([value for key, value in metrics.items() if key.startswith("score/plcc/")]))
+            values = {"mean PLCC": plcc} | {column: metrics[key] for column, key in COLUMNS.items()}
+            found[run] = values | {"processor minutes": cost["processor_seconds"] / 60}
+    return found
 
 
-def mean_plcc(row: dict[str, float]) -> float:
-    """Over the four scores."""
-    return float(np.mean([value for key, value in row.items() if key.startswith("score/plcc/")]))
+def gains(found: dict[str, dict[str, float]]) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """The gains of the options over the multi-head runs, by least squares.
+
+    Returns:
+      the gain of each option in each value, its standard error (both [options, values]), and the standard deviation of one
+      run [values]; None where the runs are too few for them.
+    """
+    runs = [run for run in found if not run.startswith("augmented")]
+    design = np.array([[1.0, *(name in RUNS[run] for name in OPTIONS)] for run in runs])
+    free = len(runs) - len(OPTIONS) - 1
+    if free < 1 or np.linalg.matrix_rank(design) <= len(OPTIONS):
+        return None
+    values = np.array([list(found[run].values()) for run in runs])
+    fit = np.linalg.lstsq(design, values)[0]
+    deviation = np.sqrt(((values - design @ fit) ** 2).sum(0) / free)
+    scale = np.sqrt(np.diag(np.linalg.inv(design.T @ design)))
+    return fit[1:], np.outer(scale, deviation)[1:], deviation
 
 
-def table_of(found: dict[str, list[dict[str, float]]]) -> str:
-    """A table in Markdown: means over the seeds, and the gain over the base with its standard error."""
+def tables_of(found: dict[str, dict[str, float]]) -> str:
+    """Tables in Markdown: the runs, and the gain of each option with its standard error."""
 
-    def moments(rows):
-        values = [mean_plcc(row) for row in rows]
-        return np.mean(values), np.std(values, ddof=1) ** 2 / len(values) if len(values) > 1 else np.nan
+    def places(column):
+        return 1 if column == "processor minutes" else 3
 
-    lines, (base, of_base) = [], moments(found["base"])
-    for name, rows in found.items():
-        mean, variance = moments(rows)
-        gain = "" if name == "base" else f"{mean - base:+.3f} ± {np.sqrt(variance + of_base):.3f}"
-        values = {column: f"{np.mean([row[key] for row in rows]):.3f}" for column, key in COLUMNS.items()}
-        minutes = f"{np.mean([row['minutes'] for row in rows]):.1f}"
-        line = {"": RUNS[name][0], "seeds": len(rows), **values, "mean PLCC": f"{mean:.3f} ± {np.sqrt(variance):.3f}"}
-        lines.append(line | {"gain": gain, "processor minutes": minutes})
-    return tabulate.tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
+    def table(rows):
+        return tabulate.tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+
+    columns, fitted = list(next(iter(found.values()))), gains(found)
+    rows = [{"run": run} | {name: f"{value:.{places(name)}f}" for name, value in found[run].items()} for run in found]
+    if fitted is None:
+        return table(rows) + "\n"
+    gain, error, deviation = fitted
+    rows.append({"run": "deviation of one run"} | {c: f"{x:.{places(c)}f}" for c, x in zip(columns, deviation, strict=True)})
+    options = [
+        {"option": what} | {c: f"{x:+.{places(c)}f} ± {e:.{places(c)}f}" for c, x, e in zip(columns, *pair, strict=True)}
+        for (what, _), pair in zip(OPTIONS.values(), zip(gain, error, strict=True), strict=True)
+    ]
+    return f"{table(options)}\n\n{table(rows)}\n"
 
 
-def compare(root: pathlib.Path, only: Sequence[str], seeds: int, steps: int) -> None:
-    """Makes the runs that are not finished, all or those of `only`, and writes the table of all that are.
+def compare(root: pathlib.Path, only: Sequence[str], steps: int) -> None:
+    """Makes the runs that are not finished, all or those of `only`, and writes the tables of all that are.
 
     Raises:
       UserError: an unknown run, another number of steps than the folder's, or a command that failed.
     """
     (root / "runs").mkdir(parents=True, exist_ok=True)
-    every = [f"{name}-{seed}" for seed in range(seeds) for name in RUNS]
-    if unknown := [run for run in only if run not in every]:
-        raise UserError(f"--only: got {', '.join(unknown)}, expected some of {', '.join(every)}")
+    if unknown := [run for run in only if run not in RUNS]:
+        raise UserError(f"--only: got {', '.join(unknown)}, expected some of {', '.join(RUNS)}")
     timed = stages.Timed(root / "seconds.json")
     timed("pictures", draw, root, steps * BATCH, unless=root / "pictures.json")
     if (had := json_files.read(root / "pictures.json")["train"]) != steps * BATCH:
         raise UserError(f"--steps: got {steps}, expected {had // BATCH}, as {root} has {had:,} pictures")
-    for run in only or every:
-        name, _, seed = run.rpartition("-")
-        timed(run, measure, root, name, int(seed), steps, unless=root / f"runs/{run}/eval/test.json")
+    for run in only or RUNS:
+        timed(run, measure, root, run, steps, unless=root / f"runs/{run}/eval/test.json")
     if found := read(root):
         json_files.write(root / "results.json", found)
-        if "base" in found:
-            paths.replace(root / "table.md", (table := table_of(found) + "\n").encode())
-            print(table)
+        paths.replace(root / "table.md", (table := tables_of(found)).encode())
+        print(table)
     print(timed.summary())
 
 
 def main():
     args = flags.FLAGS
-    compare(pathlib.Path(args.workdir), args.only, args.seeds, args.steps)
+    compare(pathlib.Path(args.workdir), args.only, args.steps)
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "For the pictures, the runs and the table; a killed command goes on.")
-    flags.DEFINE_list("only", [], "Runs, as NAME-SEED; all by default.")
-    ranges.flag("seeds", 3, "Of each row.", ranges.COUNT)
+    flags.DEFINE_list("only", [], "Runs, by name; all by default.")
     ranges.flag("steps", 1650, f"Of each run, {BATCH} pictures each.", ranges.COUNT)
     flags.mark_flag_as_required("workdir")
     command.run(main)

@@ -1,8 +1,11 @@
-"""The table of benchmarks.critic: means, gains and their standard errors; and which runs it takes."""
+"""The tables of benchmarks.critic: gains and their standard errors; and which runs it takes."""
 
 import functools
+import itertools
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from benchmarks import critic
 from rahf import experiments
@@ -17,27 +20,53 @@ def finished(root, run, plcc, seconds=60.0):
     json_files.write(root / f"runs/{run}/cost.json", {"processor_seconds": seconds})
 
 
-def test_the_table_has_gains_with_the_errors_of_both_rows(tmp_path):
-    for run, plcc in {"base-0": 0.5, "base-1": 0.6, "text-0": 0.7, "text-1": 0.7, "marks-0": 0.55}.items():
-        finished(tmp_path, run, plcc, seconds=90.0)
-    found = critic.read(tmp_path)
-    assert list(found) == ["base", "text", "marks"]
-    _, _, base, text, marks = (line.split("|")[1:-1] for line in critic.table_of(found).splitlines())
-    base, text, marks = ([cell.strip() for cell in row] for row in (base, text, marks))
-    assert base[:2] == ["base", "2"] and base[-3:] == ["0.550 ± 0.050", "", "1.5"]
-    assert text[-3:] == ["0.700 ± 0.000", "+0.150 ± 0.050", "1.5"]
-    assert marks[-3:] == ["0.550 ± nan", "+0.000 ± nan", "1.5"]  # one seed has no error
+def test_each_option_and_each_pair_of_options_is_in_a_balanced_part_of_the_runs():
+    assert len(critic.ODD) == 16
+    for first, second in itertools.combinations(critic.OPTIONS, 2):
+        pairs = [(first in names, second in names) for names in critic.ODD]
+        assert all(pairs.count(pair) == 4 for pair in itertools.product((False, True), repeat=2))
+
+
+def test_gains_are_the_differences_of_the_halves_and_their_errors_those_of_the_noise(tmp_path):
+    random, adds = np.random.default_rng(0), dict(zip(critic.OPTIONS, (0.1, 0.05, 0.0, 0.2, -0.1), strict=True))
+    values = {names: 0.4 + sum(adds[name] for name in names) + random.normal(0, 0.01) for names in critic.ODD}
+    for names, value in values.items():
+        finished(tmp_path, "+".join(names), value, seconds=60 * (1 + ("hybrid" in names)))
+    gain, error, deviation = critic.gains(critic.read(tmp_path))
+    for row, name in enumerate(critic.OPTIONS):
+        halves = [[value for names, value in values.items() if (name in names) == has] for has in (True, False)]
+        np.testing.assert_allclose(gain[row, 0], np.mean(halves[0]) - np.mean(halves[1]), atol=1e-12)
+        assert abs(gain[row, 0] - adds[name]) < 3 * error[row, 0]
+    np.testing.assert_allclose(error[:, 0], deviation[0] * 2 / 4, rtol=1e-9)  # of two means over 8 runs
+    assert stats.chi2.ppf(0.001, 10) < 10 * (deviation[0] / 0.01) ** 2 < stats.chi2.ppf(0.999, 10)
+    np.testing.assert_allclose(gain[:, -1], [0, 0, 1, 0, 0], atol=1e-12)
+
+
+def test_the_tables_show_gains_and_runs(tmp_path):
+    finished(tmp_path, "base", 0.5)
+    finished(tmp_path, "augmented", 0.9)
+    assert critic.gains(critic.read(tmp_path)) is None
+    assert "gain" not in critic.tables_of(critic.read(tmp_path))
+    for names in critic.ODD:
+        finished(tmp_path, "+".join(names), 0.5 + 0.1 * ("words" in names), seconds=90.0 if "words" in names else 60.0)
+    options, runs = critic.tables_of(critic.read(tmp_path)).strip().split("\n\n")
+    (words,) = (line for line in options.splitlines() if "a head for words" in line)
+    cells = [cell.strip() for cell in words.split("|")[1:-1]]
+    assert cells[1] == "+0.100 ± 0.000" and cells[-1] == "+0.5 ± 0.0"
+    assert len(runs.splitlines()) == 2 + 16 + 2 + 1
+    assert "| deviation of one run " in runs and "| augmented " in runs
 
 
 def test_an_unknown_run_and_another_number_of_steps_are_refused(tmp_path):
     json_files.write(tmp_path / "pictures.json", {"train": 320})
-    with pytest.raises(ValueError, match=r"--only: got no-0, expected some of base-0, "):
-        critic.compare(tmp_path, ["no-0"], seeds=1, steps=10)
+    with pytest.raises(ValueError, match=r"--only: got no, expected some of text, "):
+        critic.compare(tmp_path, ["no"], steps=10)
     with pytest.raises(ValueError, match=r"--steps: got 20, expected 10, as .* has 320 pictures"):
-        critic.compare(tmp_path, ["base-0"], seeds=1, steps=20)
+        critic.compare(tmp_path, ["base"], steps=20)
 
 
 def test_all_options_together_are_those_of_the_shipped_critic():
     config = experiments.load("rahf_synth_shipped")
-    for key, value in critic.RUNS["all"][1].items():
-        assert functools.reduce(getattr, key.split("."), config) == value, key
+    for _, changes in critic.OPTIONS.values():
+        for key, value in changes.items():
+            assert functools.reduce(getattr, key.split("."), config) == value, key
