@@ -24,6 +24,7 @@ setup(
     package_dir={"rahf.configs": "configs"},
     package_data={
         "rahf": ["*.jinja", "*/*.jinja", "critics/*/*"],
+        "rahf.configs": ["t5x/*"],
         "richhf_data": ["*.jinja", "annotate/*.jinja", "annotate/static/*"],
     },
     install_requires=[

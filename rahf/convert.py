@@ -23,6 +23,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from absl import flags
+from etils import epath
 
 from rahf import card, export, folders, predictor, pretrained, weights, workdirs
 from rahf.models import critics
@@ -82,8 +83,8 @@ def convert(
         if onnx and converted.kind != "rahf":
             raise UserError(f"onnx: got a {converted.kind}, expected a whole RAHF")
         if converted.kind == "rahf":
-            if source == "workdir":
-                vocabulary = workdirs.vocabulary(path)
+            if source in ("workdir", "t5x-rahf"):
+                vocabulary = workdirs.vocabulary(path if source == "workdir" else epath.Path(path).parent)
             elif not vocabulary:
                 raise UserError(
                     f"vocabulary: got none, {path} needs the SentencePiece model of its T5; pass --vocabulary=PATH"

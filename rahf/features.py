@@ -34,7 +34,10 @@ class RAHFFeatureConverter(seqio.FeatureConverter):
     TASK_FEATURES: ClassVar = {"targets" if name == "keyword_ids" else name: spec for name, spec in MODEL_FEATURES.items()}
     PACKING_FEATURE_DTYPES = None
 
-    def __init__(self):
+    def __init__(self, pack: bool = False, use_custom_packing_ops: bool = False):
+        """`pack` and `use_custom_packing_ops` are T5X's. UserError if either is True."""
+        if pack or use_custom_packing_ops:
+            raise UserError("DatasetConfig.pack: got True, expected False: a row of a batch has one image")
         super().__init__(pack=False)
 
     def _convert_features(self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]) -> tf.data.Dataset:

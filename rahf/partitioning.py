@@ -145,9 +145,10 @@ class MeshFunction:
 
 
 def _active() -> str | None:
-    """The active sharding; None where a module is computed on one device, without a mesh."""
+    """The active sharding; None without a mesh of ours: on one device, or on T5X's mesh, over which XLA divides all."""
     sharding = _sharding.get()
-    assert sharding or jax.sharding.get_abstract_mesh().empty, "a mesh is set without its sharding: use MeshFunction"
+    is_ours = "shard" in jax.sharding.get_abstract_mesh().axis_names
+    assert sharding or not is_ours, "a mesh is set without its sharding: use MeshFunction"
     return sharding
 
 

@@ -37,12 +37,8 @@ def install_vocabulary(config, workdir) -> vocabularies.Vocabulary | vocabularie
     files = [workdir / name for name in (*vocabularies.CLIP_FILES, "vocabulary.model")]
     complete = (workdir / "vocabulary.model").exists() or any(map(workdirs.is_sealed, files))
     if jax.process_index() == 0 and not complete:
-        if given := config.data.vocabulary or config.init.get("clip"):
-            vocabularies.of(folders.local_folder(given)).copy(workdir)
-        elif config.init.rahf and not config.init.get("t5"):
-            workdirs.vocabulary(folders.local_folder(config.init.rahf)).copy(workdir)
-        elif config.data.source == "seqio":
-            vocabularies.of(epath.Path(evaluation_dir(config)) / "vocabulary.model").copy(workdir)
+        if given := given_vocabulary(config):
+            given.copy(workdir)
         else:
             prompts = synthetic.train_prompts(VOCABULARY_PROMPTS, config.seed, left_out(config))
             model = critics.config_of(config.model.to_dict())
@@ -53,6 +49,17 @@ def install_vocabulary(config, workdir) -> vocabularies.Vocabulary | vocabularie
                 workdirs.seal(file)
     hosts.wait("vocabulary")
     return workdirs.vocabulary(workdir)
+
+
+def given_vocabulary(config) -> vocabularies.Vocabulary | vocabularies.CLIPVocabulary | None:
+    """The vocabulary that `install_vocabulary` copies; None where it trains one. UserError where it is missing."""
+    if given := config.data.vocabulary or config.init.get("clip"):
+        return vocabularies.of(folders.local_folder(given))
+    if config.init.rahf and not config.init.get("t5"):
+        return workdirs.vocabulary(folders.local_folder(config.init.rahf))
+    if config.data.source == "seqio":
+        return vocabularies.of(epath.Path(evaluation_dir(config)) / "vocabulary.model")
+    return None
 
 
 def training_batches(

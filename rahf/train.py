@@ -64,7 +64,7 @@ def check(config) -> None:
 
 
 def program(config) -> programs.Program:
-    """RAHF or a baseline as a config says, to be assembled (program.py)."""
+    """RAHF or a baseline as a config says, to be assembled (program.py). Its loss without a key (None) has no dropout."""
     model_config = critics.config_of(config.model.to_dict())
     if "resnet" in config.optimizer.freeze:  # with its running statistics
         resnet = dataclasses.replace(model_config.resnet, frozen_norm=True)
@@ -78,9 +78,8 @@ def program(config) -> programs.Program:
 
     def loss(params, rows, normalisers, key):
         inputs = rows["image"], rows["text_ids"], rows["keyword_ids"]
-        outputs, statistics = model.apply(
-            {"params": params}, *inputs, train=True, rngs={"dropout": key}, mutable=[STATISTICS]
-        )
+        train, rngs = key is not None, {} if key is None else {"dropout": key}
+        outputs, statistics = model.apply({"params": params}, *inputs, train=train, rngs=rngs, mutable=[STATISTICS])
         loss, metrics = losses.rahf_loss(
             outputs, rows, normalisers, loss_weights, count_padding, heatmap_loss, word_weight
         )

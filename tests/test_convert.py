@@ -19,8 +19,8 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-import tensorstore
 import tiny_model
+from tiny_model import write_t5x
 
 from rahf import convert, experiments, losses, names, predictor, pretrained, readers, weights
 from rahf.models import t5
@@ -127,22 +127,6 @@ def test_the_release_at_its_real_size_is_the_config_for_it(torch):
 
 
 # ---- T5X, scanned ---------------------------------------------------------------------------------------------------
-def write_t5x(folder, arrays):
-    """A checkpoint in T5X's own format: a msgpack index, one zarr array a parameter, small ones in the index."""
-    folder.mkdir(exist_ok=True)
-    target = {}
-    for name, array in arrays.items():
-        if array.size < 40:
-            target[name] = array
-            continue
-        path = folder / f"target.{name.replace('/', '.')}"
-        spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(path)}}
-        target[name] = spec
-        tensorstore.open(spec, create=True, dtype=array.dtype, shape=array.shape).result().write(array).result()
-    index = {"version": 3, "optimizer": {"target": flax.traverse_util.unflatten_dict(target, sep="/"), "state": {}}}
-    (folder / "checkpoint").write_bytes(flax.serialization.msgpack_serialize(index))
-
-
 def scanned(arrays, num_heads):
     """A tree of `examples/t5` as `scalable_t5` stores it: layers on axis 1, heads on an axis of their own."""
     out = {name: array for name, array in arrays.items() if "layers_" not in name and "relpos_bias" not in name}

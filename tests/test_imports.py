@@ -7,6 +7,7 @@ import sys
 ROOT = pathlib.Path(__file__).parent.parent
 NEED_TENSORFLOW = {
     "rahf.features",
+    "rahf.t5x",  # and T5X
     "richhf_data.builder",
     "richhf_data.preprocessors",
     "richhf_data.records",

@@ -89,6 +89,7 @@ def test_wheel_holds_three_packages_with_templates_and_configs(wheel):
     names = zipfile.ZipFile(wheel.file).namelist()
     assert {name.partition("/")[0] for name in names} == {"rahf", "richhf_data", "launch", "rahf-0.1.0.dist-info"}
     expected = {f"rahf/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
+    expected |= {f"rahf/configs/t5x/{path.name}" for path in (ROOT / "configs/t5x").iterdir()}
     for package in ("rahf", "richhf_data"):
         expected |= {str(path.relative_to(ROOT)) for path in (ROOT / package).rglob("*.jinja")}
     expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "richhf_data/annotate/static").iterdir()}

@@ -4,9 +4,12 @@ import dataclasses
 import functools
 
 import flax.linen as nn
+import flax.serialization
+import flax.traverse_util
 import jax
 import numpy as np
 import safetensors.numpy
+import tensorstore
 
 from rahf import checkpoints, sources, workdirs
 from rahf.models import critics, rahf
@@ -99,6 +102,22 @@ def batch(model_config: rahf.RAHFConfig, rows: int, seed: int = 0) -> dict[str, 
         "heatmaps": rng.integers(0, 256, (rows, maps, maps, 2)).astype(np.uint8),
         "heatmap_mask": rng.random((rows, 2)) < 0.8,
     }
+
+
+def write_t5x(folder, arrays):
+    """A checkpoint in T5X's own format: a msgpack index, one zarr array a parameter, small ones in the index."""
+    folder.mkdir(exist_ok=True)
+    target = {}
+    for name, array in arrays.items():
+        if array.size < 40:
+            target[name] = array
+            continue
+        path = folder / f"target.{name.replace('/', '.')}"
+        spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(path)}}
+        target[name] = spec
+        tensorstore.open(spec, create=True, dtype=array.dtype, shape=array.shape).result().write(array).result()
+    index = {"version": 3, "optimizer": {"target": flax.traverse_util.unflatten_dict(target, sep="/"), "state": {}}}
+    (folder / "checkpoint").write_bytes(flax.serialization.msgpack_serialize(index))
 
 
 # The model is a static argument: tests that use the same one on batches of the same size share a compilation.

@@ -8,6 +8,8 @@ import dataclasses
 import functools
 import pathlib
 
+from etils import epath
+
 from rahf import checkpoints, names, weights, workdirs
 from rahf.models import critics
 from rahf.models.parameters import param_shapes
@@ -35,10 +37,33 @@ def rahf_workdir(path) -> Pretrained:
         return array
 
     checked = {name: Tensor(tensor.shape, functools.partial(read, name)) for name, tensor in theirs.items()}
-    tensors = matched(checked, names.same_names(ours), ours, "", f"workdir {path}")
+    return _rahf(config, matched(checked, names.same_names(ours), ours, "", f"workdir {path}"))
+
+
+def rahf_t5x(path) -> Pretrained:
+    """A checkpoint of RAHF that T5X wrote, MODEL_DIR/checkpoint_N, beside the config.json of `rahf.t5x.summarize_config`."""
+    path = epath.Path(path)
+    config = workdirs.read_config(path.parent)
+    model_config = critics.config_of(config.model.to_dict())
+    ours = param_shapes(critics.module_of(model_config).init, *critics.dummy_inputs(model_config))
+    if (path / "checkpoint").exists():  # T5X's format from before Orbax
+        theirs = weights.open_t5x(path)
+    elif (path / "state").exists():
+        theirs = weights.open_orbax(path / "state")
+        theirs = {name.removeprefix("target/"): theirs[name] for name in theirs if name.startswith("target/")}
+    else:
+        raise UserError(
+            f"weights: {path} holds neither state/ nor a file `checkpoint`, expected MODEL_DIR/checkpoint_N of T5X"
+        )
+    return _rahf(config, matched(theirs, names.same_names(ours), ours, "", f"T5X checkpoint {path}"))
+
+
+def _rahf(config, tensors) -> Pretrained:
+    """A whole RAHF of a run's config."""
     kept = (*release.LENGTHS, "truncate_long_prompts", "decoding")
     data = {name: config.data[name] for name in kept if name in config.data}
-    return Pretrained("rahf", {"model": dataclasses.asdict(model_config), "data": data}, tensors)
+    model = dataclasses.asdict(critics.config_of(config.model.to_dict()))
+    return Pretrained("rahf", {"model": model, "data": data}, tensors)
 
 
 READERS = {
@@ -52,5 +77,6 @@ READERS = {
     "aesthetic": clip.aesthetic,
     "image-reward": clip.image_reward,
     "rahf-pytorch": release.rahf_pytorch,
+    "t5x-rahf": rahf_t5x,
     "workdir": rahf_workdir,
 }
