@@ -85,6 +85,9 @@ python3 -m pip install --quiet --user uv
 ~/.local/bin/uv venv --quiet --python=3.11 .venv
 ~/.local/bin/uv pip install --quiet --python=.venv/bin/python -c constraints.txt -e '.[tpu,data]'"""
 
+SETUP_T5X = f"""{SETUP}
+~/.local/bin/uv pip install --quiet --no-deps --python=.venv/bin/python -r configs/t5x/requirements.txt"""
+
 # The job inherits the lock, so it is held until the last process of the job ends. The job writes its pid after it has left
 # the ssh's session. START waits for the pid: from then on, the end of the ssh cannot end the job.
 START = """set -e
@@ -256,6 +259,11 @@ def archive_command(revision: str, path) -> list[str]:
     return ["git", "-C", str(ROOT), "archive", "--format=tar.gz", f"--output={path}", revision]
 
 
+def setup_script(pod: Pod) -> str:
+    """The script that installs the unpacked commit on a worker, with T5X where --t5x says so."""
+    return SETUP_T5X if pod.args.t5x else SETUP
+
+
 def start_script(command: list[str]) -> str:
     """The script that starts a command on a worker, detached from the ssh."""
     return START.format(job=shlex.quote(JOB.format(command=shlex.join(command))))
@@ -298,7 +306,7 @@ def setup(pod: Pod, revision: str) -> None:
         path = pathlib.Path(folder) / "rahf.tar.gz"
         pod.call(archive_command(revision, path))
         pod.call(pod.scp_command(path))
-    pod.call(pod.ssh_command(SETUP))
+    pod.call(pod.ssh_command(setup_script(pod)))
     pod.log(f"{pod.args.name}: commit {revision[:12]} installed on all workers")
 
 
@@ -396,7 +404,8 @@ def status(pod: Pod) -> None:
 def plan(pod: Pod, verb: str, job: list[str]) -> list[list[str]]:
     """The commands that `verb` runs, each once, in the order of their first use."""
     describe, jobs = pod.describe_command(), pod.ssh_command(STATE)
-    install = [archive_command("HEAD", "rahf.tar.gz"), pod.scp_command("rahf.tar.gz"), pod.ssh_command(SETUP)]
+    install = [archive_command("HEAD", "rahf.tar.gz"), pod.scp_command("rahf.tar.gz")]
+    install += [pod.ssh_command(setup_script(pod))] if verb in ("setup", "train") else []
     if verb == "create":
         return [pod.create_command(), describe]
     if verb == "train":
@@ -457,7 +466,11 @@ def parse(argv: list[str]):
                 "--workdir", required=True, help="gs://BUCKET/FOLDER: checkpoints and logs outlive the machines."
             )
             flags.add_argument("--keep", action="store_true", help="Do not delete the resource when training has finished.")
-    add("setup", "Install the checked-out commit on all workers.")
+            flags.add_argument(
+                "--t5x", action="store_true", help="Start T5X's trainer in place of rahf.train (docs/t5x.md)."
+            )
+    flags = add("setup", "Install the checked-out commit on all workers.")
+    flags.add_argument("--t5x", action="store_true", help="Install T5X too (docs/t5x.md).")
     add("run", "Start the command after `--` on all workers, detached, in the code's folder.")
     flags = add("logs", "Follow the log of a worker.")
     flags.add_argument("--worker", default="0", help="Index of the worker.")
@@ -482,7 +495,9 @@ def main(argv: list[str]) -> int:
                 raise UserError(
                     f"--workdir: got {args.workdir}, expected gs://BUCKET/FOLDER: a preempted machine loses its disk"
                 )
-            job = ["python", "-m", "rahf.train", f"--workdir={args.workdir}", *job]
+            # JAX finds the other workers; T5X's flag has the name of its first use
+            theirs = ["t5x.train", "--multiprocess_gpu", f"--gin.MODEL_DIR='{args.workdir}'"]
+            job = ["python", "-m", *(theirs if args.t5x else ["rahf.train", f"--workdir={args.workdir}"]), *job]
         if args.dry_run:
             print("\n".join(shlex.join(command) for command in plan(pod, args.verb, job)))
         elif args.verb == "create":

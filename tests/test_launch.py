@@ -431,6 +431,18 @@ def test_dry_run_prints_the_commands_of_every_step(arguments, expected, capsys, 
     assert ["".join(line) for line in lines] == expected
 
 
+def test_t5x_is_installed_and_started_where_the_flag_says_so(capsys):
+    arguments = [*TRAIN[: TRAIN.index("--")], "--dry_run", "--t5x", "--", "--gin_file=configs/t5x/finetune.gin"]
+    assert tpu_vm.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "-m t5x.train --multiprocess_gpu" in printed and "gs://bucket/run" in printed and "rahf.train" not in printed
+    (file,) = re.findall(r"--no-deps .* -r (\S+)", printed)
+    assert (ROOT / file.rstrip("'")).is_file()
+    assert tpu_vm.main([*TRAIN[: TRAIN.index("--")], "--dry_run", "--", "--config=rahf_ci"]) == 0
+    printed = capsys.readouterr().out
+    assert "rahf.train" in printed and "t5x.train" not in printed and "requirements.txt" not in printed
+
+
 @pytest.mark.parametrize("flag", ["--name", "--project", "--zone", "--type", "--version", "--workdir"])
 def test_missing_flag_is_named(cloud, flag):
     done = cloud.launch(*[argument for argument in TRAIN if not argument.startswith(f"{flag}=")])
