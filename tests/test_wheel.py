@@ -119,7 +119,7 @@ def test_core_requires_what_it_imports_and_nothing_of_the_extra(wheel):
                     imported |= {alias.name.partition(".")[0] for alias in node.names}
                 elif isinstance(node, ast.ImportFrom):
                     imported.add(node.module.partition(".")[0])
-    imported -= {"apache_beam", "jax2onnx", "onnx", "torch"}
+    imported -= {"apache_beam", "clu", "jax2onnx", "onnx", "t5x", "torch"}
     imported -= {*sys.stdlib_module_names, *EXTRA, "rahf", "richhf_data"}
     imported -= {name.replace("-", "_") for name in required["serve"]}
     distributions = importlib.metadata.packages_distributions()
