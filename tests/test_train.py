@@ -90,35 +90,26 @@ def test_accumulation_over_4_microbatches_equals_the_full_batch(whole):
     assert_same_step(expected, gradient_step(config, batch, jax.devices()[:1]))
 
 
-def test_the_weight_of_marks_is_in_loss_and_batch_alike_on_8_devices(whole, tmp_path):
-    config = ci_config(batch_size=16, marked_weight=3.0)
-    vocabulary = sources.install_vocabulary(config, tmp_path)
-    with contextlib.closing(sources.training_batches(config, vocabulary, start=0)) as batches:
-        batch = next(batches)
-    marked = batch["keyword_weights"] == 3
-    assert marked.any() and {vocabulary.decode([piece]) for piece in batch["keyword_ids"][marked]} == {"_0"}
-    batch |= whole[0]
-    expected = gradient_step(config, batch, jax.devices()[:1])
-    assert_same_step(expected, gradient_step(config, batch, jax.devices()))
-    assert expected[0]["loss_keyword"] > 1.01 * whole[1][0]["loss_keyword"]
-
-
-def test_the_word_head_trains_alike_on_8_devices(tmp_path):
+def test_marks_weigh_and_the_word_head_trains_alike_on_8_devices(whole, tmp_path):
     config = ci_config(batch_size=16, marked_weight=3.0)
     config.model.word_head = True
     vocabulary = sources.install_vocabulary(config, tmp_path)
     with contextlib.closing(sources.training_batches(config, vocabulary, start=0)) as batches:
         batch = next(batches)
+    weighed = batch["keyword_weights"] == 3
+    assert weighed.any() and {vocabulary.decode([piece]) for piece in batch["keyword_ids"][weighed]} == {"_0"}
     texts, targets, marked = batch["text_ids"][:, -1], batch["keyword_ids"], batch["word_labels"]
     words = [vocabulary.decode(text[mask]).split() for text, mask in zip(texts, marked, strict=True)]
     assert words == [[w[:-2] for w in vocabulary.decode(row).split() if w.endswith("_0")] for row in targets]
     assert sum(map(len, words)) > 5 and ((batch["word_weights"] == 3) == marked).all()
+    batch |= whole[0]
     expected = gradient_step(config, batch, jax.devices()[:1])
     assert_same_step(expected, gradient_step(config, batch, jax.devices()))
-    config.train.word_weight = 0.0
-    metrics = gradient_step(config, batch, jax.devices()[:1])[0]
-    np.testing.assert_allclose(expected[0]["loss"] - metrics["loss"], metrics["loss_word"], rtol=1e-4)
-    assert metrics["loss_word"] > 0.1
+    metrics, weights = expected[0], {"word": config.train.word_weight, **config.train.loss_weights}
+    np.testing.assert_allclose(
+        metrics["loss"], sum(weight * metrics[f"loss_{name}"] for name, weight in weights.items()), rtol=1e-5
+    )
+    assert metrics["loss_keyword"] > 1.01 * whole[1][0]["loss_keyword"] and metrics["loss_word"] > 0.1
 
 
 def test_rows_that_only_pad_change_neither_loss_nor_gradient(whole):
