@@ -13,10 +13,9 @@ $(VENV)/installed: setup.py constraints.txt
 # The critic that comes with the package, as it is and fine-tuned.
 demo: $(VENV)/installed
 	$(BIN)/python -m rahf.predict --workdir=synth --drawn=24 --output=demo/shipped
-	$(BIN)/python -m richhf_data.synthetic --output=demo/records --train=6400 --dev=200 --test=400 --size=96 --seed=0
+	$(BIN)/python -m richhf_data.synthetic --output=demo/records --train=4800 --dev=200 --test=400 --size=96 --seed=0
 	$(BIN)/python -m richhf_data.build --records=demo/records --images='parquet:demo/records/images/*.parquet' --data_dir=demo/data
 	$(BIN)/python -m rahf.train --config=rahf_synth_demo --workdir=demo/run --config.data.data_dir=demo/data
-	$(BIN)/python -m rahf.evaluate --workdir=demo/run --split=test
 	$(BIN)/python -m rahf.predict --workdir=demo/run --data_dir=demo/data --split=test --limit=24 --output=demo/run
 	$(BIN)/python -m rahf.tables --data_dir=demo/data --rows shipped=synth fine-tuned=demo/run --output=demo/tables
 

@@ -2,7 +2,7 @@
 
   command    make demo-from-scratch
   hardware   2 CPU cores
-  result     mean PLCC .574 on test, of 12,000 pictures (2026-11-22; the demo draws 6,400 now); tables in docs/results.md
+  result     mean PLCC .574 on test, of 12,000 pictures (2026-11-22; the demo draws 4,800 now); tables in docs/results.md
 """
 
 from rahf import experiments
