@@ -25,6 +25,7 @@ import numpy as np
 import tabulate
 from absl import flags
 
+from benchmarks import regression
 from benchmarks.alignment import stages
 from rahf import checkpoints
 from richhf_data import command, json_files, paths, ranges
@@ -67,8 +68,7 @@ OPTIONS = {  # name: (what it is, its changes)
     ),
 }
 ODD = [names for count in (1, 3, 5) for names in itertools.combinations(OPTIONS, count)]
-ALL = tuple(OPTIONS)
-RUNS = {"+".join(names): names for names in ODD} | {"base": (), "augmented": (), "augmented+all": ALL}
+RUNS = {"+".join(names): names for names in ODD} | {"base": (), "augmented": (), "augmented+all": tuple(OPTIONS)}
 COLUMNS = {
     "plausibility": "score/plcc/plausibility",
     "alignment": "score/plcc/alignment",
@@ -134,15 +134,11 @@ def gains(found: dict[str, dict[str, float]]) -> tuple[np.ndarray, np.ndarray, n
       run [values]; None where the runs are too few for them.
     """
     runs = [run for run in found if not run.startswith("augmented")]
-    design = np.array([[1.0, *(name in RUNS[run] for name in OPTIONS)] for run in runs])
-    free = len(runs) - len(OPTIONS) - 1
-    if free < 1 or np.linalg.matrix_rank(design) <= len(OPTIONS):
+    options = np.array([[float(name in RUNS[run]) for name in OPTIONS] for run in runs]).reshape(-1, len(OPTIONS))
+    determined = np.linalg.matrix_rank(np.column_stack([np.ones(len(runs)), options])) > len(OPTIONS)
+    if len(runs) < len(OPTIONS) + 2 or not determined:
         return None
-    values = np.array([list(found[run].values()) for run in runs])
-    fit = np.linalg.lstsq(design, values)[0]
-    deviation = np.sqrt(((values - design @ fit) ** 2).sum(0) / free)
-    scale = np.sqrt(np.diag(np.linalg.inv(design.T @ design)))
-    return fit[1:], np.outer(scale, deviation)[1:], deviation
+    return regression.fit(options, np.array([list(found[run].values()) for run in runs]))
 
 
 def tables_of(found: dict[str, dict[str, float]]) -> str:

@@ -16,20 +16,12 @@ from absl import flags
 from scipy import stats
 from tqdm.auto import tqdm
 
+from benchmarks import regression
 from rahf import predictor
 from richhf_data import command, keywords, ranges, schema, synthetic
 from richhf_data.synthetic import flaws
 
 SCORES = ("plausibility", "alignment")  # of artifacts, of wrong facts; heatmaps are in the same order
-
-
-def seen(scores: np.ndarray, costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Least squares of scores float[B] on costs float[B, K] -> the share of each cost that they show, its standard error."""
-    design = np.column_stack([np.ones(len(scores)), -costs])
-    found, _, rank, _ = np.linalg.lstsq(design, scores, rcond=None)
-    variance = np.sum((scores - design @ found) ** 2) / (len(scores) - rank)
-    errors = np.sqrt(variance * np.diag(np.linalg.pinv(design.T @ design)))
-    return found[1:], errors[1:]
 
 
 def mean_heat(heatmap: np.ndarray, mask: np.ndarray) -> float:
@@ -62,8 +54,8 @@ def table_of_flaws(score: str, kinds: Sequence[str], examples, rows, written: Ca
             for fact in example.picture.wrong:
                 token = example.picture.prompt.facts[fact]
                 words[fact.kind].append([labels[token] == keywords.MISALIGNED for labels in (example.labels, marked)])
-    of_labels = seen(np.array([example.scores[place] for example in examples]), costs)
-    of_critic = seen(np.array([row["scores"][place] for row in rows]), costs)
+    scores = np.array([[example.scores[place], row["scores"][place]] for example, row in zip(examples, rows, strict=True)])
+    shares, errors, _ = regression.fit(-costs, scores)  # [K, 2]: of the labels, of the critic
 
     def means(values):
         return [f"{value:.2f}" for value in np.mean(values, axis=0)] if values else ["", ""]
@@ -73,8 +65,7 @@ def table_of_flaws(score: str, kinds: Sequence[str], examples, rows, written: Ca
             score: kind,
             "pictures": f"{np.mean(costs[:, k] > 0):.1%}",
             **{
-                f"cost seen, {who}": f"{of[0][k]:.2f} ± {of[1][k]:.2f}"
-                for who, of in {"labels": of_labels, "critic": of_critic}.items()
+                f"cost seen, {who}": f"{shares[k, i]:.2f} ± {errors[k, i]:.2f}" for i, who in enumerate(("labels", "critic"))
             },
             **dict(zip(("heat, labels", "heat, critic"), means(heat[kind]), strict=True)),
             **(
