@@ -23,8 +23,6 @@ def rahf_workdir(path) -> Pretrained:
     """The best checkpoint of a training run's workdir. An array that does not read as it was saved is refused when read."""
     path = pathlib.Path(path)
     config = workdirs.read_config(path)
-    model_config = critics.config_of(config.model.to_dict())
-    ours = param_shapes(critics.module_of(model_config).init, *critics.dummy_inputs(model_config))
     with checkpoints.manager(path, "best") as best:
         step = checkpoints.best_step(best)
         where, saved_digests = best.directory / str(step), checkpoints.read_metadata(best, step)["digests"]
@@ -37,15 +35,13 @@ def rahf_workdir(path) -> Pretrained:
         return array
 
     checked = {name: Tensor(tensor.shape, functools.partial(read, name)) for name, tensor in theirs.items()}
-    return _rahf(config, matched(checked, names.same_names(ours), ours, "", f"workdir {path}"))
+    return _rahf(config, checked, f"workdir {path}")
 
 
 def rahf_t5x(path) -> Pretrained:
     """A checkpoint of RAHF that T5X wrote, MODEL_DIR/checkpoint_N, beside the config.json of `rahf.t5x.summarize_config`."""
     path = epath.Path(path)
     config = workdirs.read_config(path.parent)
-    model_config = critics.config_of(config.model.to_dict())
-    ours = param_shapes(critics.module_of(model_config).init, *critics.dummy_inputs(model_config))
     if (path / "checkpoint").exists():  # T5X's format from before Orbax
         theirs = weights.open_t5x(path)
     elif (path / "state").exists():
@@ -55,15 +51,17 @@ def rahf_t5x(path) -> Pretrained:
         raise UserError(
             f"weights: {path} holds neither state/ nor a file `checkpoint`, expected MODEL_DIR/checkpoint_N of T5X"
         )
-    return _rahf(config, matched(theirs, names.same_names(ours), ours, "", f"T5X checkpoint {path}"))
+    return _rahf(config, theirs, f"T5X checkpoint {path}")
 
 
-def _rahf(config, tensors) -> Pretrained:
-    """A whole RAHF of a run's config."""
+def _rahf(config, theirs, source: str) -> Pretrained:
+    """The whole RAHF of a run's config, of the tensors of its checkpoint, which errors call `source`."""
+    model_config = critics.config_of(config.model.to_dict())
+    ours = param_shapes(critics.module_of(model_config).init, *critics.dummy_inputs(model_config))
+    tensors = matched(theirs, names.same_names(ours), ours, "", source)
     kept = (*release.LENGTHS, "truncate_long_prompts", "decoding")
     data = {name: config.data[name] for name in kept if name in config.data}
-    model = dataclasses.asdict(critics.config_of(config.model.to_dict()))
-    return Pretrained("rahf", {"model": model, "data": data}, tensors)
+    return Pretrained("rahf", {"model": dataclasses.asdict(model_config), "data": data}, tensors)
 
 
 READERS = {
