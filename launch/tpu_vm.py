@@ -404,8 +404,7 @@ def status(pod: Pod) -> None:
 def plan(pod: Pod, verb: str, job: list[str]) -> list[list[str]]:
     """The commands that `verb` runs, each once, in the order of their first use."""
     describe, jobs = pod.describe_command(), pod.ssh_command(STATE)
-    install = [archive_command("HEAD", "rahf.tar.gz"), pod.scp_command("rahf.tar.gz")]
-    install += [pod.ssh_command(setup_script(pod))] if verb in ("setup", "train") else []
+    install = [archive_command("HEAD", "rahf.tar.gz"), pod.scp_command("rahf.tar.gz"), pod.ssh_command(setup_script(pod))]
     if verb == "create":
         return [pod.create_command(), describe]
     if verb == "train":
@@ -437,6 +436,7 @@ def parse(argv: list[str]):
     """(the flags before `--`, the arguments after it)."""
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = _Parser("python -m launch.tpu_vm", allow_abbrev=False, description=__doc__.partition("\n")[0])
+    parser.set_defaults(t5x=False)
     verbs = parser.add_subparsers(dest="verb", required=True)
 
     def add(verb, text):
