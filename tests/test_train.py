@@ -92,7 +92,7 @@ def test_accumulation_over_4_microbatches_equals_the_full_batch(whole):
 
 def test_marks_weigh_and_the_word_head_trains_alike_on_8_devices(whole, tmp_path):
     config = ci_config(batch_size=16, marked_weight=3.0)
-    config.model.word_head = True
+    config.model.word_head, config.train.word_weight = True, 0.5
     vocabulary = sources.install_vocabulary(config, tmp_path)
     with contextlib.closing(sources.training_batches(config, vocabulary, start=0)) as batches:
         batch = next(batches)
