@@ -1,11 +1,11 @@
-"""What each option of the critic's model and loss adds on RichHF-Synth, with the noise over seeds and the cost.
+"""What each option of the critic's model and training adds on RichHF-Synth, with the noise over seeds and the cost.
 
     python -m benchmarks.critic --workdir=DIR [--only=RUN,...]
 
-Sixteen runs take every odd number of the five options: each alone, every three, all five. Eight of them have an option, the
+Sixteen of the 64 combinations of six options are trained, from none (`base`) to `all`. Eight of them have an option, the
 other eight do not, and each other option is in half of both. So the gain of an option is the difference of two means over
-eight runs; the residuals of the fit give its standard error. `base` has no option. The `augmented` runs are of the other
-variant, without and with all options.
+eight runs; the residuals of the fit give its standard error. No effect of two options together enters a gain: this is a
+fractional factorial design of resolution IV. The `augmented` runs are of the other variant, without and with all options.
 
 Each run trains `rahf_synth_tiny` with a seed of its own on the same pictures, each seen once. It is a process of
 `rahf.train` and one of `rahf.evaluate`; a killed run resumes, and a finished one is kept.
@@ -31,7 +31,6 @@ from rahf import checkpoints
 from richhf_data import command, json_files, paths, ranges
 from richhf_data.errors import UserError
 
-BATCH = 32
 DEV, TEST = 500, 1000  # pictures
 BASE = {
     "model.score_head.filters": (64, 32),
@@ -45,6 +44,8 @@ BASE = {
     "train.heatmap_loss": "mse",
     "train.loss_weights.heatmap": 40.0,
     "train.marked_weight": 1.0,
+    "train.batch_size": 32,
+    "optimizer.warmup_steps": 50,
 }
 OPTIONS = {  # name: (what it is, its changes)
     "text": (
@@ -66,9 +67,20 @@ OPTIONS = {  # name: (what it is, its changes)
         "cross-entropy of heatmaps",
         {"train.heatmap_loss": "cross_entropy", "train.loss_weights.heatmap": 5.0},
     ),
+    "small": ("batches of 8 for 32, as many pictures", {"train.batch_size": 8, "optimizer.warmup_steps": 200}),
 }
-ODD = [names for count in (1, 3, 5) for names in itertools.combinations(OPTIONS, count)]
-RUNS = {"+".join(names): names for names in ODD} | {"base": (), "augmented": (), "augmented+all": tuple(OPTIONS)}
+
+
+def design() -> list[tuple[str, ...]]:
+    """The combinations of options that are trained: those with an even number of each of two sets of four options."""
+    evens = ({"text", "marks", "hybrid", "entropy"}, {"marks", "hybrid", "words", "small"})
+    every = (names for count in range(len(OPTIONS) + 1) for names in itertools.combinations(OPTIONS, count))
+    return [names for names in every if all(len(even.intersection(names)) % 2 == 0 for even in evens)]
+
+
+ALL = tuple(OPTIONS)
+RUNS = {{(): "base", ALL: "all"}.get(names, "+".join(names)): names for names in design()}
+RUNS |= {"augmented": (), "augmented+all": ALL}
 COLUMNS = {
     "plausibility": "score/plcc/plausibility",
     "alignment": "score/plcc/alignment",
@@ -96,13 +108,14 @@ def draw(root: pathlib.Path, count: int) -> None:
     json_files.write(root / "pictures.json", splits)
 
 
-def measure(root: pathlib.Path, run: str, steps: int) -> None:
+def measure(root: pathlib.Path, run: str, pictures: int) -> None:
     """Trains and evaluates one run."""
-    folder, seed = root / "runs" / run, list(RUNS).index(run)
-    changes = {"seed": seed, "train.num_steps": steps, "train.batch_size": BATCH, "eval.every": steps}
-    changes |= {"data.data_dir": str(root / "data"), "data.decoding": "copy"} | BASE
+    folder, changes = root / "runs" / run, dict(BASE)
     for name in RUNS[run]:
         changes |= OPTIONS[name][1]
+    steps = pictures // changes["train.batch_size"]
+    changes |= {"seed": list(RUNS).index(run), "train.num_steps": steps, "eval.every": steps}
+    changes |= {"data.data_dir": str(root / "data"), "data.decoding": "copy"}
     if run.startswith("augmented"):
         changes["model.variant"] = "augmented_prompt"
     overrides = [f"--config.{key}={value}" for key, value in changes.items()]
@@ -163,21 +176,21 @@ def tables_of(found: dict[str, dict[str, float]]) -> str:
     return f"{table(options)}\n\n{table(rows)}\n"
 
 
-def compare(root: pathlib.Path, only: Sequence[str], steps: int) -> None:
+def compare(root: pathlib.Path, only: Sequence[str], pictures: int) -> None:
     """Makes the runs that are not finished, all or those of `only`, and writes the tables of all that are.
 
     Raises:
-      UserError: an unknown run, another number of steps than the folder's, or a command that failed.
+      UserError: an unknown run, another number of pictures than the folder's, or a command that failed.
     """
     (root / "runs").mkdir(parents=True, exist_ok=True)
     if unknown := [run for run in only if run not in RUNS]:
         raise UserError(f"--only: got {', '.join(unknown)}, expected some of {', '.join(RUNS)}")
     timed = stages.Timed(root / "seconds.json")
-    timed("pictures", draw, root, steps * BATCH, unless=root / "pictures.json")
-    if (had := json_files.read(root / "pictures.json")["train"]) != steps * BATCH:
-        raise UserError(f"--steps: got {steps}, expected {had // BATCH}, as {root} has {had:,} pictures")
+    timed("pictures", draw, root, pictures, unless=root / "pictures.json")
+    if (had := json_files.read(root / "pictures.json")["train"]) != pictures:
+        raise UserError(f"--pictures: got {pictures}, expected {had}, as {root} has so many")
     for run in only or RUNS:
-        timed(run, measure, root, run, steps, unless=root / f"runs/{run}/eval/test.json")
+        timed(run, measure, root, run, pictures, unless=root / f"runs/{run}/eval/test.json")
     if found := read(root):
         json_files.write(root / "results.json", found)
         paths.replace(root / "table.md", (table := tables_of(found)).encode())
@@ -187,12 +200,12 @@ def compare(root: pathlib.Path, only: Sequence[str], steps: int) -> None:
 
 def main():
     args = flags.FLAGS
-    compare(pathlib.Path(args.workdir), args.only, args.steps)
+    compare(pathlib.Path(args.workdir), args.only, args.pictures)
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "For the pictures, the runs and the table; a killed command goes on.")
     flags.DEFINE_list("only", [], "Runs, by name; all by default.")
-    ranges.flag("steps", 1650, f"Of each run, {BATCH} pictures each.", ranges.COUNT)
+    ranges.flag("pictures", 13_200, "To train each run on, each seen once.", ranges.COUNT)
     flags.mark_flag_as_required("workdir")
     command.run(main)
