@@ -206,6 +206,6 @@ def main():
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "For the pictures, the runs and the table; a killed command goes on.")
     flags.DEFINE_list("only", [], "Runs, by name; all by default.")
-    ranges.flag("pictures", 13_200, "To train each run on, each seen once.", ranges.COUNT)
+    ranges.flag("pictures", 16_000, "To train each run on, each seen once.", ranges.COUNT)
     flags.mark_flag_as_required("workdir")
     command.run(main)
