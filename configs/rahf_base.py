@@ -89,6 +89,7 @@ def get_config():
         augment=True,  # the paper's crops and colours
         num_workers=2,  # processes that draw for "stream"
         left_out=dict(seed=0, train=0, dev=0, test=0, test_novel=0),  # "stream" draws no scene of these first examples
+        captions=0.0,  # share of the rows of "stream" that are captions, which the decoder learns to write
     )
     config.optimizer = dict(
         kind="adamw",  # or "muon", for training from scratch

@@ -144,6 +144,8 @@ def _training(workdir) -> list[str]:
         )
         counts = dict(config.data.left_out)
         seed = counts.pop("seed")
+        if config.data.captions:
+            lines.append(f"- Of the pictures, {config.data.captions:.0%} were captions for the decoder, without feedback.")
         if left_out := ", ".join(f"{count:,} of {split}" for split, count in counts.items() if count):
             lines.append(f"- It saw no scene of these first examples of seed {seed}, whatever the wording: {left_out}.")
     if starts := [part for part, folder in config.init.to_dict().items() if folder]:

@@ -40,7 +40,8 @@ def install_vocabulary(config, workdir) -> vocabularies.Vocabulary | vocabularie
         if given := given_vocabulary(config):
             given.copy(workdir)
         else:
-            prompts = synthetic.train_prompts(VOCABULARY_PROMPTS, config.seed, left_out(config))
+            prompts = list(synthetic.train_prompts(VOCABULARY_PROMPTS, config.seed, left_out(config)))
+            prompts += [schema.CAPTION_PROMPT] * (config.data.captions > 0)
             model = critics.config_of(config.model.to_dict())
             size = min(VOCABULARY_SIZE, model.vocab_size or VOCABULARY_SIZE)
             vocabularies.train(prompts, workdir / "vocabulary.model", size)
@@ -157,6 +158,7 @@ def _plain_batches(config, vocabulary, start, rows) -> Iterator[dict[str, np.nda
         workers=config.data.num_workers,
         rows=rows,
         left_out=left_out(config),
+        captions=config.data.captions,
         **image_arguments(config),
         **text_arguments(config),
     )
@@ -181,6 +183,19 @@ def text_arguments(config) -> dict:
         "text_length": config.data.text_length,
         "keyword_length": config.data.keyword_length,
     }
+
+
+def check_captions(config) -> None:
+    """Refuses `data.captions` with a source or a model that has no use for them: UserError."""
+    if not config.data.captions:
+        return
+    if config.data.source != "stream":
+        raise UserError(
+            f"data.captions: got {config.data.captions:g} with data.source={config.data.source}, expected 0: captions are "
+            "a dataset of their own there, one of data.mixture"
+        )
+    if "keywords" not in critics.config_of(config.model.to_dict()).parts:
+        raise UserError(f"data.captions: got {config.data.captions:g}, expected 0: this model has no decoder to write them")
 
 
 def batch_shapes(config, batch_size: int) -> dict[str, tuple[tuple[int, ...], str]]:

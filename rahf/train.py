@@ -38,6 +38,7 @@ from richhf_data import command, ranges
 RANGES = programs.RANGES | evaluate.RANGES | {
     "data.num_workers": ranges.NUMBER_OF_PROCESSES,
     "data.left_out.*": ranges.NUMBER,
+    "data.captions": ranges.SHARE,
     "eval.every": ranges.COUNT,
     "train.loss_weights.*": ranges.WEIGHT,
     "train.marked_weight": ranges.WEIGHT,
@@ -61,6 +62,7 @@ def check(config) -> None:
     """Refuses a value that is missing or out of its range: UserError."""
     critics.config_of(config.model.to_dict())
     experiments.check_ranges(config, RANGES)
+    sources.check_captions(config)
 
 
 def program(config) -> programs.Program:

@@ -226,6 +226,7 @@ def _upgraded(config: Mapping) -> dict:
         if isinstance(config.get("data"), dict):
             config["data"].setdefault("decoding", "free")
             config["data"].setdefault("left_out", dict(LEFT_OUT))
+            config["data"].setdefault("captions", 0.0)
         if isinstance(config.get("train"), dict):
             config["train"].setdefault("marked_weight", 1.0)
             config["train"].setdefault("heatmap_loss", "mse")

@@ -55,7 +55,7 @@ _MAX_MISSING_SHARE = ranges.flag(
     "max_missing_share", 0.01, "Fail if a larger share of a split's records has no usable image.", ranges.SHARE
 )
 ranges.flag("holdout", schema.HOLDOUT, "Of a table: the share of dev, and of test.", ranges.HOLDOUT)
-flags.DEFINE_string("caption_prompt", tables.CAPTION_PROMPT, "The prompt of every caption.")
+flags.DEFINE_string("caption_prompt", schema.CAPTION_PROMPT, "The prompt of every caption.")
 flags.DEFINE_string("tfds_data_dir", None, "Where TFDS keeps the dataset of captions:tfds:NAME.")
 ranges.flag(
     "word_threshold",

@@ -32,6 +32,7 @@ import numpy as np
 from richhf_data import ranges
 from richhf_data.errors import UserError
 
+CAPTION_PROMPT = "image caption"  # the prompt of every example whose target is a caption
 SCORES = ("plausibility", "alignment", "aesthetics", "overall")
 HEATMAPS = ("implausibility", "misalignment")
 DEVIATIONS = tuple(f"{name}_deviation" for name in SCORES)  # predicted, of labels from scores: columns, terms of rewards

@@ -28,7 +28,6 @@ NO_MISTAKES = "[No_mistakes]"  # the choice of an annotator who finds every word
 _NO_MAP = np.zeros((schema.RAW_MAP_SIZE, schema.RAW_MAP_SIZE), np.uint8)
 WORD_THRESHOLD = 0.5  # of the annotators' weight: the majority, as in RichHF
 GUESSES = {role: parquet.GUESSES[role] for role in ("image", "prompt")}
-CAPTION_PROMPT = "image caption"
 CAPTION_GUESSES = GUESSES | {"prompt": ("caption", "text", "prompt")}
 
 
@@ -316,7 +315,7 @@ class Captions(_Source):
     def __init__(
         self,
         where: str,
-        caption_prompt: str = CAPTION_PROMPT,
+        caption_prompt: str = schema.CAPTION_PROMPT,
         columns: dict[str, str] | None = None,
         holdout: float = schema.HOLDOUT,
         tfds_data_dir: str | None = None,

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from richhf_data import consolidate, image_sources, keywords, synthetic, vocabulary
+from richhf_data import consolidate, image_sources, keywords, schema, synthetic, vocabulary
 from richhf_data.synthetic import annotators, backgrounds, ceiling, flaws, grammar, render, stream, write
 from richhf_data.synthetic.grammar import Fact
 
@@ -304,6 +304,30 @@ def test_stream_is_the_same_for_two_workers_and_from_a_later_start(small_vocabul
     resumed = list(itertools.islice(_batches(small_vocabulary, start=4), 3))
     assert all(_equal(one, two) for one, two in zip(inline[4:], resumed, strict=True))
     assert not _equal(inline[0], inline[1])
+
+
+def test_a_share_of_the_stream_is_captions_and_the_rest_is_as_without(small_vocabulary):
+    plain, mixed = (list(itertools.islice(_batches(small_vocabulary, captions=share), 4)) for share in (0.0, 0.25))
+    captions = np.concatenate([~batch["score_mask"].any(1) & ~batch["heatmap_mask"].any(1) for batch in mixed])
+    assert captions.tolist() == 3 * [False, False, False, True]
+    for row, caption in enumerate(captions):
+        batch, place = divmod(row, 3)
+        one, other = ({name: value[place] for name, value in batches[batch].items()} for batches in (plain, mixed))
+        assert _equal(one, other) != caption
+        if caption:
+            assert small_vocabulary.decode(other["text_ids"][0]) == schema.CAPTION_PROMPT
+            assert small_vocabulary.decode(other["keyword_ids"]) == synthetic.draw_prompt(0, row, "train").text
+
+
+def test_a_captioned_picture_has_no_wrong_fact(monkeypatch):
+    seen = []
+    monkeypatch.setattr(render, "render", lambda picture, size: (seen.append(picture), None))
+    for index in range(50):
+        synthetic.draw_captioned(3, index, "train", 32, 16)
+    assert not any(picture.wrong for picture in seen)
+    assert any(picture.artifacts for picture in seen) and len({picture.background for picture in seen}) > 3
+    with pytest.raises(ValueError, match="map_size: got 8, expected at least 16 pixels"):
+        synthetic.draw_captioned(3, 0, "train", 32, 8)
 
 
 def test_stream_raises_a_worker_s_error_here(small_vocabulary):

@@ -308,6 +308,22 @@ def test_a_run_that_diverges_ends_with_an_error_and_its_batches(tmp_path):
     assert len(os.listdir(tmp_path / "bad_batches")) == 3
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("rahf_base", "got 0.5 with data.source=seqio, expected 0: captions are a dataset of their own there"),
+        ("baseline_synth_resnet", "got 0.5, expected 0: this model has no decoder to write them"),
+    ],
+)
+def test_captions_that_nothing_draws_or_writes_are_refused(name, message):
+    config = experiments.load(name)
+    config.data.captions = 0.5
+    if name != "rahf_base":
+        config.data.source = "stream"
+    with pytest.raises(ValueError, match=f"data.captions: {message}"):
+        train.check(config)
+
+
 def test_unknown_config_key_names_the_nearest(tmp_path):
     result = subprocess.run(command(tmp_path, "--config.optimizer.learning_rat=1"), cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2

@@ -6,6 +6,15 @@ best result that a model can reach. `python -m richhf_data.synthetic` writes the
 Imports no TensorFlow.
 """
 
-from richhf_data.synthetic.example import Example, draw, draw_prompt, examples, kept_index, scenes, train_prompts
+from richhf_data.synthetic.example import (
+    Example,
+    draw,
+    draw_captioned,
+    draw_prompt,
+    examples,
+    kept_index,
+    scenes,
+    train_prompts,
+)
 
-__all__ = ["Example", "draw", "draw_prompt", "examples", "kept_index", "scenes", "train_prompts"]
+__all__ = ["Example", "draw", "draw_captioned", "draw_prompt", "examples", "kept_index", "scenes", "train_prompts"]

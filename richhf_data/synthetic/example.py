@@ -81,6 +81,17 @@ def kept_index(seed: int, index: int, split: str, left_out: Set[grammar.Scene]) 
     return index
 
 
+def _plan(seed: int, index: int, split: str, take: int = 0, right: bool = False) -> flaws.Picture:
+    prompt = draw_prompt(seed, index, split)
+    return flaws.plan(np.random.default_rng((seed, _split_number(split), index, 1, take)), prompt, split, right)
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 16:
+            raise UserError(f"{name}: got {size}, expected at least 16 pixels")
+
+
 def draw(seed: int, index: int, split: str, image_size: int, map_size: int, take: int = 0) -> Example:
     """Draws one example; a function of the arguments.
 
@@ -93,11 +104,9 @@ def draw(seed: int, index: int, split: str, image_size: int, map_size: int, take
     Raises:
       UserError: an unknown split, or a size below 16 pixels.
     """
-    for name, size in (("image_size", image_size), ("map_size", map_size)):
-        if size < 16:
-            raise UserError(f"{name}: got {size}, expected at least 16 pixels")
-    prompt = draw_prompt(seed, index, split)
-    picture = flaws.plan(np.random.default_rng((seed, _split_number(split), index, 1, take)), prompt, split)
+    _check_sizes(image_size=image_size, map_size=map_size)
+    picture = _plan(seed, index, split, take)
+    prompt = picture.prompt
     image, regions = render.render(picture, image_size)
     word_labels = render.wrong_labels(picture)
     annotations = annotators.annotate(np.random.default_rng((picture.seed, 4)), picture, regions, word_labels)
@@ -115,6 +124,26 @@ def draw(seed: int, index: int, split: str, image_size: int, map_size: int, take
         word_labels=word_labels,
         picture=picture,
     )
+
+
+def draw_captioned(seed: int, index: int, split: str, image_size: int, map_size: int) -> dict:
+    """A decoded example (`schema`) of a captioning dataset: a picture that is as a prompt says, and this prompt as caption.
+
+    It has artifacts, and no feedback. Arguments and errors: as those of `draw`.
+    """
+    _check_sizes(image_size=image_size, map_size=map_size)
+    picture = _plan(seed, index, split, right=True)
+    return {
+        "uid": f"synth-{seed}-{split}-{index:07d}-caption",
+        "prompt": schema.CAPTION_PROMPT,
+        "image": render.render(picture, image_size)[0],
+        "scores": np.zeros(len(schema.SCORES), np.float32),
+        "heatmaps": np.zeros((map_size, map_size, len(schema.HEATMAPS)), np.uint8),
+        "labels": None,
+        "score_mask": np.zeros(len(schema.SCORES), bool),
+        "heatmap_mask": np.zeros(len(schema.HEATMAPS), bool),
+        "caption": picture.prompt.text,
+    }
 
 
 def examples(split: str, count: int, seed: int, image_size: int, map_size: int) -> Iterator[Example]:

@@ -246,10 +246,13 @@ def _style(rng: np.random.Generator, burden: float) -> Style:
     return Style(*np.minimum(1, amounts + rest / 4 * (amounts < 1)).tolist())
 
 
-def plan(rng: np.random.Generator, prompt: grammar.Prompt, split: str) -> Picture:
-    """Plans one picture of `prompt` with all its errors; a function of the generator's state and the arguments."""
+def plan(rng: np.random.Generator, prompt: grammar.Prompt, split: str, right: bool = False) -> Picture:
+    """Plans one picture of `prompt` with all its errors; a function of the generator's state and the arguments.
+
+    right: no fact of the prompt is wrong; artifacts and style have their flaws.
+    """
     wished = 1 - _wishes(rng)
-    wrong = _wrong_facts(rng, prompt, wished[1])
+    wrong = [] if right else _wrong_facts(rng, prompt, wished[1])
     drawn, relation, background = _depict(rng, prompt, wrong, split)
     objects = layout.arrange(rng, drawn, relation)
     artifacts = _artifacts(rng, objects, wished[0])

@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import functools
 import itertools
+import math
 import multiprocessing
 import os
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -35,6 +36,7 @@ def batches(
     split: str = "train",
     rows: Sequence[int] | None = None,
     left_out: Set[grammar.Scene] = frozenset(),
+    captions: float = 0.0,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Endless batches as `schema` describes them, in order, from number `start` on.
 
@@ -44,6 +46,7 @@ def batches(
     Args:
       rows: the rows of each batch to draw and yield, in this order; all by default.
       left_out: scenes that no example may have; others take the places of those that do (`example.kept_index`).
+      captions: this share of the examples, evenly spread, are captions (`example.draw_captioned`).
       workers: number of processes that draw; None = one per core, 0 = this process. They end with the generator
         (`close`), with this process, and on an error of a worker, which is raised here.
 
@@ -57,6 +60,7 @@ def batches(
         seed=seed,
         split=split,
         left_out=left_out,
+        captions=captions,
         vocabulary=vocabulary,
         sizes=(image_size, heatmap_size),
         variant=variant,
@@ -103,9 +107,14 @@ def _draw(number):
     return _draw_batch(number)
 
 
-def _batch(number, *, batch_size, rows, seed, split, left_out, sizes, **arguments):
-    indices = [example.kept_index(seed, number * batch_size + row, split, left_out) for row in rows]
-    drawn = [example.draw(seed, index, split, *sizes).decoded() for index in indices]
+def _batch(number, *, batch_size, rows, seed, split, left_out, captions, sizes, **arguments):
+    drawn = []
+    for place in (number * batch_size + row for row in rows):
+        index = example.kept_index(seed, place, split, left_out)
+        if math.floor((place + 1) * captions) > math.floor(place * captions):
+            drawn.append(example.draw_captioned(seed, index, split, *sizes))
+        else:
+            drawn.append(example.draw(seed, index, split, *sizes).decoded())
     return make_batch(drawn, **arguments)
 
 
@@ -132,11 +141,13 @@ def make_batch(
     for row in examples:
         texts = schema.task_prompts(row["prompt"], variant)
         text_ids.append(np.stack([encode(text, text_length, "text_length") for text in texts]))
-        if row["labels"] is None:
+        written = row.get("caption")
+        if row["labels"] is not None:
+            written = keywords.label_prompt(keywords.tokenize(row["prompt"]), row["labels"])
+        if written is None:
             keyword_ids.append(np.zeros(keyword_length, np.int32))
         else:
-            labelled = keywords.label_prompt(keywords.tokenize(row["prompt"]), row["labels"])
-            keyword_ids.append(encode(labelled, keyword_length, "keyword_length"))
+            keyword_ids.append(encode(written, keyword_length, "keyword_length"))
     stacked = ("image", "scores", "score_mask", "heatmaps", "heatmap_mask")
     return {name: np.stack([row[name] for row in examples]) for name in stacked} | {
         "text_ids": np.stack(text_ids),
