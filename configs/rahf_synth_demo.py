@@ -12,9 +12,10 @@ def get_config():
     config = experiments.load("rahf_synth_shipped")
     config.seed = 0
     config.init.rahf = "synth"
+    config.log_every = 20
     config.checkpoint_every = 75
     config.data.update(source="seqio", left_out=dict(train=0, dev=0, test=0, test_novel=0))
     config.optimizer.update(learning_rate=1e-4, warmup_steps=15, ema_decay=0.98)
-    config.train.num_steps = 150
+    config.train.update(batch_size=32, num_steps=150)
     config.eval.update(every=150, num_examples=200)
     return config

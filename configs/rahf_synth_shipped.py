@@ -20,8 +20,12 @@ def get_config():
     config.model.word_head = True
     config.model.vit.update(stem_width=32, stem_blocks=4, depth=3)
     config.model.score_head.update(filters=(), dense=(128, 64), pool="mean", reads_text=True, deviation=True)
-    config.train.update(heatmap_loss="cross_entropy", marked_weight=2.0, loss_weights=dict(heatmap=5.0))
+    config.log_every = 100
+    config.checkpoint_every = 1000
+    config.optimizer.update(warmup_steps=1200, ema_decay=0.9995)
+    config.train.update(batch_size=8, num_steps=26_000)
+    config.train.update(heatmap_loss="cross_entropy", marked_weight=2.0, word_weight=10.0, loss_weights=dict(heatmap=20.0))
     config.data.decoding = "copy"
-    config.eval.every = 1625
+    config.eval.every = 6500
     config.data.left_out.update(train=12_000, dev=500, test=1000, test_novel=1000)  # of seed 0
     return config

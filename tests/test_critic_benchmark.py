@@ -69,6 +69,6 @@ def test_an_unknown_run_and_another_number_of_pictures_are_refused(tmp_path):
 
 def test_all_options_together_are_those_of_the_shipped_critic():
     config = experiments.load("rahf_synth_shipped")
-    for _, changes in (what for name, what in critic.OPTIONS.items() if name != "small"):
-        for key, value in changes.items():
-            assert functools.reduce(getattr, key.split("."), config) == value, key
+    tuned = {"train.loss_weights.heatmap", "optimizer.warmup_steps"}  # after the benchmark, and by the length of the run
+    for key, value in (item for _, changes in critic.OPTIONS.values() for item in changes.items() if item[0] not in tuned):
+        assert functools.reduce(getattr, key.split("."), config) == value, key

@@ -243,10 +243,11 @@ def test_the_card_says_how_a_run_was_trained(tmp_path):
     text = card.model_card(*written(tmp_path / "run", config), "name", None, ["weights.safetensors"], "bfloat16")
     assert "Trained by `python -m rahf.train --config=rahf_ci --workdir=RUN --config.data.data_dir=DATA`." in text
     assert "1.5 hours of the host's processor time" in text and "The parameters, in bfloat16." in text
-    assert "no scene of" not in text and config.data.data_dir not in text
-    config.data.update(source="stream", data_dir="", left_out=dict(train=1200, test=7))
+    assert "no scene of" not in text and "captions" not in text and config.data.data_dir not in text
+    config.data.update(source="stream", data_dir="", captions=0.25, left_out=dict(train=1200, test=7))
     text = card.model_card(*written(tmp_path / "drawn", config), str(folders.SHIPPED / "tiny"), None, [])
     assert "Trained by" not in text and 'rahf.load("tiny")' in text and "knows no photographs" in text
+    assert "Of the pictures, 25% were captions for the decoder, without feedback." in text
     assert "no scene of these first examples of seed 0, whatever the wording: 7 of test, 1,200 of train." in text
 
 
