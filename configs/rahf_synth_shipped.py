@@ -7,8 +7,8 @@ It draws no scene of the pictures that the demo and docs/results.md measure on. 
              python -m rahf.evaluate --workdir=DIR --split=test_novel --num_examples=1000 --config.seed=0
              python -m rahf.convert --source=workdir --input=DIR --output=rahf/critics/synth --dtype=bfloat16 \
                  --license=apache-2.0
-  hardware   2 CPU cores, 92 minutes beside other work (2026-11-27)
-  result     mean PLCC .741 on test, .754 on test_novel: 82 % of the ceiling; rahf/critics/synth/README.md
+  hardware   2 CPU cores, 99 minutes (2026-11-28)
+  result     mean PLCC .758 on test, .768 on test_novel: 84 % of the ceiling; rahf/critics/synth/README.md
 """
 
 from rahf import experiments
